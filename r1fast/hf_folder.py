@@ -1,0 +1,172 @@
+"""Hugging Face model folders on disk: find, read and write config.json and safetensors files."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DOWNLOAD = [  # what a model needs; never pickles
+    "config.json", "generation_config.json", "*.safetensors", INDEX,
+    "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*",
+]  # fmt: skip
+
+
+def resolve_model_path(name_or_path: str | os.PathLike) -> Path:
+    """The local folder of a model: itself if it is one, else its snapshot from the Hub.
+
+    Only a name such as `Qwen/Qwen3-0.6B` that is no local folder reaches the network, and not even
+    that with HF_HUB_OFFLINE=1. Raises ValueError when there is no such folder or model.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    name = str(name_or_path)
+    if path.exists():
+        raise ValueError(f"a model is a folder with config.json, but {name!r} is a file")
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
+        raise ValueError(f"no such model folder: {name!r}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=DOWNLOAD, ignore_patterns=["original/*"])
+        )
+    except Exception as error:  # many kinds: offline, no such model, gated, bad name, no space
+        raise ValueError(
+            f"{name!r} is not a local folder, and could not be fetched from the Hugging Face Hub "
+            f"(HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', '0')}): {error}"
+        ) from error
+
+
+def read_json(path: Path, default: dict | None = None) -> dict:
+    """The JSON object in `path`; `default` where the file is absent, ValueError without one."""
+    if not path.is_file():
+        if default is None:
+            raise ValueError(f"no {path.name} in the model folder {str(path.parent)!r}")
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, "Callable[[], Tensor]", tuple[int, ...]]]:
+    """(name, load, shape) of every tensor of the folder; `load()` reads it from disk."""
+    from safetensors import SafetensorError, safe_open
+
+    if (folder / INDEX).is_file():
+        files = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+    elif (folder / SINGLE).is_file():
+        files = [SINGLE]
+    else:
+        raise ValueError(
+            f"no {SINGLE} and no {INDEX} in {str(folder)!r}; "
+            "other weight formats (.bin, .pt: pickles) are not read"
+        )
+    for file in files:
+        if not (folder / file).is_file():
+            raise ValueError(f"{INDEX} names {file!r}, which is not in {str(folder)!r}")
+        try:
+            with safe_open(folder / file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    shape = tuple(shard.get_slice(name).get_shape())
+                    yield name, lambda name=name: shard.get_tensor(name), shape
+        except SafetensorError as error:
+            raise ValueError(
+                f"{folder / file} is not a readable safetensors file: {error}"
+            ) from error
+
+
+def fill_tensors(folder: Path, targets: Mapping[str, Tensor], ignored: Iterable[str] = ()) -> None:
+    """Copy every tensor of the folder into the target of its name, converting the dtype.
+
+    Names that end with one of `ignored` are skipped. Raises ValueError naming tensors that are
+    missing, unexpected or of another shape; the targets are then partly filled.
+    """
+    missing, unexpected, misshapen = set(targets), [], []
+    for name, load, shape in read_tensors(folder):
+        if name not in targets:
+            if not name.endswith(tuple(ignored)):
+                unexpected.append(name)
+        elif shape != tuple(targets[name].shape):
+            missing.discard(name)
+            misshapen.append(f"{name} {shape}, not {tuple(targets[name].shape)}")
+        else:
+            missing.discard(name)
+            with torch.no_grad():
+                targets[name].copy_(load())
+    problems = {"missing": sorted(missing), "unexpected": unexpected, "wrong shape": misshapen}
+    if any(problems.values()):
+        raise ValueError(
+            f"the weights in {str(folder)!r} do not fit its config.json: "
+            + "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+        )
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+    """One safetensors file, or shards of at most `max_shard_bytes` (or one tensor) and an index."""
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = [[]]
+    shard_bytes = total = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and shard_bytes + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            shard_bytes = 0
+        shards[-1].append(name)
+        shard_bytes += tensor.nbytes
+        total += tensor.nbytes
+
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        shard = {name: tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format)
+                 for name in names}  # fmt: skip
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def write_folder(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """Make the folder `path` by `write(temporary folder)` and a rename: whole or not at all.
+
+    An older model folder (or an empty one) is replaced; any other folder is a ValueError.
+    """
+    path = Path(path).expanduser().absolute()
+    replaceable = (path / "config.json").is_file() or (path.is_dir() and not any(path.iterdir()))
+    if path.exists() and not replaceable:
+        raise ValueError(f"{str(path)!r} exists and is not a model folder; not overwritten")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        new, old = scratch / "new", scratch / "old"
+        new.mkdir()
+        write(new)
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
