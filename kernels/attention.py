@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_PADDING = 0.2  # a sequence joins a bucket while it fills 1 - MAX_PADDING of the longest one
+MAX_PADDING = 0.2  # a sequence joins a bucket if it fills 1 - MAX_PADDING of the longest one
+MAX_WASTE = 10_000  # and while the bucket's padding costs less than a call (in scores, L^2)
 
 
 def varlen_attention_ref(
@@ -30,7 +31,7 @@ def varlen_attention_ref(
     cu_seqlens: Tensor,  # (S + 1,)
     max_seqlen: int,
     *,
-    buckets: "BucketPlan | None" = None,
+    buckets: "tuple[Bucket, ...] | None" = None,
     scale: float | None = None,
 ) -> Tensor:  # (T, H, Dh)
     """What `varlen_attention` computes, in plain PyTorch, one sequence at a time."""
@@ -49,100 +50,125 @@ def varlen_attention_ref(
 
 
 @dataclass(frozen=True, slots=True)
-class BucketPlan:
-    """Where each token of a packed batch goes in its buckets; made once, used by every layer."""
+class Bucket:
+    """`count` sequences padded to `width`: P = count * width slots."""
 
-    shapes: tuple[tuple[int, int], ...]  # (sequences, padded length) of each bucket
-    padded_from: (
-        Tensor | None
-    )  # (P,) the packed token in each padded slot; None if already in order
-    packed_from: Tensor | None  # (T,) the padded slot of each packed token
+    count: int
+    width: int
+    start: int  # the first token, where the bucket is a slice of the packed batch
+    padded_from: Tensor | None  # (P,) the packed token in each slot; None where it is a slice
+    tokens: Tensor | None  # (N,) the packed tokens of the bucket
+    slots: Tensor | None  # (N,) their slots
+    padding: Tensor | None  # (P - N,) the other slots
 
 
-def plan_buckets(cu_seqlens: Tensor | Sequence[int], *, device=None) -> BucketPlan:
+def plan_buckets(cu_seqlens: Tensor | Sequence[int], *, device=None) -> tuple[Bucket, ...]:
     """Group the sequences of a packed batch into buckets of similar length.
 
-    `cu_seqlens` is (S + 1,), increasing from 0; empty sequences are allowed. The indices land on
-    `device` (default: that of `cu_seqlens`).
+    `cu_seqlens` is (S + 1,), increasing from 0; empty sequences are in no bucket. The indices land
+    on `device` (default: that of `cu_seqlens`). Made once a batch, shared by every layer.
     """
     cu_seqlens = torch.as_tensor(cu_seqlens)
     device = cu_seqlens.device if device is None else device
     cu_seqlens = cu_seqlens.to("cpu", torch.int64)
     lengths, order = cu_seqlens.diff().sort(descending=True, stable=True)
     num_real = int((lengths > 0).sum())
-    sizes, order = lengths[:num_real].tolist(), order[:num_real]
+    sizes = lengths[:num_real].tolist()
 
-    firsts = []  # the rank of each bucket's longest sequence
+    firsts, wasted = [], 0  # the rank of each bucket's longest sequence
     for rank, length in enumerate(sizes):
-        if not firsts or length < (1 - MAX_PADDING) * sizes[firsts[-1]]:
+        longest = sizes[firsts[-1]] if firsts else 0
+        wasted += longest**2 - length**2
+        if not firsts or length < (1 - MAX_PADDING) * longest or wasted > MAX_WASTE:
             firsts.append(rank)
-    shapes = tuple((end - first, sizes[first]) for first, end in pairwise([*firsts, num_real]))
+            wasted = 0
 
-    padded_from, is_real = [], []
-    for first, (count, width) in zip(firsts, shapes, strict=True):
-        starts = cu_seqlens[order[first : first + count], None]  # (count, 1)
-        length = lengths[first : first + count, None]
+    buckets = []
+    for first, end in pairwise([*firsts, num_real]):
+        count, width = end - first, sizes[first]
+        starts, length = cu_seqlens[order[first:end], None], lengths[first:end, None]
         offset = torch.arange(width)
-        padded_from.append((starts + offset.minimum(length - 1)).flatten())
-        is_real.append((offset < length).flatten())
-    if not shapes:
-        return BucketPlan((), None, None)
-    index, real = torch.cat(padded_from), torch.cat(is_real)
-    if torch.equal(index, torch.arange(int(cu_seqlens[-1]))):
-        return BucketPlan(shapes, None, None)
-    slots = real.nonzero().flatten()
-    packed_from = torch.empty_like(slots)
-    packed_from[index[slots]] = slots
-    return BucketPlan(shapes, index.to(device), packed_from.to(device))
+        padded_from = (starts + offset.minimum(length - 1)).flatten()  # (P,)
+        start = int(starts[0])
+        if torch.equal(padded_from, torch.arange(start, start + count * width)):
+            buckets.append(Bucket(count, width, start, None, None, None, None))
+            continue
+        is_real = (offset < length).flatten()
+        slots, padding = (x.nonzero().flatten() for x in (is_real, ~is_real))
+        indices = (x.to(device) for x in (padded_from, padded_from[slots], slots, padding))
+        buckets.append(Bucket(count, width, 0, *indices))
+    return tuple(buckets)
 
 
-class PadFunction(torch.autograd.Function):
-    """Packed (T, ...) -> padded (P, ...): a gather; padding never has a gradient, so back too."""
+def _gather(x: Tensor, buckets: tuple[Bucket, ...]) -> tuple[Tensor, ...]:
+    """(T, H, Dh) -> (count, width, H, Dh) of each bucket; a slice is a view."""
+    return tuple(
+        (
+            x[b.start : b.start + b.count * b.width]
+            if b.padded_from is None
+            else x.index_select(0, b.padded_from)
+        ).unflatten(0, (b.count, b.width))
+        for b in buckets
+    )
+
+
+def _scatter(parts: Sequence[Tensor], buckets: tuple[Bucket, ...], num_tokens: int) -> Tensor:
+    """(count, width, H, Dh) of each bucket -> (T, H, Dh); padding is dropped."""
+    out = parts[0].new_empty(num_tokens, *parts[0].shape[2:])
+    for b, part in zip(buckets, parts, strict=True):
+        if b.padded_from is None:
+            out[b.start : b.start + b.count * b.width].unflatten(0, (b.count, b.width)).copy_(part)
+        else:
+            out.index_copy_(0, b.tokens, part.flatten(0, 1).index_select(0, b.slots))
+    return out
+
+
+class GatherFunction(torch.autograd.Function):
+    """`_gather`, whose backward need not add anything up: padding has no gradient."""
 
     @staticmethod
-    def forward(ctx, x, padded_from, packed_from):
-        ctx.save_for_backward(packed_from)
-        return x.index_select(0, padded_from)
+    def forward(ctx, x, buckets):
+        ctx.buckets, ctx.num_tokens = buckets, len(x)
+        return _gather(x, buckets)
 
     @staticmethod
-    def backward(ctx, dpadded):
-        (packed_from,) = ctx.saved_tensors
-        return dpadded.index_select(0, packed_from), None, None
+    def backward(ctx, *dparts):
+        return _scatter(dparts, ctx.buckets, ctx.num_tokens), None
 
 
-class UnpadFunction(torch.autograd.Function):
-    """Padded (P, ...) -> packed (T, ...): a gather; the gradient of padding is zero."""
-
-    @staticmethod
-    def forward(ctx, padded, packed_from):
-        ctx.save_for_backward(packed_from)
-        ctx.shape = padded.shape
-        return padded.index_select(0, packed_from)
+class ScatterFunction(torch.autograd.Function):
+    """`_scatter`; the gradient of padding is zero."""
 
     @staticmethod
-    def backward(ctx, dpacked):
-        (packed_from,) = ctx.saved_tensors
-        return dpacked.new_zeros(ctx.shape).index_copy_(0, packed_from, dpacked), None
+    def forward(ctx, buckets, num_tokens, *parts):
+        ctx.buckets = buckets
+        return _scatter(parts, buckets, num_tokens)
+
+    @staticmethod
+    def backward(ctx, dout):
+        dparts = _gather(dout, ctx.buckets)
+        for b, dpart in zip(ctx.buckets, dparts, strict=True):
+            if b.padding is not None:
+                dpart.flatten(0, 1).index_fill_(0, b.padding, 0)
+        return None, None, *dparts
 
 
-def bucketed_attention(q: Tensor, k: Tensor, v: Tensor, plan: BucketPlan, scale) -> Tensor:
+def bucketed_attention(
+    q: Tensor, k: Tensor, v: Tensor, buckets: tuple[Bucket, ...], scale: float | None
+) -> Tensor:
     """One causal SDPA call a bucket; runs on every device and dtype. Shapes as varlen_attention."""
-    if not plan.shapes:
-        return torch.zeros_like(q)
-    if plan.padded_from is not None:
-        q, k, v = (PadFunction.apply(x, plan.padded_from, plan.packed_from) for x in (q, k, v))
-    sizes = [count * width for count, width in plan.shapes]
+    planned = sum(b.count * b.width if b.slots is None else len(b.slots) for b in buckets)
+    assert planned == len(q) == len(k) == len(v), (planned, len(q), len(k), len(v))
+    if not buckets:
+        return q.clone()  # no tokens, but still a gradient
     outputs = []
-    for shape, *parts in zip(
-        plan.shapes, q.split(sizes), k.split(sizes), v.split(sizes), strict=True
-    ):
-        qb, kb, vb = (x.unflatten(0, shape).transpose(1, 2) for x in parts)  # (S_b, H, L_b, Dh)
+    for parts in zip(*(GatherFunction.apply(x, buckets) for x in (q, k, v)), strict=True):
+        qb, kb, vb = (x.transpose(1, 2) for x in parts)  # (count, H, width, Dh)
         o = F.scaled_dot_product_attention(
             qb, kb, vb, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-        outputs.append(o.transpose(1, 2).flatten(0, 1))
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # (P, H, Dh)
-    return out if plan.packed_from is None else UnpadFunction.apply(out, plan.packed_from)
+        outputs.append(o.transpose(1, 2))
+    return ScatterFunction.apply(buckets, len(q), *outputs)
 
 
 @cache
@@ -165,6 +191,11 @@ def _flash_varlen() -> Callable | None:
     )
 
 
+def _uses_flash(q: Tensor) -> bool:
+    is_half = q.dtype in (torch.float16, torch.bfloat16)
+    return q.is_cuda and is_half and _flash_varlen() is not None
+
+
 def varlen_attention(
     q: Tensor,  # (T, H, Dh)
     k: Tensor,  # (T, K, Dh), K divides H
@@ -172,7 +203,7 @@ def varlen_attention(
     cu_seqlens: Tensor,  # (S + 1,) int32, from 0 to T
     max_seqlen: int,
     *,
-    buckets: BucketPlan | None = None,
+    buckets: tuple[Bucket, ...] | None = None,
     scale: float | None = None,  # default Dh ** -0.5
 ) -> Tensor:  # (T, H, Dh)
     """Exact causal attention within each sequence of a packed batch; differentiable.
@@ -180,10 +211,9 @@ def varlen_attention(
     `buckets` is `plan_buckets(cu_seqlens)`, to be shared by the calls on one batch.
     Half-precision CUDA tensors go to flash attention, everything else to the buckets.
     """
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        flash = _flash_varlen()
-        if flash is not None:
-            return flash(q, k, v, cu_seqlens.to(q.device, torch.int32), max_seqlen, scale)
+    if _uses_flash(q):
+        cu_seqlens = cu_seqlens.to(q.device, torch.int32)
+        return _flash_varlen()(q, k, v, cu_seqlens, max_seqlen, scale)
     if buckets is None:
         buckets = plan_buckets(cu_seqlens, device=q.device)
     return bucketed_attention(q, k, v, buckets, scale)
@@ -194,10 +224,10 @@ class PackedAttention:
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int):
         self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
-        self._buckets: BucketPlan | None = None
+        self._buckets: tuple[Bucket, ...] | None = None  # made in the first layer
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(T, H, Dh), (T, K, Dh), (T, K, Dh) -> (T, H, Dh)"""
-        if self._buckets is None and not q.is_cuda:
+        if self._buckets is None and not _uses_flash(q):
             self._buckets = plan_buckets(self.cu_seqlens, device=q.device)
         return varlen_attention(q, k, v, self.cu_seqlens, self.max_seqlen, buckets=self._buckets)
