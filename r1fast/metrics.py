@@ -168,8 +168,8 @@ def _console() -> Any:
     return console
 
 
-def step_line(row: Mapping[str, Any], total: int | None = None) -> str:
-    """The numbers of one row that a person watches, aligned, in at most 100 columns."""
+def step_line(row: Mapping[str, Any], total: int | None = None, width: int = LINE_WIDTH) -> str:
+    """The numbers of one row that a person watches, aligned, in at most `width` columns."""
     step = str(row.get("step", ""))
     head = f"{step:>{len(str(total))}}/{total}" if total else step
     fields: list[tuple[int, str]] = [(0, f"{row.get('stage', '')} {head}".strip())]
@@ -200,7 +200,7 @@ def step_line(row: Mapping[str, Any], total: int | None = None) -> str:
     add(0, "  ", "step_time", lambda v: f"{v:3.1f}s" if v < 10 else f"{v:3.0f}s")
     add(2, " ", "tokens_per_second", lambda v: f"{_short(v):>4} tok/s")
     for drop in (4, 3, 2, 1):
-        if sum(len(text) for _, text in fields) > LINE_WIDTH:
+        if sum(len(text) for _, text in fields) > width:
             fields = [field for field in fields if field[0] != drop]
     return "".join(text for _, text in fields)
 
@@ -256,10 +256,12 @@ class Progress:
         self.began = clock()
         self._said_at, self._said_done = self.began, start
         self._bar: Any = None
+        self._width = LINE_WIDTH
 
     def __enter__(self) -> Self:
         self.began = self._said_at = self.clock()
         if self.enabled and sys.stdout.isatty():
+            self._width = min(_console().width, LINE_WIDTH)
             self._bar = self._live_bar()
             self._bar.start()
             self._task = self._bar.add_task(
@@ -275,7 +277,7 @@ class Progress:
             return
         every = self.line_every
         if row and every and (last // every != self.done // every or self.done == self.total):
-            say(row if isinstance(row, str) else step_line(row, self.total))
+            say(row if isinstance(row, str) else step_line(row, self.total, self._width))
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, info=self._info())
             return
@@ -610,7 +612,7 @@ def wait_rate(texts: Sequence[str], words: Sequence[str] = REFLECTION_WORDS) -> 
 @functools.cache
 def reflection_pattern(words: tuple[str, ...] = REFLECTION_WORDS) -> re.Pattern[str]:
     """Any of the words as a whole word, in any case."""
-    options = "|".join(re.escape(word) for word in words) or r"(?!)"
+    options = "|".join(r"\s+".join(map(re.escape, word.split())) for word in words) or r"(?!)"
     return re.compile(rf"(?<!\w)(?:{options})(?!\w)", re.IGNORECASE)
 
 
