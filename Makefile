@@ -1,0 +1,57 @@
+PYTHON ?= python3
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+TORCH := $(shell grep '^torch==' constraints.txt)
+SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py
+
+.PHONY: help demo test lint bench build format clean
+
+help:      ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
+
+demo: build   ## set up, then run the whole R1 recipe small, on the CPU: a table and a report
+	@$(BIN)/r1fast pipeline configs/demo.toml
+
+test: lint    ## set up, lint, every test; without a GPU the kernels run under the Triton interpreter
+	@$(BIN)/pytest $(ARGS)
+
+lint: build   ## ruff, check and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: build ## let ruff fix what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: build  ## run every benchmark, append to benchmarks/results.csv, rewrite RESULTS.md
+	@for program in benchmarks/bench_*.py; do echo "== $$program"; $(BIN)/python "$$program"; done
+	@$(BIN)/python benchmarks/common.py
+
+build: .venv/.built  ## set up: .venv, pinned dependencies, csrc/ compiled, r1fast installed in place
+
+clean:     ## remove .venv and everything built
+	rm -rf .venv build dist *.egg-info r1fast/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each stamp is written last, and removed first when its step is redone: an interrupted set-up starts over.
+.venv/.installed: constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("r1fast needs Python 3.11 or newer, " + sys.executable + " is %d.%d; try: make PYTHON=python3.12" % v[:2])'
+	@[ -e $@ ] || { echo "set-up 1/4: .venv"; $(PYTHON) -m venv --clear .venv; }
+	@rm -f $@
+	@echo "set-up 2/4: $(TORCH)"
+	@$(PIP) install "$(TORCH)"
+	@echo "set-up 3/4: $$(grep -c == constraints.txt) pinned packages"
+	@# a CUDA build of torch names the triton it needs, and has brought it
+	@if $(BIN)/python -c 'import importlib.metadata as m; exit(not any(r.startswith("triton") for r in m.requires("torch")))'; \
+	then grep -v '^triton==' constraints.txt; else cat constraints.txt; fi > .venv/requirements.txt
+	@$(PIP) install -r .venv/requirements.txt
+	@touch $@
+
+.venv/.built: .venv/.installed pyproject.toml $(SOURCES)
+	@echo "set-up 4/4: csrc/ and r1fast"
+	@$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
