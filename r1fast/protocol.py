@@ -1,0 +1,193 @@
+"""How a completion is read and written: reasoning, answer and summary, for each protocol.
+
+`think_answer`  <think> reasoning </think> <answer> answer </answer>      (R1-Zero)
+`cold_start`    |special_token| reasoning |special_token| summary         (cold start)
+`think`         <think> reasoning </think> summary                        (the released R1)
+
+White space around tags never matters: word-level tokenizers join with spaces.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+PROTOCOLS = ("think_answer", "cold_start", "think")
+SPECIAL_TOKEN = "|special_token|"
+THINK, END_THINK, ANSWER, END_ANSWER = "<think>", "</think>", "<answer>", "</answer>"
+TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a completion says where. A part is None where the text has no such place."""
+
+    reasoning: str | None
+    answer: str | None  # the region in which the final answer stands
+    summary: str | None  # what the user reads: everything but the reasoning
+    well_formed: bool
+    fault: str = ""  # why it is not well formed, in words
+
+
+def split_completion(
+    text: str,
+    protocol: str = "think_answer",
+    special_token: str = SPECIAL_TOKEN,
+    *,
+    prompt_opens_think: bool = False,
+) -> Parts:
+    """Read `text` by `protocol`. `prompt_opens_think`: the prompt already ended in the opening tag.
+
+    A text that breaks the protocol still gives what can be read without guessing, for instance
+    the reasoning of a completion that was cut off before its answer.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+    if protocol == "cold_start":
+        return _split_cold_start(text, special_token, prompt_opens_think)
+    if prompt_opens_think and not text.lstrip().startswith(THINK):
+        text = THINK + text
+    head, opened, rest = text.partition(THINK)
+    fault = "" if opened else f"no {THINK}"
+    if opened and head.strip():
+        fault = f"text before {THINK}"
+    if END_THINK not in text:
+        # an opened thought that never closes is all reasoning; without tags there is none
+        reasoning = rest.strip() if opened else None
+        tail = "" if opened else text
+        fault = fault or f"no {END_THINK}"
+    else:
+        before, _, tail = text.rpartition(END_THINK)
+        reasoning = before.partition(THINK)[2].strip() if THINK in before else before.strip()
+        if text.count(THINK) > 1 or text.count(END_THINK) > 1:
+            fault = fault or "a think tag stands twice"
+    if protocol == "think":
+        summary = tail.strip() or None
+        if summary is None:
+            fault = fault or f"nothing after {END_THINK}"
+        return Parts(reasoning, summary, summary, not fault, fault)
+    if reasoning is not None and (ANSWER in reasoning or END_ANSWER in reasoning):
+        fault = fault or "an answer tag inside the reasoning"
+    answer, answer_fault = read_answer_block(tail)
+    fault = fault or answer_fault
+    summary = answer if answer is not None else (tail.strip() or None)
+    return Parts(reasoning, answer, summary, not fault, fault)
+
+
+def read_answer_block(tail: str) -> tuple[str | None, str]:
+    """The content of the one <answer> block in `tail`, and what is wrong: (answer, fault).
+
+    The answer is None where there is no block, more than one, or text behind it.
+    """
+    if tail.count(ANSWER) > 1 or tail.count(END_ANSWER) > 1:
+        return None, SECOND_ANSWER
+    before, opened, rest = tail.partition(ANSWER)
+    answer, closed, after = rest.partition(END_ANSWER)
+    if not opened or not closed:
+        return None, f"no {END_ANSWER}" if opened else f"no {ANSWER}"
+    if after.strip():
+        return None, TEXT_AFTER_ANSWER
+    if THINK in answer or THINK in before:
+        return None, f"{THINK} after {END_THINK}"
+    if not answer.strip():
+        return None, "empty answer"
+    return answer.strip(), "text before <answer>" if before.strip() else ""
+
+
+SECOND_ANSWER = "a second answer block"
+TEXT_AFTER_ANSWER = "text after the answer"
+
+
+def _split_cold_start(text: str, token: str, prompt_opens_think: bool) -> Parts:
+    if not token.strip():
+        raise ValueError(f"special_token must not be empty, got {token!r}")
+    if prompt_opens_think and not text.lstrip().startswith(token):
+        text = token + text
+    pieces = [piece.strip() for piece in text.split(token)]
+    if len(pieces) == 1:
+        return Parts(None, None, pieces[0] or None, False, f"no {token}")
+    if len(pieces) == 2:
+        return Parts(pieces[1], None, None, False, f"no second {token}")
+    reasoning, summary = pieces[1], pieces[-1] or None
+    fault = ""
+    if pieces[0]:
+        fault = f"text before the first {token}"
+    elif len(pieces) > 3:
+        fault = f"{token} stands {len(pieces) - 1} times"
+        summary = None
+    elif summary is None:
+        fault = f"nothing after the second {token}"
+    elif any(tag in text for tag in TAGS):
+        fault = "a tag of another protocol"
+    return Parts(reasoning, summary, summary, not fault, fault)
+
+
+def join_completion(
+    reasoning: str,
+    answer: str,
+    protocol: str = "think_answer",
+    special_token: str = SPECIAL_TOKEN,
+) -> str:
+    """The inverse of `split_completion`; an empty `reasoning` is the empty CoT of a simple query."""
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+    reasoning, answer = reasoning.strip(), answer.strip()
+    if not answer:
+        raise ValueError("the answer (or summary) of a completion is empty")
+    for tag in (special_token,) * (protocol == "cold_start") + TAGS:
+        if tag in reasoning or tag in answer:
+            raise ValueError(f"{tag!r} inside the reasoning or the answer cannot be read back")
+    if protocol == "cold_start":
+        return " ".join(filter(None, (special_token, reasoning, special_token, answer)))
+    thought = " ".join(filter(None, (THINK, reasoning, END_THINK)))
+    if protocol == "think_answer":
+        return f"{thought} {ANSWER} {answer} {END_ANSWER}"
+    thought = f"{THINK}\n{reasoning}\n{END_THINK}" if reasoning else f"{THINK}\n\n{END_THINK}"
+    return f"{thought}\n\n{answer}"
+
+
+def opens_think(
+    prompt: str, protocol: str = "think_answer", special_token: str = SPECIAL_TOKEN
+) -> bool:
+    """Whether a rendered prompt ends in the opening tag, as the chat templates of R1 models do."""
+    return prompt.rstrip().endswith(special_token if protocol == "cold_start" else THINK)
+
+
+def boxes(text: str) -> list[str]:
+    r"""The contents of the outermost \boxed{...}, in order; "" for a box that never closes."""
+    found, at = [], 0
+    while match := _BOX.search(text, at):
+        start = match.end()
+        if start >= len(text):
+            found.append("")
+            break
+        if text[start] != "{":  # \boxed 7: one token, as TeX reads it
+            token = re.match(r"\\[A-Za-z]+|[^\s$]", text[start:])
+            if match.end() > match.start() and token and text[start - 1].isspace():
+                token = re.match(r"[^\s$.,;]+", text[start:]) or token
+            found.append(token[0] if token else "")
+            at = start + max(1, len(token[0]) if token else 1)
+            continue
+        end = _closing(text, start)
+        if end < 0:
+            found.append("")
+            break
+        found.append(text[start + 1 : end].strip())
+        at = end + 1
+    return found
+
+
+def _closing(text: str, start: int) -> int:
+    r"""Index of the brace that closes the one at `start`, or -1. \{ and \} do not count."""
+    depth, at = 0, start
+    while at < len(text):
+        c = text[at]
+        if c == "\\":
+            at += 2
+            continue
+        depth += (c == "{") - (c == "}")
+        if depth == 0:
+            return at
+        at += 1
+    return -1
