@@ -25,13 +25,13 @@ def resolve_model_path(name_or_path: str | os.PathLike) -> Path:
     Only a name such as `Qwen/Qwen3-0.6B` that is no local folder reaches the network, and not even
     that with HF_HUB_OFFLINE=1. Raises ValueError when there is no such folder or model.
     """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    name = os.fspath(name_or_path)
+    path = Path(name).expanduser()
+    if name and path.is_dir():
         return path
-    name = str(name_or_path)
-    if path.exists():
+    if path.is_file():
         raise ValueError(f"a model is a folder with config.json, but {name!r} is a file")
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
+    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ValueError(f"no such model folder: {name!r}")
     from huggingface_hub import snapshot_download
 
