@@ -1,0 +1,361 @@
+"""Every knob of a run. A TOML file sets them; `--section.key=value` on the command line overrides."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    path: str = ""  # HF folder or model id: config.json, *.safetensors, tokenizer
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    train: str = ""  # file; the task itself when empty and `task` is set
+    eval: str = ""
+    general: str = ""  # non-reasoning prompts (with answers: SFT; without: all-scenario RL)
+    sft: str = ""  # JSONL of prompt + completion for `r1fast sft`
+    format: Literal["auto", "jsonl", "gsm8k", "math", "mgsm"] = "auto"
+    task: Literal["", "running_sum"] = ""  # an embedded task that makes its own data
+    max_train_problems: int = 0  # 0 = all
+    max_eval_problems: int = 0
+    language: str = ""  # target language where a row names none; empty = en
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateConfig:
+    name: Literal["r1_zero", "cold_start", "chat", "raw"] = "r1_zero"  # how a prompt is put
+    protocol: Literal["think_answer", "cold_start", "think"] = "think_answer"  # how an answer is read
+    special_token: str = "|special_token|"  # of the cold-start pattern
+    system: str = ""  # system message of the chat template
+    prompt: str = "{prompt}"  # wording around the question in `raw` and `cold_start`
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutConfig:
+    num_generations: int = 16  # completions per prompt, G in the paper
+    max_prompt_tokens: int = 1024  # longer prompts are dropped, counted and reported
+    max_completion_tokens: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = off
+    max_batch_size: int = 256  # decode slots, B
+
+
+@dataclass(frozen=True, slots=True)
+class GRPOConfig:
+    num_steps: int = 200  # rollouts
+    prompts_per_step: int = 16  # problems in a rollout, over all ranks
+    num_mini_batches: int = 1  # optimizer steps a rollout is split into, at random
+    num_iterations: int = 1  # passes over one rollout, mu in the paper
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    clip_eps_low: float = 0.2
+    clip_eps_high: float = 0.2
+    kl_coef: float = 0.001  # beta in the paper; 0 skips the reference model
+    ref_refresh_steps: int = 400  # reference := policy every n optimizer steps; 0 = never
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    std: Literal["population", "sample"] = "population"  # divide by G (numpy) or G - 1 (TRL)
+    std_eps: float = 1e-4
+    token_budget: int = 16384  # tokens in one micro-batch
+
+
+@dataclass(frozen=True, slots=True)
+class RewardConfig:
+    """Weights; 0 switches a reward off. Preference rewards apply to `kind = general` prompts."""
+
+    accuracy: float = 1.0
+    format: float = 1.0
+    language: float = 0.0
+    overlong: float = 0.0
+    repetition: float = 0.0
+    helpfulness: float = 0.0  # reward model on the summary only
+    safety: float = 0.0  # reward model on the whole response
+    helpfulness_model: str = ""  # HF folder of a sequence-classification checkpoint
+    safety_model: str = ""
+    preference_last_steps: int = 0  # general prompts and preference rewards in the last n steps only
+    general_share: float = 0.25  # of the prompts of those steps
+    math_timeout: float = 5.0  # seconds a verdict may take
+    overlong_cache: int = 0  # L_c of DAPO's soft penalty; 0 = a fifth of max_completion_tokens
+    lexicon: dict = field(default_factory=dict)  # language -> its words, for artificial languages
+
+
+@dataclass(frozen=True, slots=True)
+class OptimConfig:
+    lr: float = 1e-6
+    min_lr_ratio: float = 1.0  # the cosine's floor as a share of lr; 1 = constant
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0  # 0 = no clipping
+
+
+@dataclass(frozen=True, slots=True)
+class SFTConfig:
+    epochs: float = 2.0
+    max_steps: int = 0  # 0 = by epochs
+    batch_size: int = 32  # sequences a step, over all ranks
+    max_seq_tokens: int = 32768  # longer examples are dropped, counted and reported
+    token_budget: int = 32768  # tokens in one micro-batch
+    loss: Literal["token", "sequence"] = "token"  # what the mean is over
+
+
+@dataclass(frozen=True, slots=True)
+class SampleConfig:
+    """Rejection sampling."""
+
+    num_problems: int = 0  # 0 = all of data.train
+    num_samples: int = 4  # a prompt
+    max_kept: int = 1  # a prompt; 0 = all that pass
+    temperature: float = 1.0
+    top_p: float = 1.0
+    min_language_share: float = 0.95  # of the target language in the CoT; 0 = off
+    max_paragraph_words: int = 400  # 0 = off
+    drop_code_blocks: bool = True
+    drop_duplicates: bool = True
+    require_format: bool = True
+    judge_url: str = ""  # OpenAI-compatible endpoint for answers that rules cannot read
+    judge_model: str = ""
+    judge_timeout: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class ColdStartConfig:
+    """How long CoT examples are collected."""
+
+    methods: list = field(default_factory=lambda: ["r1_zero"])  # few_shot | reflection | r1_zero
+    num_problems: int = 300
+    num_samples: int = 4
+    few_shot_file: str = ""  # JSONL of prompt + completion shown as examples
+    num_few_shot: int = 4
+    edited_file: str = ""  # a person's edit of the collected JSONL; the collected one when empty
+
+
+@dataclass(frozen=True, slots=True)
+class EvalConfig:
+    num_problems: int = 0  # 0 = all of data.eval
+    num_samples: int = 16  # k
+    temperature: float = 0.6
+    top_p: float = 0.95
+    every_steps: int = 0  # during GRPO: a short evaluation every n steps; 0 = off
+    every_num_problems: int = 64
+    every_num_samples: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    tensorboard: bool = False
+    wandb: bool = False  # offline unless WANDB_MODE says otherwise
+    wandb_project: str = "r1fast"
+    num_samples: int = 4  # completions stored in full, a step
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointConfig:
+    every_steps: int = 50  # optimizer state and weights; 0 = only at the end of a stage
+    keep_last: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineConfig:
+    stages: list = field(
+        default_factory=lambda: [
+            "r1_zero",
+            "cold_start",
+            "rl_1",
+            "rejection",
+            "sft",
+            "rl_2",
+            "distill",
+            "small_rl",
+        ]
+    )
+    base: str = ""  # HF folder or id; the task trains its own when empty
+    small_base: str = ""  # the model that is distilled into; no distillation when empty and no task
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    seed: int = 0
+    output_dir: str = "runs/r1fast"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    stages: dict = field(default_factory=dict)  # [stages.r1_zero.optim] lr = ... for one stage only
+
+    def __post_init__(self):
+        _check(self)
+
+
+def _check(c: Config) -> None:
+    """Ranges and combinations. Every message names the key, the value and what would do."""
+
+    def need(ok: bool, key: str, value: Any, rule: str) -> None:
+        if not ok:
+            raise ValueError(f"{key} must be {rule}, got {value!r}")
+
+    r, g, o, s, e = c.rollout, c.grpo, c.optim, c.sft, c.eval
+    need(r.num_generations >= 1, "rollout.num_generations", r.num_generations, "at least 1")
+    for name in ("max_prompt_tokens", "max_completion_tokens", "max_batch_size"):
+        need(getattr(r, name) >= 1, f"rollout.{name}", getattr(r, name), "at least 1")
+    for key, value in (
+        ("rollout.temperature", r.temperature),
+        ("sample.temperature", c.sample.temperature),
+    ):
+        need(value > 0, key, value, "above 0 (greedy decoding has no log-probability to train on)")
+    need(e.temperature >= 0, "eval.temperature", e.temperature, "at least 0 (0 is greedy)")
+    for key, value in (
+        ("rollout.top_p", r.top_p),
+        ("eval.top_p", e.top_p),
+        ("sample.top_p", c.sample.top_p),
+    ):
+        need(0 < value <= 1, key, value, "in (0, 1]")
+    need(r.top_k >= 0, "rollout.top_k", r.top_k, "at least 0 (0 is off)")
+    for name in ("prompts_per_step", "num_mini_batches", "num_iterations", "token_budget"):
+        need(getattr(g, name) >= 1, f"grpo.{name}", getattr(g, name), "at least 1")
+    for name in ("num_steps", "clip_eps_low", "clip_eps_high", "kl_coef", "ref_refresh_steps"):
+        need(getattr(g, name) >= 0, f"grpo.{name}", getattr(g, name), "at least 0")
+    need(
+        g.num_mini_batches <= g.prompts_per_step * r.num_generations,
+        "grpo.num_mini_batches",
+        g.num_mini_batches,
+        f"at most prompts_per_step x num_generations = {g.prompts_per_step * r.num_generations}",
+    )
+    need(o.lr > 0, "optim.lr", o.lr, "above 0")
+    need(0 <= o.min_lr_ratio <= 1, "optim.min_lr_ratio", o.min_lr_ratio, "in [0, 1]")
+    need(o.max_grad_norm >= 0, "optim.max_grad_norm", o.max_grad_norm, "at least 0 (0 is off)")
+    for name in ("beta1", "beta2"):
+        need(0 <= getattr(o, name) < 1, f"optim.{name}", getattr(o, name), "in [0, 1)")
+    need(s.epochs > 0 or s.max_steps > 0, "sft.epochs", s.epochs, "above 0 where max_steps is 0")
+    for name in ("batch_size", "max_seq_tokens", "token_budget"):
+        need(getattr(s, name) >= 1, f"sft.{name}", getattr(s, name), "at least 1")
+    need(e.num_samples >= 1, "eval.num_samples", e.num_samples, "at least 1")
+    need(c.sample.num_samples >= 1, "sample.num_samples", c.sample.num_samples, "at least 1")
+    w = c.rewards
+    for name in ("accuracy", "format", "language", "overlong", "repetition"):
+        need(getattr(w, name) >= 0, f"rewards.{name}", getattr(w, name), "a weight of at least 0")
+    need(0 <= w.general_share < 1, "rewards.general_share", w.general_share, "in [0, 1)")
+    need(w.math_timeout > 0, "rewards.math_timeout", w.math_timeout, "above 0 seconds")
+    known = {"few_shot", "reflection", "r1_zero"}
+    unknown = sorted(set(c.cold_start.methods) - known)
+    need(not unknown, "cold_start.methods", unknown, f"among {', '.join(sorted(known))}")
+    if bad := sorted(set(c.stages) - set(STAGES)):
+        raise ValueError(f"unknown stage {bad[0]!r} in [stages.*]; known: {', '.join(STAGES)}")
+    if bad := [s for s in c.pipeline.stages if s not in STAGES]:
+        raise ValueError(f"unknown stage {bad[0]!r} in pipeline.stages; known: {', '.join(STAGES)}")
+
+
+STAGES = (
+    "base", "small_base", "r1_zero", "cold_start", "rl_1", "rejection", "sft", "reward_models",
+    "rl_2", "distill", "small_rl",
+)  # fmt: skip
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read `path`, then apply overrides such as `--grpo.kl_coef=0`.
+
+    Raises ValueError for a missing file, bad TOML, an unknown key (with the known ones), a wrong
+    type or a value out of range.
+    """
+    values: dict = {}
+    if path is not None:
+        path = Path(path)
+        if not path.is_file():
+            shipped = ", ".join(sorted(str(p) for p in Path("configs").glob("*.toml")))
+            raise ValueError(
+                f"config file {str(path)!r} does not exist" + (f"; here are {shipped}" * bool(shipped))
+            )
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid TOML: {error}") from None
+    for override in overrides:
+        key, sep, text = override.removeprefix("--").partition("=")
+        if not sep or not override.startswith("--"):
+            raise ValueError(f"expected --section.key=value, got {override!r}")
+        *sections, name = key.split(".")
+        table = values
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise ValueError(f"{key!r}: {section!r} is a value, not a section")
+        table[name] = _parse(text)
+    config = _build(Config(), values)
+    for name in config.stages:
+        stage_config(config, name)  # a wrong key in a stage is an error now, not in an hour
+    return config
+
+
+def stage_config(config: Config, stage: str) -> Config:
+    """`config` with the `[stages.<stage>]` tables laid over it."""
+    return _build(config, config.stages.get(stage, {}), f"stages.{stage}.")
+
+
+def to_dict(config: Config) -> dict:
+    return asdict(config)
+
+
+def _parse(text: str) -> Any:
+    """A TOML value, or a bare string: 3, 1e-6, true, [1, 2], adamw."""
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _build(default: Any, values: dict, prefix: str = "") -> Any:
+    """`default` with `values` put in; unknown keys and wrong types are errors."""
+    hints = get_type_hints(type(default))
+    names = [f.name for f in fields(default)]
+    changes = {}
+    for name, value in values.items():
+        key = prefix + name
+        if name not in names:
+            close = get_close_matches(name, names, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(f"unknown config key {key!r}{hint}; known here: {', '.join(names)}")
+        old = getattr(default, name)
+        if is_dataclass(old):
+            if not isinstance(value, dict):
+                raise ValueError(f"{key} is a section, got the value {value!r}")
+            changes[name] = _build(old, value, key + ".")
+            continue
+        hint = hints[name]
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        value = float(value) if isinstance(old, float) and type(value) is int else value
+        if type(value) is not type(old):
+            raise ValueError(f"{key} must be {_kind(old, choices)}, got {value!r}")
+        if isinstance(value, float) and value != value:
+            raise ValueError(f"{key} must be a number, got nan")
+        if choices and value not in choices:
+            shown = ", ".join(repr(c) for c in choices)
+            raise ValueError(f"{key} must be one of {shown}, got {value!r}")
+        changes[name] = value
+    return replace(default, **changes)
+
+
+def _kind(old: Any, choices: tuple) -> str:
+    if choices:
+        return "one of " + ", ".join(repr(c) for c in choices)
+    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    return kinds.get(type(old), "a " + {list: "list", dict: "table"}.get(type(old), "value"))

@@ -1,0 +1,83 @@
+"""The process group of a torchrun launch. One process is world size 1 and needs no group."""
+
+import datetime
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def start() -> tuple[int, int]:
+    """(rank, world_size); joins the process group when torchrun set the environment."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    return rank(), world_size
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce(x: Tensor, op: str = "sum") -> Tensor:
+    """In place over all ranks; `op` is sum, max or min."""
+    if dist.is_initialized():
+        dist.all_reduce(x, getattr(dist.ReduceOp, op.upper()))
+    return x
+
+
+def sum_dict(values: dict[str, float]) -> dict[str, float]:
+    """Every value summed over ranks. Keys may differ between ranks."""
+    if not dist.is_initialized():
+        return values
+    total: dict[str, float] = {}
+    for part in gather_objects(values):
+        for key, value in part.items():
+            total[key] = total.get(key, 0.0) + value
+    return total
+
+
+def gather_objects(value) -> list:
+    """`value` of every rank, in rank order, on every rank. For small plain data of our own making."""
+    if not dist.is_initialized():
+        return [value]
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, value)
+    return parts
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Sum every gradient over ranks in one flat all-reduce. A missing gradient counts as zero."""
+    if not dist.is_initialized():
+        return
+    parameters = [p for p in parameters if p.requires_grad]
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    flat = torch.cat([p.grad.reshape(-1) for p in parameters])
+    dist.all_reduce(flat)
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad.copy_(part.view_as(p))

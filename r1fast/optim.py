@@ -1,0 +1,96 @@
+"""AdamW with float32 master weights, gradient clipping and a warm-up + cosine schedule to a floor."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from r1fast.config import OptimConfig
+
+
+def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
+    """Of optimizer step `step` (0-based) of `num_steps`: linear warm-up, then cosine to the floor."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    span = max(1, num_steps - 1 - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / span)
+    floor = config.lr * config.min_lr_ratio
+    return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Optimizer:
+    """AdamW over named parameters. Parameters below float32 get a float32 master copy."""
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig):
+        self.config = config
+        self.named = [(name, p) for name, p in named_parameters if p.requires_grad]
+        self.masters = [
+            p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
+            for _, p in self.named
+        ]
+        matrices = [p for p in self.masters if p.dim() >= 2]
+        vectors = [p for p in self.masters if p.dim() < 2]  # norms and biases do not decay
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
+        )
+
+    def step(self, lr: float) -> tuple[float, bool]:
+        """Clip, update, clear. Returns (gradient norm before clipping, whether it was applied).
+
+        A non-finite gradient is not applied: the weights stay as they were.
+        """
+        grads = [p.grad for _, p in self.named if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+        applied = math.isfinite(norm)
+        if applied:
+            limit = self.config.max_grad_norm
+            if limit and norm > limit:
+                torch._foreach_mul_(grads, limit / (norm + 1e-6))
+            for group in self.adamw.param_groups:
+                group["lr"] = lr
+            self._update()
+        self.zero_grad()
+        return norm, applied
+
+    def _update(self) -> None:
+        pairs = [(p, m) for (_, p), m in zip(self.named, self.masters, strict=True) if p is not m]
+        for p, master in pairs:
+            master.grad = None if p.grad is None else p.grad.float()
+        self.adamw.step()
+        with torch.no_grad():
+            for p, master in pairs:
+                p.copy_(master)
+                master.grad = None
+
+    def zero_grad(self) -> None:
+        for _, p in self.named:
+            p.grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, as named tensors."""
+        tensors = {}
+        for (name, p), master in zip(self.named, self.masters, strict=True):
+            for key, value in self.adamw.state.get(master, {}).items():
+                tensors[f"{key}.{name}"] = value
+            if p is not master:
+                tensors[f"master.{name}"] = master.detach()
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        for (name, p), master in zip(self.named, self.masters, strict=True):
+            if p is not master:
+                master.data.copy_(tensors[f"master.{name}"])
+            if f"step.{name}" in tensors:
+                self.adamw.state[master] = {
+                    "step": tensors[f"step.{name}"].clone(),
+                    "exp_avg": tensors[f"exp_avg.{name}"].to(master).clone(),
+                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(master).clone(),
+                }

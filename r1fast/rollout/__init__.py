@@ -1,0 +1,1 @@
+"""The embedded rollout engine: it samples from the trainer's own weights."""

@@ -1,0 +1,90 @@
+"""The nouns of a run: what flows from a JSONL line to a training step. No logic, no torch at import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Verdict = Literal["correct", "wrong", "no_answer", "unparseable", "timeout", "error"]
+VERDICTS: tuple[str, ...] = get_args(Verdict)
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One task. `answer` is None where nothing can be verified (general prompts)."""
+
+    prompt: str  # the user's words, before any template
+    answer: str | None = None  # the gold answer
+    id: str = ""  # unique in its file; "file.jsonl:12" where the row names none
+    kind: str = "math"  # routes the rewards: math | general
+    language: str = "en"  # the language the reasoning should be in
+    subset: str = ""  # for per-subset tables
+    meta: Mapping = field(default_factory=dict)  # every other column of the row
+
+
+@dataclass(slots=True)
+class Completion:
+    """One sampled answer. `logprobs` are the policy's at the sampling temperature."""
+
+    token_ids: list[int]
+    logprobs: list[float]  # len(token_ids)
+    finish_reason: FinishReason
+    text: str = ""
+    entropies: list[float] = field(default_factory=list)  # len(token_ids) when asked for
+
+
+@dataclass(slots=True)
+class Reward:
+    """What a completion earned. A part is None where it does not apply to the problem."""
+
+    total: float
+    parts: dict[str, float | None]  # unweighted
+    verdict: Verdict | None  # of the accuracy reward; None where nothing can be verified
+    answer: str | None = None  # what was extracted
+
+
+@dataclass(slots=True)
+class RolloutGroup:
+    """A problem and its G completions."""
+
+    problem: Problem
+    prompt_ids: list[int]
+    completions: list[Completion]
+    rewards: list[Reward] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One training sequence before packing: a prompt and the tokens to learn."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    old_logprobs: list[float] | None = None  # len(completion_ids)
+    ref_logprobs: list[float] | None = None  # len(completion_ids)
+    advantage: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+@dataclass(slots=True)
+class PackedBatch:
+    """One micro-batch without padding. T tokens of S sequences; targets are already shifted."""
+
+    input_ids: Tensor  # (T,) int64
+    position_ids: Tensor  # (T,) int64
+    cu_seqlens: Tensor  # (S + 1,) int32
+    max_seqlen: int
+    target_ids: Tensor  # (T,) int64: the token that follows, 0 where completion_mask is False
+    completion_mask: Tensor  # (T,) bool: the target is a completion token
+    token_weights: Tensor  # (T,) float32: one over the global denominator of the loss
+    advantages: Tensor  # (T,) float32
+    old_logprobs: Tensor  # (T,) float32
+    ref_logprobs: Tensor  # (T,) float32
+    sequence_index: list[int]  # (S,) where each sequence stood before packing
