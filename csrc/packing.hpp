@@ -293,6 +293,7 @@ inline std::vector<Bins> pack_balanced(const std::vector<int64_t>& lengths, int6
   if (num_ranks <= 0) {
     throw std::invalid_argument("num_ranks must be positive, got " + std::to_string(num_ranks));
   }
+  const FlatBins packed = pack(lengths, token_budget);
   if (costs.size() != lengths.size()) {
     throw std::invalid_argument("got " + std::to_string(costs.size()) + " costs for " +
                                 std::to_string(lengths.size()) + " lengths; give one cost per sequence");
@@ -303,7 +304,6 @@ inline std::vector<Bins> pack_balanced(const std::vector<int64_t>& lengths, int6
                                   std::to_string(costs[i]) + "; costs must be finite and not negative");
     }
   }
-  const FlatBins packed = pack(lengths, token_budget);
   const size_t ranks = static_cast<size_t>(num_ranks);
   const size_t num_steps = (packed.offsets.size() - 1 + ranks - 1) / ranks;
 
