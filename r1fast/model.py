@@ -30,6 +30,7 @@ from r1fast.hf_folder import (
     write_json,
     write_tensors,
 )
+from r1fast.kernels.rms_norm import rms_norm
 
 __all__ = [
     "Decoder", "ModelSpec", "load_model", "load_tokenizer", "resolve_model_path", "save_model",
@@ -270,7 +271,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class DecoderLayer(nn.Module):
