@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from .types import VERDICTS, RolloutGroup
+from r1fast.types import VERDICTS, RolloutGroup
 
 # name -> (unit, meaning); <...> stands for any word
 METRIC_HELP: dict[str, tuple[str, str]] = {
@@ -119,7 +119,7 @@ def table(
     for row in cells:
         assert len(row) == len(columns), (columns, row)
     console = _console()
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for i, name in enumerate(columns):
         column = [row[i] for row in cells]
         numeric = any(column) and all(_is_number(cell) for cell in column)
@@ -139,7 +139,9 @@ def table(
         _write(sys.stdout, note)
 
 
-_NUMBER = re.compile(r"[-+]?[\d.,]*\d[\d.,]*(e[-+]?\d+)?( ?± ?[\d.]+)?[a-z%]{0,2}|-?")
+_NUMBER = re.compile(
+    r"[-+]?[\d.,]*\d[\d.,]*(e[-+]?\d+)?( ?± ?[\d.]+)?[a-z%]{0,2}|\d+[hm]\d+[ms]|-?"
+)
 
 
 def _is_number(text: str) -> bool:
