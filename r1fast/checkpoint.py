@@ -1,0 +1,298 @@
+"""Training checkpoints that survive a crash at any moment: safetensors and JSON, hashed, no pickle.
+
+    folder/step-000123/{model,optimizer,...}.safetensors  state.json  manifest.json
+    folder/latest                                         the name of the newest one, for people
+
+A checkpoint is written to a temporary folder of the same filesystem, flushed to disk, and only then
+renamed into place: a `step-*` folder is whole, or was damaged later. The manifest's hashes show the
+second: safetensors itself notices a truncated file, but no flipped bit and no zero-filled tail.
+One process writes a folder at a time.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from r1fast.metrics import warn
+
+VERSION = 1  # of the layout above
+MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
+TEMP_PREFIX = ".saving-"
+CHUNK = 1 << 22  # bytes read at a time for a hash
+_NAME = re.compile(r"step-(\d+)(\.old)?")  # .old: was there when the same step was saved again
+_DTYPES = {  # safetensors' names
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A verified checkpoint on disk; tensors are read when asked for."""
+
+    path: Path
+    step: int
+    state: dict
+
+    def names(self) -> list[str]:
+        """The keys that `save_checkpoint` was given in `tensors`."""
+        return sorted(p.stem for p in self.path.glob("*.safetensors"))
+
+    def tensors(self, name: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """The tensors saved under `name`, in their own dtypes."""
+        from safetensors.torch import load_file
+
+        if name not in self.names():
+            raise ValueError(
+                f"checkpoint {self.path} holds no {name!r}; it holds {', '.join(self.names())}"
+            )
+        return load_file(self.path / f"{name}.safetensors", device=str(device))
+
+
+def save_checkpoint(
+    folder: str | Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping,
+    *,
+    keep_last: int = 1,
+) -> Path:
+    """Write `folder/step-<step>` and drop all but the `keep_last` newest; returns its path.
+
+    Each key of `tensors` becomes a file; tied tensors and views are written as they look. `state`
+    is plain JSON data. Raises ValueError for non-finite weights in tensors["model"], and OSError
+    (a full disk): older checkpoints are then untouched and nothing half-written stays behind.
+    """
+    if keep_last < 1:
+        raise ValueError(f"keep_last must be at least 1, got {keep_last}")
+    if step < 0:
+        raise ValueError(f"step must be at least 0, got {step}")
+    for name in tensors:
+        if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+            raise ValueError(f"a name of tensors must be letters, digits and _, got {name!r}")
+    _refuse_nonfinite(tensors.get("model", {}), step)
+    state_bytes = (json.dumps(state, indent=1) + "\n").encode()
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(f"{TEMP_PREFIX}*"):  # of a run that was killed inside a save
+        _remove(stale)
+    final = folder / f"step-{step:06d}"
+    temp = folder / f"{TEMP_PREFIX}{final.name}"
+    try:
+        temp.mkdir()
+        files = {}
+        for name, named in tensors.items():
+            file = f"{name}.safetensors"
+            files[file] = _write(temp / file, _safetensors_bytes(named))
+        files[STATE] = _write(temp / STATE, [state_bytes])
+        manifest = {"version": VERSION, "step": step, "files": files}
+        _write(temp / MANIFEST, [(json.dumps(manifest, indent=1) + "\n").encode()])
+        _sync_folder(temp)
+        _make_way(final)
+        os.rename(temp, final)
+        _sync_folder(folder)
+        pointer = folder / f"{TEMP_PREFIX}{LATEST}"
+        _write(pointer, [f"{final.name}\n".encode()])
+        os.replace(pointer, folder / LATEST)
+        _sync_folder(folder)
+    except BaseException:
+        for own in folder.glob(f"{TEMP_PREFIX}*"):
+            _remove(own)
+        raise
+    _rotate(folder, final, step, keep_last)
+    return final
+
+
+def load_checkpoint(folder: str | Path) -> Checkpoint | None:
+    """The newest checkpoint in `folder` whose sizes and hashes are right; None if it has none.
+
+    A damaged one is warned about and the one before it taken. Where all are damaged, ValueError:
+    a run must not start again from nothing unasked.
+    """
+    folder = Path(folder)
+    found = _checkpoints(folder)
+    damage = []
+    for step, path in found:
+        if problem := _problem(path, step):
+            damage.append(f"{path.name}: {problem}")
+            warn(f"CHECKPOINT {path} IS DAMAGED and is not used: {problem}")
+            continue
+        if damage:
+            warn(f"going on from the older checkpoint {path}, step {step}")
+        return Checkpoint(path, step, json.loads((path / STATE).read_bytes()))
+    if damage:
+        raise ValueError(
+            f"no checkpoint in {str(folder)!r} is whole ({'; '.join(damage)}); "
+            "remove the folder to start from the beginning"
+        )
+    return None
+
+
+def same_config(saved: Mapping, current: Mapping) -> list[str]:
+    """What differs, as "grpo.kl_coef: 0.001 -> 0.0"; empty when nothing does."""
+    old, new = (dict(_leaves(json.loads(json.dumps(c)))) for c in (saved, current))
+    absent = object()
+    lines = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        a, b = old.get(key, absent), new.get(key, absent)
+        if a != b:
+            shown = ("(not set)" if value is absent else repr(value) for value in (a, b))
+            lines.append(f"{key}: " + " -> ".join(shown))
+    return lines
+
+
+def _leaves(config: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _refuse_nonfinite(model: Mapping[str, Tensor], step: int) -> None:
+    bad = [n for n, x in model.items() if x.is_floating_point() and not bool(x.isfinite().all())]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise ValueError(
+            f"the weights of step {step} are not finite ({', '.join(bad[:3])}{more}); "
+            "no checkpoint written, the one before is kept"
+        )
+
+
+def _safetensors_bytes(named: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, one tensor at a time: no second copy of the model, the hash
+    is of what was meant and not of what was read back, and a full disk is an OSError."""
+    # wide dtypes first, as the format's own writer does: every tensor starts aligned
+    order = sorted(named, key=lambda name: (-named[name].element_size(), name))
+    header: dict = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        x = named[name]
+        if x.dtype not in _DTYPES:
+            raise ValueError(f"tensor {name!r} has dtype {x.dtype}, which checkpoints cannot hold")
+        start, end = end, end + x.numel() * x.element_size()
+        header[name] = {
+            "dtype": _DTYPES[x.dtype], "shape": list(x.shape), "data_offsets": [start, end],
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for name in order:
+        if named[name].numel():
+            x = named[name].detach().cpu().contiguous()
+            yield memoryview(x.reshape(-1).view(torch.uint8).numpy())
+
+
+def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> dict:
+    """Write and flush to disk; returns the file's line in the manifest."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush the names in a folder, so that a rename survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network filesystems
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _make_way(final: Path) -> None:
+    """Move a checkpoint of the same step aside, to a name that `load_checkpoint` also reads."""
+    if not final.exists():
+        return
+    if _problem(final, int(_NAME.fullmatch(final.name)[1])):
+        shutil.rmtree(final)
+        return
+    old = final.with_name(final.name + ".old")
+    if old.exists():
+        shutil.rmtree(old)
+    os.rename(final, old)
+
+
+def _rotate(folder: Path, newest: Path, step: int, keep_last: int) -> None:
+    """Remove what is older than the `keep_last` newest. Never fails: the new one is on disk."""
+    kept = 1
+    for other, path in _checkpoints(folder):
+        if path == newest:
+            continue
+        if other > step:
+            warn(f"{path} is ahead of this run, which has just saved step {step}; removed")
+        elif other < step and kept < keep_last:
+            kept += 1
+            continue
+        _remove(path)
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path), newest first; `step-3` comes before `step-3.old`."""
+    if not folder.is_dir():
+        return []
+    matches = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    found = [(int(m[1]), m[2] is None, path) for m, path in matches if m and path.is_dir()]
+    return [(step, path) for step, _, path in sorted(found, reverse=True)]
+
+
+def _problem(path: Path, step: int) -> str:
+    """What is wrong with a checkpoint; empty when it is whole."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        version, files = manifest["version"], manifest["files"]
+        if version != VERSION:
+            return f"its layout is version {version!r}, this program reads {VERSION}"
+        if manifest["step"] != step:
+            return f"{MANIFEST} says step {manifest['step']!r}"
+        present = {p.name for p in path.iterdir()} - {MANIFEST}
+        if STATE not in files or present != set(files):
+            odd = sorted(present ^ {STATE, *files})
+            return f"its files are not those of {MANIFEST}: {', '.join(odd)}"
+        for name, entry in files.items():
+            size = (path / name).stat().st_size
+            if size != entry["size"]:
+                return f"{name} has {size} bytes, not {entry['size']}"
+        for name, entry in files.items():
+            if _sha256(path / name) != entry["sha256"]:
+                return f"the content of {name} has changed (sha256)"
+    except OSError as error:
+        return f"cannot be read: {error}"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read: {error!r}"
+    return ""
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
