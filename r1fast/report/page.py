@@ -86,6 +86,7 @@ mark.target{color:var(--target)}mark.other{color:var(--other);font-style:italic}
 details{margin:12px 0;border:1px solid var(--line);border-radius:8px;background:var(--card)}
 summary{cursor:pointer;padding:9px 14px;font-weight:550;font-size:14px}
 details .scroll{border:0;border-top:1px solid var(--line);border-radius:0;margin:0}
+details tbody th{white-space:nowrap}
 details pre{border-top:1px solid var(--line);max-height:36em}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:5px 22px;margin:14px 0;font-size:14px}
 dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere}

@@ -56,10 +56,10 @@ def _heading(run: Run, title: str) -> str:
     parts = [f'<p class="eyebrow">r1fast · {kind}{escape(" · " + started if started else "")}</p>']
     parts.append(f'<h1>{escape(title)}</h1>\n<p class="lead">{escape(_summary(run))}</p>')
     waiting = [s for s in run.stages if s.status not in ("", "done")]
-    if run.is_pipeline and waiting:
-        done = len(run.stages) - len(waiting)
+    if waiting:
         state = ", ".join(f"{s.title}: {s.status}" for s in waiting)
-        alert = f"This run is not finished: {done} of {len(run.stages)} stages are done ({state})."
+        count = f": {len(run.stages) - len(waiting)} of {len(run.stages)} stages are done"
+        alert = f"This run is not finished{count if run.is_pipeline else ''} ({state})."
         parts.append(f'<p class="alert" role="status">{escape(alert)}</p>')
     return "<header>\n" + "\n".join(parts) + "\n</header>"
 
@@ -415,7 +415,7 @@ def _time(run: Run) -> list[str]:
             if s / longest > 0.002
         )
         bar = (
-            f'<td style="width:70%"><div class="stack" role="img" '
+            f'<td style="width:70%;vertical-align:middle"><div class="stack" role="img" '
             f'aria-label="{escape(told, quote=True)}">{bars}</div></td>'
         )
         rows.append([escape(stage.title), bar, cell(duration(total))])
