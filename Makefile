@@ -38,17 +38,18 @@ clean:     ## remove .venv and everything built
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each stamp is written last, and removed first when its step is redone: an interrupted set-up starts over.
+# Without --no-compile pip would compile 10,000 files, most of which are never imported.
 .venv/.installed: constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("r1fast needs Python 3.11 or newer, " + sys.executable + " is %d.%d; try: make PYTHON=python3.12" % v[:2])'
 	@[ -e $@ ] || { echo "set-up 1/4: .venv"; $(PYTHON) -m venv --clear .venv; }
 	@rm -f $@
 	@echo "set-up 2/4: $(TORCH)"
-	@$(PIP) install "$(TORCH)"
+	@$(PIP) install --no-compile "$(TORCH)"
 	@echo "set-up 3/4: $$(grep -c == constraints.txt) pinned packages"
 	@# a CUDA build of torch names the triton it needs, and has brought it
 	@if $(BIN)/python -c 'import importlib.metadata as m; exit(not any(r.startswith("triton") for r in m.requires("torch")))'; \
 	then grep -v '^triton==' constraints.txt; else cat constraints.txt; fi > .venv/requirements.txt
-	@$(PIP) install -r .venv/requirements.txt
+	@$(PIP) install --no-compile -r .venv/requirements.txt
 	@touch $@
 
 .venv/.built: .venv/.installed pyproject.toml $(SOURCES)

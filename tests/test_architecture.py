@@ -16,7 +16,7 @@ LAYERS = {  # bottom first; a module may import from layers below its own
     "model": "model",
     "stages": "rollout rewards batch grpo optim checkpoint data templates running_sum",
     "loop": "trainer sft evaluate rejection cold_start reward_model",
-    "entry": "__init__ __main__ pipeline report report_charts report_page generate integrations claims",
+    "entry": "__init__ __main__ pipeline report generate integrations claims",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
 RANK = {layer: rank for rank, layer in enumerate(LAYERS)}
