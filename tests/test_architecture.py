@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {  # bottom first; a module may import from layers below its own
     "leaves": "types config metrics distributed protocol hf_folder",
     "compute": "kernels _C",
-    "model": "model",
+    "model": "model policy",
     "stages": "rollout rewards batch grpo optim checkpoint data templates running_sum",
     "loop": "trainer sft evaluate rejection cold_start reward_model",
     "entry": "__init__ __main__ pipeline report generate integrations claims",
