@@ -1,0 +1,28 @@
+"""Rewards: verifiable, rule-based and preference rewards. Names load when they are first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "RewardScorer": "score",
+    "check_problems": "score",
+    "MathReward": "math",
+    "extract_answer": "math",
+    "parse_gold": "math",
+    "format_reward": "format",
+    "language_consistency": "language",
+    "check_language": "language",
+    "overlong_penalty": "length",
+    "repetition_penalty": "length",
+    "PreferenceRewards": "preference",
+    "Judge": "judge",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
