@@ -225,8 +225,8 @@ def test_a_million_sequences_pack_in_under_two_seconds_and_99_percent_full():
     assert tokens.max() <= 16384
 
 
-def test_the_gil_is_released_while_packing():
-    lengths = np.random.default_rng(0).integers(1, 2**40, 2_000_000)  # four radix passes
+def longest_pause_while_packing(lengths):
+    """How long this thread stood still, as a share of the time that another one packed."""
     packed = {}
 
     def work():
@@ -240,5 +240,10 @@ def test_the_gil_is_released_while_packing():
     while thread.is_alive():
         now = time.perf_counter()
         longest_pause, last = max(longest_pause, now - last), now
-    # with the GIL held, this loop would stand still for as long as the packing takes
-    assert longest_pause < packed["seconds"] / 2
+    return longest_pause / packed["seconds"]
+
+
+def test_the_gil_is_released_while_packing():
+    lengths = np.random.default_rng(0).integers(1, 2**40, 2_000_000)  # four radix passes
+    # with the GIL held it is about 1 every time; a busy machine may stall one of three
+    assert min(longest_pause_while_packing(lengths) for _ in range(3)) < 0.5
