@@ -60,7 +60,13 @@ _NOT_LANGUAGE = re.compile(
     re.DOTALL,
 )
 # one letter between numbers or operators is a variable, not a word
-_VARIABLE = re.compile(r"(?<![\w'’])[A-Za-zα-ωΑ-Ω](?=\s*[=<>+*/^≤≥-]\s*\S)|(?<=[=<>+*/^≤≥])\s*[A-Za-z]\b")
+_VARIABLE = re.compile(
+    r"(?<![\w'’])[A-Za-zα-ωΑ-Ω](?=\s*[=<>+*/^≤≥-]\s*\S)|(?<=[=<>+*/^≤≥])\s*[A-Za-z]\b"
+)
+
+
+def knows_language(language: str, lexicon: Mapping[str, Iterable[str]] | None = None) -> bool:
+    return language in (lexicon or SCRIPTS)
 
 
 def check_language(language: str, lexicon: Mapping[str, Iterable[str]] | None = None) -> None:

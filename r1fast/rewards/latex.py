@@ -40,7 +40,7 @@ _ALIASES = {
     "degree": "circ", "infin": "infty", "varnothing": "emptyset", "colon": ":", "div": "/",
     "textdegree": "circ", "mathpi": "pi",
 }  # fmt: skip
-_TEXT = frozenset("text mbox textbf textrm textit textnormal textsf texttt mathrm mathbf mathit mathsf operatorname".split())  # fmt: skip  # noqa: E501
+_TEXT = frozenset("text mbox textbf textrm textit textnormal textsf texttt mathrm mathbf mathit mathsf operatorname".split())  # fmt: skip
 _BLANK = frozenset(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits "
     "quad qquad hspace vspace phantom hfill nolimits rm bf it dollar".split()
@@ -207,7 +207,7 @@ def is_symbolic(text: str) -> bool:
     Prose, code, towers of powers, long numbers and unfinished operators are refused before
     anything is built from them.
     """
-    if len(text) > MAX_SYMBOLIC_LENGTH or "__" in text or any(c in text for c in "\"`;@#"):
+    if len(text) > MAX_SYMBOLIC_LENGTH or "__" in text or any(c in text for c in '"`;@#'):
         return False
     try:
         tokens = tokenize(clean(text))

@@ -16,7 +16,8 @@ def overlong_penalty(num_tokens: int, max_tokens: int, cache: int = 0) -> float:
         raise ValueError(f"the cache must be in [0, {max_tokens}] tokens, got {cache}")
     cache = cache or max(1, max_tokens // 5)
     free = max_tokens - cache
-    return float(-min(1.0, max(0, num_tokens - free) / cache))
+    over = min(1.0, max(0, num_tokens - free) / cache)
+    return -over if over else 0.0
 
 
 def repetition_penalty(tokens: Sequence, ngram: int = 20) -> float:

@@ -24,6 +24,7 @@ from r1fast.protocol import (
 )
 from r1fast.rewards import answers, latex
 from r1fast.rewards.algebra import TooBig, Undefined
+from r1fast.rewards.equivalence import same, same_bounded
 from r1fast.rewards.symbolic import SymbolicPool
 from r1fast.types import Verdict
 
@@ -114,7 +115,7 @@ def _differ(a: str, b: str) -> bool:
     if a == b:
         return False
     try:
-        return answers.same(answers.read_answer(a), answers.read_answer(b)) is not True
+        return same(answers.read_answer(a), answers.read_answer(b)) is not True
     except ValueError:
         return True
 
@@ -126,7 +127,7 @@ def parse_gold(gold: str) -> str:
     decides. Empty, unbalanced and oversized golds are not.
     """
     if not isinstance(gold, str):
-        raise ValueError(f"a gold answer must be a string, got {gold!r:.80}")  # noqa: TRY004
+        raise ValueError(f"a gold answer must be a string, got {gold!r:.80}")
     if len(gold) > latex.MAX_LENGTH:
         raise ValueError(f"gold answer of {len(gold)} characters; at most {latex.MAX_LENGTH}")
     if gold.strip().casefold() in ("nan", "null", "none", "inf", "-inf"):
@@ -255,7 +256,7 @@ class MathReward:
         typed_gold = _read(gold)
         typed_answer = _read(answer)
         if isinstance(typed_gold, answers.Answer) and isinstance(typed_answer, answers.Answer):
-            result = answers.same_bounded(typed_gold, typed_answer)
+            result = same_bounded(typed_gold, typed_answer)
             if result is not None:
                 return "correct" if result else "wrong"
         elif isinstance(typed_gold, answers.Answer):

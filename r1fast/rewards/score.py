@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from r1fast.config import RewardConfig, TemplateConfig
 from r1fast.protocol import split_completion
 from r1fast.rewards.format import format_reward
-from r1fast.rewards.language import check_language, language_consistency
+from r1fast.rewards.language import check_language, knows_language, language_consistency
 from r1fast.rewards.length import overlong_penalty, repetition_penalty
 from r1fast.rewards.math import Graded, MathReward
 from r1fast.rewards.preference import PreferenceRewards
@@ -153,15 +153,13 @@ class RewardScorer:
             parts["format"] = format_reward(
                 completion.text, protocol, token, prompt_opens_think=opens
             )
-        if c.language:
-            reasoning = split_completion(
-                completion.text, protocol, token, prompt_opens_think=opens
-            ).reasoning
-            parts["language"] = None
-            if reasoning:
-                parts["language"] = language_consistency(
-                    reasoning, problem.language, lexicon=c.lexicon
-                )
+        # measured at weight 0 too: the drift of the language is what R1-Zero is watched for
+        reasoning = split_completion(completion.text, protocol, token, prompt_opens_think=opens)
+        parts["language"] = None
+        if reasoning.reasoning and (c.language or knows_language(problem.language, c.lexicon)):
+            parts["language"] = language_consistency(
+                reasoning.reasoning, problem.language, lexicon=c.lexicon
+            )
         num_tokens = len(completion.token_ids)
         if c.overlong:
             parts["overlong"] = overlong_penalty(

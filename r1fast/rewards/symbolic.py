@@ -6,6 +6,7 @@ in this process, so any thread may ask; a worker that is late or dies is replace
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -50,6 +52,8 @@ class SymbolicPool:
             raise RuntimeError("the symbolic grader is closed")
         worker = self._slots.get()
         try:
+            if self._closed:
+                raise RuntimeError("the symbolic grader was closed")
             if worker is not None and worker.process.poll() is not None:
                 worker.kill()
                 worker = None
@@ -76,7 +80,7 @@ class SymbolicPool:
             self.num_restarts += 1
 
     def close(self) -> None:
-        """Kill the workers that are idle and every one that comes back."""
+        """Kill the workers; one that is busy when its comparison ends or is late."""
         if self._closed:
             return
         self._closed = True
@@ -84,6 +88,8 @@ class SymbolicPool:
             worker = self._slots.get()
             if worker is not None:
                 worker.kill()
+        for _ in range(self._num_workers):  # wakes whoever still waits for a slot
+            self._slots.put(None)
 
 
 class _Late(Exception):
@@ -102,6 +108,7 @@ class _Worker:
             env={name: os.environ[name] for name in kept if name in os.environ},
             start_new_session=True,  # a Ctrl-C in the terminal is for the trainer
         )
+        self._finalizer = weakref.finalize(self, _end, self.process)
         self.buffer = b""
         try:
             ready = self._read(_START_TIMEOUT)
@@ -134,15 +141,17 @@ class _Worker:
         line, _, self.buffer = self.buffer.partition(b"\n")
         reply = json.loads(line)
         if not isinstance(reply, dict):
-            raise ValueError(f"not a reply: {line[:80]!r}")  # noqa: TRY004
+            raise ValueError(f"not a reply: {line[:80]!r}")
         return reply
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except OSError:
-                    pass
+        self._finalizer()
+
+
+def _end(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):  # unsent bytes for a dead reader
+                pipe.close()
