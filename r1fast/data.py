@@ -341,11 +341,12 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
         try:
             row = json.loads(text, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
-            hint = "; a JSON array? write one object a line" if text.lstrip()[:1] == "[" else ""
-            raise ValueError(f"{path}:{line}: not valid JSON: {error}{hint}") from None
+            raise ValueError(f"{path}:{line}: not valid JSON: {error}") from None
         if not isinstance(row, dict):
+            hint = " (JSON Lines: one object a line, no array around)" * isinstance(row, list)
             raise ValueError(
-                f"{path}:{line}: expected a JSON object, got {type(row).__name__} {text[:60]!r}"
+                f"{path}:{line}: expected a JSON object, got {type(row).__name__} "
+                f"{text[:60]!r}{hint}"
             )
         yield line, row
 
@@ -355,7 +356,7 @@ def _no_constant(name: str) -> None:
 
 
 def _read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(line number, text) of each line that is not blank; lines end in \\n only, as JSON Lines do."""
+    """(line number, text) of each line that is not blank. Only \\n ends a line, as in JSON Lines."""
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -418,9 +419,8 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
     start, indices = step * batch_size, []
     while len(indices) < batch_size:
         epoch, offset = divmod(start + len(indices), n)
-        indices += _walk_order(n, batch_size, seed, epoch)[
-            offset : offset + batch_size - len(indices)
-        ]
+        missing = batch_size - len(indices)
+        indices += _walk_order(n, batch_size, seed, epoch)[offset : offset + missing]
     return indices
 
 

@@ -66,6 +66,8 @@ def split_completion(
         summary = tail.strip() or None
         if summary is None:
             fault = fault or f"nothing after {END_THINK}"
+        elif ANSWER in text or END_ANSWER in text:
+            fault = fault or "a tag of another protocol"
         return Parts(reasoning, summary, summary, not fault, fault)
     if reasoning is not None and (ANSWER in reasoning or END_ANSWER in reasoning):
         fault = fault or "an answer tag inside the reasoning"

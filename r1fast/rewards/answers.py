@@ -276,7 +276,9 @@ def _is_name(tokens: list[Token]) -> bool:
     if not rest:
         return True
     if rest[0].value == "_":
-        return len(rest) == 2 or (rest[1].value == "{" and rest[-1].value == "}" and len(rest) <= 5)
+        return len(rest) == 2 or (
+            len(rest) > 2 and rest[1].value == "{" and rest[-1].value == "}" and len(rest) <= 5
+        )
     return (
         len(rest) == 3 and rest[0].value == "(" and rest[2].value == ")" and len(first.value) == 1
     )
