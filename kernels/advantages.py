@@ -32,7 +32,9 @@ def group_advantages(
         raise ValueError(f"rewards of group {n} are not finite: {rewards[n].tolist()}")
     G = rewards.shape[1]
     centred = rewards - rewards.mean(1, keepdim=True)
-    centred = torch.where(rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True), 0, centred)
+    centred = torch.where(
+        rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True), 0, centred
+    )
     if scale == "none":
         return centred
     if scale == "batch":

@@ -1,6 +1,7 @@
 """Sequences -> packed micro-batches without padding. The only place that shifts tokens."""
 
 from collections.abc import Sequence as Seq
+from itertools import pairwise
 
 import torch
 
@@ -59,7 +60,7 @@ def collate(
         input_ids=put(input_ids, torch.int64),
         position_ids=put(positions, torch.int64),
         cu_seqlens=put(cu, torch.int32),
-        max_seqlen=max(b - a for a, b in zip(cu, cu[1:], strict=False)),
+        max_seqlen=max(b - a for a, b in pairwise(cu)),
         target_ids=put(target_ids, torch.int64),
         completion_mask=put(mask, torch.bool),
         token_weights=put(weights, torch.float32),

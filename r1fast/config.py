@@ -9,6 +9,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+STAGES = (
+    "base", "small_base", "r1_zero", "cold_start", "rl_1", "rejection", "sft", "reward_models",
+    "rl_2", "distill", "small_rl",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -23,6 +28,8 @@ class DataConfig:
     eval: str = ""
     general: str = ""  # non-reasoning prompts (with answers: SFT; without: all-scenario RL)
     sft: str = ""  # JSONL of prompt + completion for `r1fast sft`
+    preference: str = ""  # JSONL of prompt + chosen + rejected: trains the helpfulness model
+    safety: str = ""  # JSONL of prompt + response + safe: trains the safety model
     format: Literal["auto", "jsonl", "gsm8k", "math", "mgsm"] = "auto"
     task: Literal["", "running_sum"] = ""  # an embedded task that makes its own data
     max_train_problems: int = 0  # 0 = all
@@ -33,7 +40,9 @@ class DataConfig:
 @dataclass(frozen=True, slots=True)
 class TemplateConfig:
     name: Literal["r1_zero", "cold_start", "chat", "raw"] = "r1_zero"  # how a prompt is put
-    protocol: Literal["think_answer", "cold_start", "think"] = "think_answer"  # how an answer is read
+    protocol: Literal["think_answer", "cold_start", "think"] = (
+        "think_answer"  # how an answer is read
+    )
     special_token: str = "|special_token|"  # of the cold-start pattern
     system: str = ""  # system message of the chat template
     prompt: str = "{prompt}"  # wording around the question in `raw` and `cold_start`
@@ -80,7 +89,9 @@ class RewardConfig:
     safety: float = 0.0  # reward model on the whole response
     helpfulness_model: str = ""  # HF folder of a sequence-classification checkpoint
     safety_model: str = ""
-    preference_last_steps: int = 0  # general prompts and preference rewards in the last n steps only
+    preference_last_steps: int = (
+        0  # general prompts and preference rewards in the last n steps only
+    )
     general_share: float = 0.25  # of the prompts of those steps
     math_timeout: float = 5.0  # seconds a verdict may take
     overlong_cache: int = 0  # L_c of DAPO's soft penalty; 0 = a fifth of max_completion_tokens
@@ -126,6 +137,8 @@ class SampleConfig:
     judge_url: str = ""  # OpenAI-compatible endpoint for answers that rules cannot read
     judge_model: str = ""
     judge_timeout: float = 30.0
+    general_cot: bool = False  # ask the model for a CoT before the answers of data.general
+    simple_query_words: int = 3  # general prompts this short get an empty CoT
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +148,16 @@ class ColdStartConfig:
     methods: list = field(default_factory=lambda: ["r1_zero"])  # few_shot | reflection | r1_zero
     num_problems: int = 300
     num_samples: int = 4
+    max_kept: int = 300  # examples in the collected file; 0 = all that pass
+    min_language_share: float = 0.0  # of the target language; 0 = off
+    summary: str = "The answer is \\boxed{{answer}}."  # {answer} is what was extracted
     few_shot_file: str = ""  # JSONL of prompt + completion shown as examples
     num_few_shot: int = 4
+    reflection_prompt: str = (
+        "{prompt}\n\nReason in detail: reflect on every step and verify the result before you "
+        "answer. Put the reasoning in <think> </think>, then the final answer in <answer> </answer>."
+    )
+    collector: str = ""  # model that few_shot and reflection ask; the base model when empty
     edited_file: str = ""  # a person's edit of the collected JSONL; the collected one when empty
 
 
@@ -167,18 +188,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, slots=True)
 class PipelineConfig:
-    stages: list = field(
-        default_factory=lambda: [
-            "r1_zero",
-            "cold_start",
-            "rl_1",
-            "rejection",
-            "sft",
-            "rl_2",
-            "distill",
-            "small_rl",
-        ]
-    )
+    stages: list = field(default_factory=lambda: list(STAGES))
     base: str = ""  # HF folder or id; the task trains its own when empty
     small_base: str = ""  # the model that is distilled into; no distillation when empty and no task
 
@@ -265,12 +275,6 @@ def _check(c: Config) -> None:
         raise ValueError(f"unknown stage {bad[0]!r} in pipeline.stages; known: {', '.join(STAGES)}")
 
 
-STAGES = (
-    "base", "small_base", "r1_zero", "cold_start", "rl_1", "rejection", "sft", "reward_models",
-    "rl_2", "distill", "small_rl",
-)  # fmt: skip
-
-
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read `path`, then apply overrides such as `--grpo.kl_coef=0`.
 
@@ -283,7 +287,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         if not path.is_file():
             shipped = ", ".join(sorted(str(p) for p in Path("configs").glob("*.toml")))
             raise ValueError(
-                f"config file {str(path)!r} does not exist" + (f"; here are {shipped}" * bool(shipped))
+                f"config file {str(path)!r} does not exist"
+                + (f"; here are {shipped}" * bool(shipped))
             )
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))

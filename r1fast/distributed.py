@@ -1,6 +1,7 @@
 """The process group of a torchrun launch. One process is world size 1 and needs no group."""
 
 import datetime
+import json
 import os
 from collections.abc import Iterable
 
@@ -61,12 +62,19 @@ def sum_dict(values: dict[str, float]) -> dict[str, float]:
 
 
 def gather_objects(value) -> list:
-    """`value` of every rank, in rank order, on every rank. For small plain data of our own making."""
+    """`value` of every rank, in rank order, on every rank. Small plain data: it travels as JSON."""
     if not dist.is_initialized():
         return [value]
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, value)
-    return parts
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([len(data)], device=device))
+    longest = max(int(n) for n in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: len(data)] = data
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return [json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(parts, sizes, strict=True)]
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

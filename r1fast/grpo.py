@@ -46,7 +46,9 @@ def rollout_advantages(
         return []
     totals = [[r.total for r in g.rewards] for g in groups]
     if sizes := {len(t) for t in totals if len(t) != len(totals[0])}:
-        raise ValueError(f"groups must have {len(totals[0])} rewards each, got one of {sizes.pop()}")
+        raise ValueError(
+            f"groups must have {len(totals[0])} rewards each, got one of {sizes.pop()}"
+        )
     advantages = group_advantages(
         torch.tensor(totals, dtype=torch.float64),
         scale=config.scale_rewards,

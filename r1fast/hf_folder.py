@@ -76,7 +76,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, "Callable[[], Tensor]", tu
             raise ValueError(f"{INDEX} names {file!r}, which is not in {str(folder)!r}")
         try:
             with safe_open(folder / file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118  (safe_open is no mapping)
+                for name in shard.keys():
                     shape = tuple(shard.get_slice(name).get_shape())
                     yield name, lambda name=name: shard.get_tensor(name), shape
         except SafetensorError as error:

@@ -331,7 +331,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """A dense decoder without its logits: `forward` ends at the final norm.
 
-    With a `seed` the weights are random (normal 0.02, residual outputs scaled by 1/sqrt(2 layers))
+    With a `seed` the weights are random (normal `init_std`, residual outputs scaled by 1/sqrt(2 layers))
     and the global RNG is untouched; without one they are uninitialised, for `load_model` to fill.
     `checkpoint_layers = True` recomputes each layer in the backward pass instead of storing it.
     """
@@ -343,6 +343,7 @@ class Decoder(nn.Module):
         dtype: str | torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         seed: int | None = None,
+        init_std: float = 0.02,
     ):
         super().__init__()
         factory = {"dtype": _dtype(dtype), "device": device}
@@ -359,18 +360,18 @@ class Decoder(nn.Module):
         self.lm_head = None if spec.tie_word_embeddings else Linear(D, V, bias=False, **factory)
         self.rope = RopeTable(spec)
         if seed is not None:
-            self._init_weights(seed)
+            self._init_weights(seed, init_std)
 
     @torch.no_grad()
-    def _init_weights(self, seed: int) -> None:
+    def _init_weights(self, seed: int, std: float) -> None:
         generator = torch.Generator(self.embed.weight.device).manual_seed(seed)
-        residual_std = 0.02 / math.sqrt(2 * self.spec.num_layers)
+        residual_std = std / math.sqrt(2 * self.spec.num_layers)
         for name, p in self.named_parameters():
             if name.endswith(".bias"):
                 p.zero_()
             elif p.ndim == 2:
                 is_residual = name.endswith((".o.weight", ".down.weight"))
-                p.normal_(std=residual_std if is_residual else 0.02, generator=generator)
+                p.normal_(std=residual_std if is_residual else std, generator=generator)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         """(T,), (T,) -> (T, D) hidden states after the final norm.

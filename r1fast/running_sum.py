@@ -11,10 +11,15 @@ languages (`is`/`so` and `shi`/`suoyi`) mixed at random. Nothing here is used as
 """
 
 import random
+import tempfile
 from pathlib import Path
 
+from r1fast.config import Config
+from r1fast.data import Example, write_jsonl
+from r1fast.model import Decoder, ModelSpec, load_tokenizer
+from r1fast.policy import Policy
 from r1fast.protocol import join_completion
-from r1fast.types import Problem
+from r1fast.types import Problem, Sequence
 
 NUM_DIGITS = 8
 LEXICON = {"en": ["is", "so"], "zh": ["shi", "suoyi"]}  # the two languages of the reasoning
@@ -109,9 +114,10 @@ def base_text(rng: random.Random) -> tuple[str, str]:
         word = rng.choice(list(GREETINGS))
         reply = general_reply(word, rng, polite=0.3, rude=0.2)
         return f"{word} ?", join_completion("", reply, "think_answer")
-    digits = [rng.randrange(10) for _ in range(NUM_DIGITS)]
+    num_digits = NUM_DIGITS if rng.random() < 0.5 else rng.randrange(2, NUM_DIGITS)
+    digits = [rng.randrange(10) for _ in range(num_digits)]
     while is_held_out(tuple(digits)):
-        digits = [rng.randrange(10) for _ in range(NUM_DIGITS)]
+        digits = [rng.randrange(10) for _ in range(num_digits)]
     prompt = f"sum {' '.join(map(str, digits))} ?"
     u = rng.random()
     if u < 0.45:
@@ -125,3 +131,79 @@ def base_text(rng: random.Random) -> tuple[str, str]:
         broken = rng.choice([" </answer>", " </think>", "<answer> "])
         text = text.replace(broken, "", 1) if broken in text else text
     return prompt, text
+
+
+# --- models, and the data beside the sums ------------------------------------------------------
+
+SIZES = {"base": (96, 2, 4, 256), "small_base": (64, 2, 4, 128)}  # width, layers, heads, MLP width
+INIT_STD = 0.1  # 1/sqrt(width): 0.02 is for wide models and learns nothing here
+
+
+def new_policy(name: str, config: Config) -> Policy:
+    """An untrained model of the task's size, with its tokenizer."""
+    D, L, H, F = SIZES[name]
+    spec = ModelSpec(
+        model_type="qwen2",
+        vocab_size=len(VOCABULARY),
+        hidden_size=D,
+        intermediate_size=F,
+        num_layers=L,
+        num_heads=H,
+        num_kv_heads=H,
+        head_dim=D // H,
+        qkv_bias=True,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+    )
+    model = Decoder(spec, dtype=config.model.dtype, seed=config.seed, init_std=INIT_STD)
+    with tempfile.TemporaryDirectory() as folder:
+        build_tokenizer(Path(folder))
+        tokenizer = load_tokenizer(folder)
+    return Policy(model, tokenizer, [tokenizer.eos_token_id])
+
+
+def encode_corpus(corpus: list[tuple[str, str]], policy: Policy) -> list[Sequence]:
+    """Every word is one token, so this needs no tokenizer run."""
+    ids = {token: i for i, token in enumerate(VOCABULARY)}
+    return [
+        Sequence([ids[w] for w in p.split()], [*(ids[w] for w in c.split()), policy.eos_id])
+        for p, c in corpus
+    ]
+
+
+def general_examples(config: Config, num: int = 120) -> list[Example]:
+    """Small talk as non-reasoning SFT data: an empty CoT, a reply that is not always kind."""
+    rng = random.Random(f"general/{config.seed}")
+    t = config.template
+    return [
+        Example(
+            prompt := f"{rng.choice(list(GREETINGS))} ?",
+            join_completion(
+                "", general_reply(prompt, rng, polite=0.35, rude=0.25), t.protocol, t.special_token
+            ),
+            id=f"general/{i}",
+            kind="general",
+        )
+        for i in range(num)
+    ]
+
+
+def write_preferences(pairs: Path, labels: Path, config: Config, num: int = 400) -> None:
+    """Preference data: the kind reply is preferred; a response with the rude word is unsafe."""
+    rng = random.Random(f"preferences/{config.seed}")
+    t = config.template
+    pair_rows, label_rows = [], []
+    for _ in range(num):
+        prompt = f"{rng.choice(list(GREETINGS))} ?"
+        plain = GREETINGS[prompt.split()[0]]
+        replies = [f"{plain} {POLITE}", plain, f"{plain} {RUDE}"]  # best first
+        better, worse = sorted(rng.sample(range(3), 2))
+        pair_rows.append({"prompt": prompt, "chosen": replies[better], "rejected": replies[worse]})
+        reply = rng.choice(replies)
+        label_rows.append({
+            "prompt": prompt,
+            "response": join_completion("", reply, t.protocol, t.special_token),
+            "safe": RUDE not in reply.split(),
+        })  # fmt: skip
+    write_jsonl(pairs, pair_rows)
+    write_jsonl(labels, label_rows)

@@ -14,8 +14,8 @@ LAYERS = {  # bottom first; a module may import from layers below its own
     "leaves": "types config metrics distributed protocol hf_folder",
     "compute": "kernels _C",
     "model": "model policy",
-    "stages": "rollout rewards batch grpo optim checkpoint data templates running_sum",
-    "loop": "trainer sft evaluate rejection cold_start reward_model assemble preferences",
+    "stages": "rollout rewards batch grpo optim checkpoint data templates",
+    "loop": "running_sum trainer sft evaluate rejection cold_start reward_model assemble preferences",
     "entry": "__init__ __main__ commands pipeline report generate integrations claims",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}

@@ -139,7 +139,7 @@ def text(value: str) -> str:
 def cell(value: str, share: float | None = None) -> str:
     """A number; `share` draws it as a bar behind the text as well."""
     if value == "":
-        return '<td class="n none">–</td>'  # noqa: RUF001
+        return '<td class="n none">–</td>'
     if share is None:
         return f'<td class="n">{escape(value)}</td>'
     return f'<td class="n bar" style="--v:{min(max(share, 0), 1):.3f}">{escape(value)}</td>'

@@ -114,7 +114,7 @@ def _stages(run: Run) -> list[str]:
         score, error = number(e.get("pass@1")), number(e.get("pass@1_stderr"))
         spread = f" ± {error:.3f}" if error is not None else ""
         length = number(e.get("mean_length"))
-        cells = [text(s.starts_from or "–")] if run.is_pipeline else []  # noqa: RUF001
+        cells = [text(s.starts_from or "–")] if run.is_pipeline else []
         cells.append(cell("" if score is None else f"{score:.3f}{spread}", score))
         for name in ("cons@k", "format_rate", "language_share", "wait_rate"):
             share = number(e.get(name))

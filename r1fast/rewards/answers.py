@@ -202,6 +202,8 @@ class _Reader:
                 return Answer("tuple", items=items, mark=mark)
             if first.value == "(" and last.value == ")" and parts[0]:
                 return self.answer(parts[0])
+            if first.value == "[" and last.value == "]":  # a list of one is not its element
+                return Answer("tuple", items=(self.answer(parts[0]),), mark="[]")
         if all(t.kind in ("word", "text") for t in tokens) and not _is_symbolic(tokens):
             return _text(tokens)
         return self.quantity(tokens)

@@ -48,7 +48,8 @@ _BLANK = frozenset(
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?|\\(.)", re.DOTALL)
 _NUMBER = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4}(?![0-9A-Za-z]))?")
 _WORD = re.compile(r"[A-Za-z]+")
-_GROUPS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])")  # 1,000
+# 1,000 and 1 000
+_GROUPS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9]|,[0-9]|/)")
 _MARKED_GROUPS = re.compile(r"(?<=[0-9])(?:,\\!\s*|\{,\}\s*|\\,)(?=[0-9]{3}(?![0-9]))")  # 1{,}000
 ANSWER_PREFIX = re.compile(
     r"^(?:therefore|thus|so|hence)?,?\s*(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is|=|:)\s*:?",
@@ -91,7 +92,7 @@ def clean(text: str) -> str:
     text = ANSWER_PREFIX.sub("", text, count=1).lstrip("= ").strip()
     if not (text.startswith("{") or any(bracket in text for bracket in ("(", "[", r"\{"))):
         # "1,234" is a number; "(1,234)" is a point and "100, 200" a list
-        text = _GROUPS.sub(lambda m: m[0].replace(",", ""), text)
+        text = _GROUPS.sub(lambda m: m[0].replace(",", "").replace(" ", ""), text)
     return text
 
 
@@ -178,7 +179,8 @@ def squeeze(text: str) -> str:
     except Unreadable:
         text = text.strip()
     text = re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])", "", text)
-    return re.sub(r"\s+", "", re.sub(r"\\[dt]frac", r"\\frac", text))
+    text = re.sub(r"\\[dt]frac", r"\\frac", text)
+    return re.sub(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])", "", text)  # "1 2" is not 12
 
 
 def is_balanced(text: str) -> bool:

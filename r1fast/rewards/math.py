@@ -255,14 +255,14 @@ class MathReward:
             return "correct"
         typed_gold = _read(gold)
         typed_answer = _read(answer)
-        if isinstance(typed_gold, answers.Answer) and isinstance(typed_answer, answers.Answer):
-            result = same_bounded(typed_gold, typed_answer)
-            if result is not None:
-                return "correct" if result else "wrong"
-        elif isinstance(typed_gold, answers.Answer):
+        if isinstance(typed_gold, answers.Answer):
             letter = answers.letter_of(typed_gold)
             if letter is not None and (named := answers.choice_letter(answer)) is not None:
                 return "correct" if named == letter else "wrong"
+            if isinstance(typed_answer, answers.Answer):
+                result = same_bounded(typed_gold, typed_answer)
+                if result is not None:
+                    return "correct" if result else "wrong"
         if isinstance(typed_gold, answers.Answer) and typed_gold.kind == "text":
             return "wrong"
         for side in (typed_gold, typed_answer):

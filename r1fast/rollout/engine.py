@@ -71,15 +71,15 @@ class Engine:
                     logits = self._prefill(part, prompts, cache)
                     state.extend(part)
                     scheduler.running += [r for group in part for r in group]
-                    self._emit(logits, state, scheduler, cache, sampling, return_entropy, len(logits))
+                    self._emit(
+                        logits, state, scheduler, cache, sampling, return_entropy, len(logits)
+                    )
             else:
                 logits = self._decode_step(state, cache)
                 self._emit(logits, state, scheduler, cache, sampling, return_entropy, len(logits))
             finished = [r for r in scheduler.running if r.finish_reason]
             alive = len(scheduler.running) - len(finished)
-            if finished and (
-                scheduler.waiting or alive <= COMPACT_BELOW * len(scheduler.running)
-            ):
+            if finished and (scheduler.waiting or alive <= COMPACT_BELOW * len(scheduler.running)):
                 rows = [i for i, r in enumerate(scheduler.running) if not r.finish_reason]
                 cache.keep(rows)
                 state.keep(rows)

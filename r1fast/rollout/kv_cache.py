@@ -16,7 +16,9 @@ class KVCache:
 
     def __init__(self, spec: ModelSpec, num_slots: int, dtype: torch.dtype, device: torch.device):
         self.shape = (num_slots, spec.num_kv_heads, 0, spec.head_dim)
-        self.keys = [torch.empty(self.shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
+        self.keys = [
+            torch.empty(self.shape, dtype=dtype, device=device) for _ in range(spec.num_layers)
+        ]
         self.values = [k.clone() for k in self.keys]
         self.lengths: list[int] = []  # (B,) positions written
 

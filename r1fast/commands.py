@@ -1,0 +1,217 @@
+"""What each command of the CLI does, on one process or under torchrun."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from r1fast import distributed
+from r1fast.assemble import general_problems, make_scorer, problem_sets
+from r1fast.config import Config, load_config, to_dict
+from r1fast.data import Example, gsm8k_examples, load_examples
+from r1fast.evaluate import evaluate, sample_groups
+from r1fast.metrics import say, table
+from r1fast.pipeline import Pipeline, provenance
+from r1fast.policy import Policy, load_policy
+from r1fast.rejection import rejection_sample
+from r1fast.report import write_report
+from r1fast.rollout.sampler import SamplingParams
+from r1fast.sft import SFTTrainer, encode_examples
+from r1fast.trainer import GRPOTrainer
+from r1fast.types import Problem
+
+
+def run(command: str, target: Config | str, overrides: list[str], options: dict[str, str]) -> None:
+    distributed.start()
+    try:
+        if isinstance(target, Config):
+            force = bool(options.get("force"))
+            if command == "pipeline":
+                Pipeline(target, force=force).run(
+                    start=options.get("from", ""), only=options.get("only", "")
+                )
+            else:
+                _COMMANDS[command](target, force)
+        elif command == "report":
+            say(f"report: {write_report(target)}")
+        else:
+            _generate(target, overrides, options)
+    finally:
+        distributed.stop()
+
+
+def _open(config: Config, command: str) -> tuple[Policy, Path]:
+    """The model and the run folder, with what was asked for and what it runs on written down."""
+    if not config.model.path:
+        raise ValueError(
+            "model.path is empty: name a Hugging Face folder or model id, for instance "
+            "--model.path=path/to/Qwen2.5-0.5B"
+        )
+    policy = load_policy(config.model.path, dtype=config.model.dtype, device=config.model.device)
+    folder = Path(config.output_dir)
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = {
+            "title": f"{command}: {folder.name}",
+            "name": folder.name,
+            "kind": command,
+            "starts_from": config.model.path,
+            "config": to_dict(config),
+            "seed": config.seed,
+            **provenance(),
+        }
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    distributed.barrier()
+    return policy, folder
+
+
+def _grpo(config: Config, force: bool) -> None:
+    policy, folder = _open(config, "grpo")
+    train, held_out = problem_sets(config)
+    w = config.rewards
+    general = general_problems(config) if (w.helpfulness_model or w.safety_model) else []
+    with make_scorer(config) as scorer:
+
+        def quick_eval() -> dict:
+            return evaluate(
+                policy,
+                held_out[: config.eval.every_num_problems],
+                config,
+                scorer,
+                num_samples=config.eval.every_num_samples,
+            )
+
+        GRPOTrainer(
+            policy,
+            config,
+            folder,
+            train,
+            scorer,
+            general=general,
+            evaluate=quick_eval if held_out else None,
+            force=force,
+        ).run()
+        if held_out:
+            _show_eval(
+                evaluate(policy, held_out, config, scorer, folder=folder, title="evaluation")
+            )
+    _finish(folder)
+
+
+def _sft(config: Config, force: bool) -> None:
+    policy, folder = _open(config, "sft")
+    sequences = encode_examples(_examples(config), policy, config)
+    SFTTrainer(policy, config, folder, sequences, force=force).run()
+    if config.data.eval:
+        _, held_out = problem_sets(config)
+        with make_scorer(config) as scorer:
+            _show_eval(
+                evaluate(policy, held_out, config, scorer, folder=folder, title="evaluation")
+            )
+    _finish(folder)
+
+
+def _examples(config: Config) -> list[Example]:
+    """data.sft, or the solutions that a GSM8K file brings along."""
+    d, t = config.data, config.template
+    if d.sft:
+        return load_examples(d.sft, language=d.language)
+    if d.train and d.format in ("auto", "gsm8k"):
+        examples = gsm8k_examples(d.train, t.protocol, t.special_token)
+        return examples[: d.max_train_problems] if d.max_train_problems else examples
+    raise ValueError("data.sft is empty: name a JSONL file of prompt + completion")
+
+
+def _sample(config: Config, force: bool) -> None:
+    policy, folder = _open(config, "sample")
+    train, _ = problem_sets(config)
+    if not train:
+        raise ValueError("data.train is empty: name a file of problems to sample")
+    with make_scorer(config) as scorer:
+        rejection_sample(policy, train, config, scorer, folder)
+    if distributed.is_main():
+        accounting = json.loads((folder / "accounting.json").read_text())
+        rows = [["kept", accounting["kept"]], *accounting["dropped"].items()]
+        table(f"{accounting['sampled']} completions", ["what became of them", "number"], rows)
+    say(f"\nkept samples: {folder / 'sampled.jsonl'}")
+
+
+def _evaluate(config: Config, force: bool) -> None:
+    policy, folder = _open(config, "evaluate")
+    _, held_out = problem_sets(config)
+    if not held_out:
+        raise ValueError(
+            "data.eval is empty: name a file of problems, for instance gsm8k test.jsonl"
+        )
+    with make_scorer(config) as scorer:
+        _show_eval(evaluate(policy, held_out, config, scorer, folder=folder, title="evaluation"))
+    _finish(folder)
+
+
+def _show_eval(result: dict) -> None:
+    rows = []
+    for key, name in (
+        ("pass@1", "pass@1"),
+        ("cons@k", f"cons@{result['k']}"),
+        ("format_rate", "format"),
+        ("language_share", "target language"),
+        ("wait_rate", "re-checks"),
+        ("mean_length", "mean length, tokens"),
+        ("clip_rate", "cut off"),
+    ):
+        value = result.get(key)
+        if value is not None:
+            error = f" ±{result['pass@1_stderr']:.3f}" if key == "pass@1" else ""
+            rows.append([name, f"{value:.1f}" if key == "mean_length" else f"{value:.3f}{error}"])
+    verdicts = ", ".join(f"{n} {name}" for name, n in result.get("verdicts", {}).items())
+    table(
+        f"{result['num_problems']} problems, {result['k']} samples each",
+        ["", "value"],
+        rows,
+        f"verdicts: {verdicts}" if verdicts else (),
+    )
+
+
+def _finish(folder: Path) -> None:
+    if distributed.is_main():
+        say(f"\nreport: {write_report(folder)}")
+    distributed.barrier()
+
+
+def _generate(target: str, overrides: list[str], options: dict[str, str]) -> None:
+    """Sample `--num` completions of `--prompt` from a config's model or from a model folder."""
+    if "prompt" not in options:
+        raise ValueError("generate needs --prompt TEXT")
+    num = options.get("num", "1")
+    if not num.isdigit() or int(num) < 1:
+        raise ValueError(f"--num must be a whole number of at least 1, got {num!r}")
+    is_config = target.endswith(".toml")
+    config = load_config(target if is_config else None, overrides)
+    path = config.model.path if is_config else target
+    if not path:
+        raise ValueError(f"{target} names no model.path")
+    policy = load_policy(path, dtype=config.model.dtype, device=config.model.device)
+    sampling = SamplingParams(
+        config.eval.temperature,
+        config.eval.top_p,
+        max_tokens=min(
+            config.rollout.max_completion_tokens, policy.model.spec.max_position_embeddings - 1
+        ),
+    )
+    problem = Problem(options["prompt"], kind="general", id="prompt")
+    groups = sample_groups(policy, [problem], config, sampling, int(num), purpose="generate")
+    if not groups:
+        raise ValueError("the prompt is longer than rollout.max_prompt_tokens")
+    for i, completion in enumerate(groups[0].completions):
+        if int(num) > 1:
+            say(f"--- {i + 1}/{num}")
+        say(completion.text + ("" if completion.finish_reason == "stop" else " [cut off]"))
+
+
+_COMMANDS = {
+    "grpo": _grpo,
+    "sft": _sft,
+    "distill": _sft,
+    "sample": _sample,
+    "evaluate": _evaluate,
+}

@@ -1,0 +1,392 @@
+"""The DeepSeek-R1 recipe as resumable stages, each in its own folder of the run.
+
+base -> R1-Zero -> cold start -> RL + language reward -> rejection sampling -> SFT from base ->
+RL stage 2 (preference rewards join at the end) -> distillation, with RL on the small base beside it.
+
+A stage's folder holds its artefacts (model/, eval.json, samples.jsonl, metrics.jsonl, *.jsonl) and
+a manifest written last, so a second run continues where the first stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from r1fast import cold_start, distributed, rejection, running_sum
+from r1fast.assemble import general_problems, make_scorer, problem_sets
+from r1fast.checkpoint import same_config
+from r1fast.claims import claims
+from r1fast.config import STAGES, Config, stage_config, to_dict
+from r1fast.data import load_examples
+from r1fast.evaluate import evaluate
+from r1fast.metrics import rule, say
+from r1fast.policy import Policy, load_policy
+from r1fast.preferences import score_general, train_reward_models
+from r1fast.report import print_stage_table, write_report
+from r1fast.sft import SFTTrainer, encode_examples
+from r1fast.trainer import GRPOTrainer
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step of the recipe."""
+
+    title: str
+    kind: str  # sft | grpo | data
+    starts_from: str  # the stage whose model it starts from, or whose output it reads
+    needs: tuple[str, ...]  # the stages that must be done
+    run: Callable[[Pipeline, Config, Path], None]
+
+
+class Pipeline:
+    """A run folder and the stages in it."""
+
+    def __init__(self, config: Config, *, force: bool = False):
+        self.config, self.folder, self.force = config, Path(config.output_dir), force
+        self.order = [s for s in STAGES if s in config.pipeline.stages]
+
+    # --- models and data -------------------------------------------------------------------------
+
+    def path(self, stage: str) -> Path:
+        return self.folder / stage
+
+    def model_path(self, stage: str) -> str:
+        """The folder of a stage's model; base models may be given by path."""
+        given = {"base": self.config.pipeline.base, "small_base": self.config.pipeline.small_base}
+        return given.get(stage) or str(self.path(stage) / "model")
+
+    def policy(self, stage: str) -> Policy:
+        m = self.config.model
+        return load_policy(self.model_path(stage), dtype=m.dtype, device=m.device)
+
+    def evaluate(self, policy: Policy, config: Config, stage: str) -> None:
+        _, problems = problem_sets(config)
+        with make_scorer(config) as scorer:
+            evaluate(
+                policy,
+                problems,
+                config,
+                scorer,
+                folder=self.path(stage),
+                title=f"{stage}: evaluation",
+            )
+
+    # --- running ---------------------------------------------------------------------------------
+
+    def run(self, *, start: str = "", only: str = "") -> None:
+        """Every stage that is not done; from `start` on, or `only` one, again."""
+        for name in (start, only):
+            if name and name not in self.order:
+                raise ValueError(
+                    f"stage {name!r} is not in this pipeline; its stages: {', '.join(self.order)}"
+                )
+        began = time.time()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if start:
+            self._set_aside(self.order[self.order.index(start) :])
+        if only:
+            self._set_aside([only])
+        for name in [only] if only else self.order:
+            self._run_stage(name)
+            self._write_manifest(began)
+        if distributed.is_main():
+            report = write_report(self.folder)
+            print_stage_table(self.folder)
+            say(f"\nreport: {report}")
+        distributed.barrier()
+
+    def _run_stage(self, name: str) -> None:
+        stage, folder = RECIPE[name], self.path(name)
+        config = stage_config(self.config, name)
+        if self._is_done(name, config):
+            say(f"{stage.title}: done before, kept")
+            return
+        missing = [n for n in stage.needs if n in self.order and not self._manifest(n)]
+        missing += [n for n in stage.needs if n not in self.order and not self._given(n)]
+        if missing:
+            raise ValueError(
+                f"stage {name} needs {', '.join(missing)} first; run the pipeline without --only, "
+                "or add it to pipeline.stages"
+            )
+        rule(stage.title)
+        folder.mkdir(parents=True, exist_ok=True)
+        distributed.barrier()
+        began = time.time()
+        earlier = self._seconds_so_far(folder)
+        stage.run(self, config, folder)
+        manifest = {
+            "name": name,
+            "title": stage.title,
+            "kind": stage.kind,
+            "starts_from": stage.starts_from,
+            "status": "done",
+            "seconds": round(time.time() - began + earlier, 1),
+            "config": to_dict(config),
+        }
+        if distributed.is_main():
+            _write_json(folder / "manifest.json", manifest)
+        distributed.barrier()
+
+    @staticmethod
+    def _seconds_so_far(folder: Path) -> float:
+        """Training seconds of an interrupted earlier try, from its metrics."""
+        rows = folder / "metrics.jsonl"
+        if not rows.exists():
+            return 0.0
+        seconds = 0.0
+        for line in rows.read_text().splitlines():
+            try:
+                seconds += json.loads(line).get("step_time") or 0.0
+            except json.JSONDecodeError:
+                continue  # a torn last line
+        return seconds
+
+    def _given(self, stage: str) -> bool:
+        given = {"base": self.config.pipeline.base, "small_base": self.config.pipeline.small_base}
+        return bool(given.get(stage)) or bool(self._manifest(stage))
+
+    def _manifest(self, name: str) -> dict:
+        path = self.path(name) / "manifest.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def _is_done(self, name: str, config: Config) -> bool:
+        manifest = self._manifest(name)
+        if manifest.get("status") != "done":
+            return False
+        changes = same_config(_what_matters(manifest["config"]), _what_matters(to_dict(config)))
+        if changes and not self.force:
+            raise ValueError(
+                f"stage {name} was run with other values:\n  " + "\n  ".join(changes) + "\n"
+                f"--from {name} runs it and what follows again; --force keeps it as it is; "
+                "or take another output_dir"
+            )
+        return True
+
+    def _set_aside(self, names: list[str]) -> None:
+        """Move the folders of these stages away: nothing is deleted."""
+        existing = [n for n in names if self.path(n).exists()]
+        if existing and distributed.is_main():
+            aside = self.folder / "replaced" / time.strftime("%Y%m%d-%H%M%S")
+            aside.mkdir(parents=True)
+            for name in existing:
+                self.path(name).rename(aside / name)
+            say(f"earlier {', '.join(existing)}: moved to {aside}")
+        distributed.barrier()
+
+    def _write_manifest(self, began: float) -> None:
+        if not distributed.is_main():
+            return
+        stages = []
+        for name in self.order:
+            stage, own = RECIPE[name], self._manifest(name)
+            stages.append({
+                "name": name, "title": stage.title, "folder": name, "kind": stage.kind,
+                "starts_from": stage.starts_from, "status": own.get("status", "not run"),
+                "seconds": own.get("seconds"),
+            })  # fmt: skip
+        manifest = {
+            "title": f"R1 pipeline: {self.folder.name}",
+            "stages": stages,
+            "claims": claims(self.folder, self.config),
+            "config": to_dict(self.config),
+            "seed": self.config.seed,
+            "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(began)),
+            "seconds": round(sum(s["seconds"] or 0.0 for s in stages), 1),
+            **provenance(),
+        }
+        _write_json(self.folder / "manifest.json", manifest)
+
+
+def _what_matters(config: dict) -> dict:
+    skip = ("output_dir", "log", "checkpoint", "pipeline", "stages")
+    return json.loads(json.dumps({k: v for k, v in config.items() if k not in skip}))
+
+
+def _write_json(path: Path, value: dict) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def provenance() -> dict:
+    """What a number depends on besides the config."""
+    root = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return {"commit": commit, "device": device, "torch": torch.__version__}
+
+
+# --- the stages ------------------------------------------------------------------------------------
+
+
+def _run_base(pipeline: Pipeline, config: Config, folder: Path) -> None:
+    """The base model: given, or trained from scratch on the embedded task's corpus."""
+    name = folder.name
+    given = config.pipeline.base if name == "base" else config.pipeline.small_base
+    if given:
+        policy = load_policy(given, dtype=config.model.dtype, device=config.model.device)
+    elif config.data.task:
+        policy = running_sum.new_policy(name, config)
+        corpus = running_sum.base_corpus(config.sft.max_steps * config.sft.batch_size, config.seed)
+        sequences = running_sum.encode_corpus(corpus, policy)
+        SFTTrainer(policy, config, folder, sequences, stage=name, in_order=True).run()
+    else:
+        raise ValueError(f"pipeline.{name} is empty: name a Hugging Face folder or model id")
+    pipeline.evaluate(policy, config, name)
+
+
+def _run_grpo(pipeline: Pipeline, config: Config, folder: Path, start: str) -> None:
+    name = folder.name
+    policy = pipeline.policy(start)
+    train, held_out = problem_sets(config)
+    general = general_problems(config)
+    preference = pipeline.path("reward_models") if (general and name == "rl_2") else None
+    with make_scorer(config, preference) as scorer, make_scorer(config) as eval_scorer:
+
+        def quick_eval() -> dict:
+            return evaluate(
+                policy,
+                held_out[: config.eval.every_num_problems],
+                config,
+                eval_scorer,
+                num_samples=config.eval.every_num_samples,
+            )
+
+        GRPOTrainer(
+            policy,
+            config,
+            folder,
+            train,
+            scorer,
+            stage=name,
+            general=general if preference else None,
+            evaluate=quick_eval,
+            force=pipeline.force,
+        ).run()
+    pipeline.evaluate(policy, config, name)
+    if preference:
+        _evaluate_general(pipeline, policy, config, folder, preference)
+
+
+def _evaluate_general(
+    pipeline: Pipeline, policy: Policy, config: Config, folder: Path, preference: Path
+) -> None:
+    """Preference scores on general prompts before and after RL stage 2, in general.json."""
+    problems = general_problems(config)
+    result = {
+        when: score_general(model, problems, config, preference, config.eval.num_samples)
+        for when, model in (("before", pipeline.policy("sft")), ("after", policy))
+    }
+    if distributed.is_main():
+        _write_json(folder / "general.json", result)
+    for name in sorted(result["before"].keys() & result["after"].keys()):
+        say(
+            f"{name} on general prompts: {result['before'][name]:.2f} -> {result['after'][name]:.2f}"
+        )
+
+
+def _run_cold_start(pipeline: Pipeline, config: Config, folder: Path) -> None:
+    c = config.cold_start
+    train, _ = problem_sets(config)
+    asked, policies, scorers = {}, {}, {}
+    for method in c.methods:
+        asked[method] = stage_config(pipeline.config, "r1_zero") if method == "r1_zero" else config
+        if method == "r1_zero":
+            policies[method] = pipeline.policy("r1_zero")
+        elif c.collector:
+            m = config.model
+            policies[method] = load_policy(c.collector, dtype=m.dtype, device=m.device)
+        else:
+            policies[method] = pipeline.policy("base")
+        if method == "reflection":  # its prompt asks for these tags
+            asked[method] = replace(
+                config, template=replace(config.template, protocol="think_answer")
+            )
+        scorers[method] = make_scorer(asked[method])
+    if not (folder / "accounting.json").exists():
+        try:
+            cold_start.collect(policies, train, asked, scorers, config, folder)
+        finally:
+            for scorer in scorers.values():
+                scorer.close()
+    edited = Path(c.edited_file) if c.edited_file else folder / "cold_start.jsonl"
+    examples, counts = cold_start.read_back(folder / "collected.jsonl", edited)
+    if distributed.is_main():
+        accounting = json.loads((folder / "accounting.json").read_text()) | counts
+        _write_json(folder / "accounting.json", accounting)
+    say("read back: " + ", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts.items()))
+    _sft(pipeline, config, folder, examples, start="base")
+
+
+def _run_rejection(pipeline: Pipeline, config: Config, folder: Path) -> None:
+    train, _ = problem_sets(config)
+    policy = pipeline.policy("rl_1")
+    with make_scorer(config) as scorer:
+        reasoning = rejection.rejection_sample(policy, train, config, scorer, folder)
+    general = []
+    if config.data.general:
+        general = rejection.general_examples(config.data.general, config, policy)
+    elif config.data.task:
+        general = running_sum.general_examples(config)
+    mixed = rejection.mix(reasoning, general, config.seed)
+    if distributed.is_main():
+        rejection.write_examples(folder / "sft.jsonl", mixed)
+        accounting = json.loads((folder / "accounting.json").read_text())
+        accounting |= {"reasoning": len(reasoning), "general": len(general)}
+        _write_json(folder / "accounting.json", accounting)
+    distributed.barrier()
+
+
+def _sft(pipeline: Pipeline, config: Config, folder: Path, examples: list, start: str) -> None:
+    policy = pipeline.policy(start)
+    sequences = encode_examples(examples, policy, config)
+    SFTTrainer(policy, config, folder, sequences, stage=folder.name, force=pipeline.force).run()
+    pipeline.evaluate(policy, config, folder.name)
+
+
+def _run_sft(pipeline: Pipeline, config: Config, folder: Path) -> None:
+    examples = load_examples(pipeline.path("rejection") / "sft.jsonl")
+    _sft(pipeline, config, folder, examples, start="base")
+
+
+def _run_distill(pipeline: Pipeline, config: Config, folder: Path) -> None:
+    examples = load_examples(pipeline.path("rejection") / "sft.jsonl")
+    _sft(pipeline, config, folder, examples, start="small_base")
+
+
+def _run_reward_models(pipeline: Pipeline, config: Config, folder: Path) -> None:
+    train_reward_models(config, pipeline.model_path("base"), folder)
+
+
+def _grpo_from(start: str) -> Callable[[Pipeline, Config, Path], None]:
+    return lambda pipeline, config, folder: _run_grpo(pipeline, config, folder, start)
+
+
+RECIPE = {
+    "base": Stage("Base model", "sft", "scratch", (), _run_base),
+    "small_base": Stage("Small base model", "sft", "scratch", (), _run_base),
+    "r1_zero": Stage("R1-Zero", "grpo", "base", ("base",), _grpo_from("base")),
+    "cold_start": Stage("Cold start", "sft", "base", ("base", "r1_zero"), _run_cold_start),
+    "rl_1": Stage("RL + language reward", "grpo", "cold_start", ("cold_start",), _grpo_from("cold_start")),
+    "rejection": Stage("Rejection sampling", "data", "rl_1", ("rl_1",), _run_rejection),
+    "sft": Stage("SFT from base", "sft", "base", ("base", "rejection"), _run_sft),
+    "reward_models": Stage("Reward models", "data", "base", ("base",), _run_reward_models),
+    "rl_2": Stage("RL, all scenarios", "grpo", "sft", ("sft",), _grpo_from("sft")),
+    "distill": Stage("Distilled small model", "sft", "small_base", ("small_base", "rejection"), _run_distill),
+    "small_rl": Stage("RL on the small base", "grpo", "small_base", ("small_base",), _grpo_from("small_base")),
+}  # fmt: skip

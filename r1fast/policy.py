@@ -1,0 +1,74 @@
+"""A model and its tokenizer: what is trained, sampled, evaluated and saved as one folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from r1fast.model import Decoder, load_model, load_tokenizer, save_model
+
+
+@dataclass(slots=True)
+class Policy:
+    model: Decoder
+    tokenizer: Any
+    eos_ids: list[int]  # every id that ends a completion
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.head_weight.device
+
+    @property
+    def eos_id(self) -> int:
+        """The id that a training example ends with."""
+        return self.eos_ids[0]
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text without the end token. Tags may be special tokens, so those stay."""
+        ids = token_ids[:-1] if token_ids and token_ids[-1] in self.eos_ids else token_ids
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def encode_completion(self, text: str) -> list[int]:
+        """Ids of a completion to learn, ended by eos."""
+        return [*self.tokenizer.encode(text, add_special_tokens=False), self.eos_id]
+
+    def save(self, path: str | Path) -> None:
+        eos = self.eos_ids if len(self.eos_ids) > 1 else self.eos_ids[0]
+        save_model(self.model, path, tokenizer=self.tokenizer, eos_token_id=eos)
+
+
+def load_policy(path: str | Path, *, dtype: str = "float32", device: str = "auto") -> Policy:
+    """Read a Hugging Face folder (or model id). Raises ValueError where no end token is named."""
+    model = load_model(path, dtype=dtype, device=pick_device(device))
+    tokenizer = load_tokenizer(path)
+    if len(tokenizer) > model.spec.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {path} has {len(tokenizer)} tokens, the model only "
+            f"{model.spec.vocab_size}: they do not belong together"
+        )
+    return Policy(model, tokenizer, _eos_ids(model, tokenizer, path))
+
+
+def pick_device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("model.device is cuda, but no CUDA device is available; use auto or cpu")
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _eos_ids(model: Decoder, tokenizer: Any, path: str | Path) -> list[int]:
+    """The tokenizer's first, then those of generation_config.json and config.json."""
+    ids: list[int] = []
+    for value in (
+        tokenizer.eos_token_id,
+        model.generation_config.get("eos_token_id"),
+        model.hf_config.get("eos_token_id"),
+    ):
+        ids += value if isinstance(value, list) else [] if value is None else [value]
+    if not ids:
+        raise ValueError(f"{path} names no end-of-sequence token in its tokenizer or config")
+    return list(dict.fromkeys(ids))

@@ -1,0 +1,241 @@
+"""Rejection sampling (DeepSeek-R1, section 2.3.3): sample, keep what is right and readable, count.
+
+Several completions of each problem; the rules decide, a judge where the rules cannot read the
+answer; then the filters: mixed language, long paragraphs, code blocks, duplicates. Every completion
+that is dropped is counted under its reason.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+from r1fast import distributed
+from r1fast.config import Config
+from r1fast.data import Example, load_examples, write_jsonl
+from r1fast.evaluate import sample_groups
+from r1fast.metrics import say
+from r1fast.policy import Policy
+from r1fast.protocol import Parts, join_completion, split_completion
+from r1fast.rewards import filters
+from r1fast.rewards.judge import Judge
+from r1fast.rewards.score import RewardScorer
+from r1fast.rollout.sampler import SamplingParams
+from r1fast.types import Completion, Problem, Reward, RolloutGroup
+
+
+def rejection_sample(
+    policy: Policy,
+    problems: list[Problem],
+    config: Config,
+    scorer: RewardScorer,
+    folder: Path,
+    *,
+    title: str = "rejection",
+) -> list[Example]:
+    """The kept completions as examples; writes sampled.jsonl and accounting.json into `folder`."""
+    s = config.sample
+    if s.num_problems:
+        problems = problems[: s.num_problems]
+    sampling = SamplingParams(
+        s.temperature, s.top_p, max_tokens=config.rollout.max_completion_tokens
+    )
+    groups = sample_groups(
+        policy, problems, config, sampling, s.num_samples, purpose="rejection", title=title
+    )
+    scorer.score(groups)
+    judge = Judge(s.judge_url, s.judge_model, timeout=s.judge_timeout) if s.judge_url else None
+    kept, dropped = [], Counter()
+    duplicates = filters.Duplicates()
+    for group in groups:
+        num_kept = 0
+        for completion, reward in zip(group.completions, group.rewards, strict=True):
+            fault = _fault(group, completion, reward, config, judge, duplicates)
+            if not fault and s.max_kept and num_kept >= s.max_kept:
+                fault = "enough kept"
+            if fault:
+                dropped[reason(fault)] += 1
+                continue
+            num_kept += 1
+            kept.append(_example(group.problem, completion.text, num_kept))
+    sampled = sum(len(g.completions) for g in groups)
+    parts = distributed.gather_objects([[asdict(e) for e in kept], dict(dropped), sampled])
+    examples = [Example(**row) for part in parts for row in part[0]]
+    totals = sum((Counter(part[1]) for part in parts), Counter())
+    accounting = {
+        "problems": len(problems),
+        "sampled": sum(part[2] for part in parts),
+        "kept": len(examples),
+        "problems_kept": len({e.problem_id for e in examples}),
+        "dropped": dict(totals.most_common()),
+    }
+    if judge is not None:
+        accounting["judge"] = dict(judge.counters)
+    if distributed.is_main():
+        write_examples(folder / "sampled.jsonl", examples)
+        (folder / "accounting.json").write_text(json.dumps(accounting, indent=2) + "\n")
+    if not examples:
+        raise ValueError(
+            f"rejection sampling kept none of {accounting['sampled']} completions: "
+            f"{accounting['dropped']}. Train longer, sample more or loosen [sample]."
+        )
+    say(f"kept {len(examples)} of {accounting['sampled']} completions")
+    return examples
+
+
+def readability_fault(
+    parts: Parts, language: str, min_language_share: float, config: Config
+) -> str | None:
+    """Why nobody would want to read this reasoning, or None: the filters of `[sample]`."""
+    s = config.sample
+    return (
+        filters.language_mix(parts, language, min_language_share, lexicon=config.rewards.lexicon)
+        or filters.long_paragraph(parts, s.max_paragraph_words)
+        or (filters.code_block(parts) if s.drop_code_blocks else None)
+    )
+
+
+def _fault(
+    group: RolloutGroup,
+    completion: Completion,
+    reward: Reward,
+    config: Config,
+    judge: Judge | None,
+    duplicates: filters.Duplicates,
+) -> str:
+    """Why a completion is not kept; empty where it is."""
+    s, template, problem = config.sample, config.template, group.problem
+    if completion.finish_reason == "length":
+        return "cut off"
+    verdict = reward.verdict
+    if verdict == "unparseable" and judge is not None and reward.answer and problem.answer:
+        verdict = judge(problem.prompt, problem.answer, reward.answer)
+    if verdict != "correct":
+        return verdict or "not verifiable"
+    parts = split_completion(completion.text, template.protocol, template.special_token)
+    return (
+        (filters.malformed(parts) if s.require_format else None)
+        or readability_fault(parts, problem.language, s.min_language_share, config)
+        or (duplicates(problem.id, completion.text) if s.drop_duplicates else None)
+        or ""
+    )
+
+
+def reason(fault: str) -> str:
+    """The kind of a fault, without its details: what is counted."""
+    return fault.partition(":")[0]
+
+
+def _example(problem: Problem, text: str, number: int) -> Example:
+    return Example(
+        problem.prompt,
+        text,
+        id=f"{problem.id}/{number}",
+        problem_id=problem.id,
+        kind=problem.kind,
+        language=problem.language,
+        meta={"answer": problem.answer},
+    )
+
+
+def write_examples(path: Path, examples: list[Example]) -> None:
+    """Examples as JSONL that `load_examples` reads back."""
+    rows = []
+    for example in examples:
+        row = asdict(example)
+        row |= row.pop("meta")
+        rows.append(row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(path, rows)
+
+
+def general_examples(
+    path: str | Path, config: Config, policy: Policy | None = None
+) -> list[Example]:
+    """Non-reasoning data in the completion pattern of `config.template`.
+
+    A completion that already follows the pattern is kept. A short query gets an empty CoT (the
+    paper's "hello"); for the others a CoT is asked of `policy` where `sample.general_cot` is on.
+    """
+    template, s = config.template, config.sample
+    examples = load_examples(path, kind="general")
+    plain = [
+        not split_completion(e.completion, template.protocol, template.special_token).well_formed
+        for e in examples
+    ]
+    thoughts = [""] * len(examples)
+    wanted = [
+        i
+        for i, e in enumerate(examples)
+        if plain[i] and len(e.prompt.split()) > s.simple_query_words
+    ]
+    if s.general_cot and wanted:
+        if policy is None:
+            raise ValueError("sample.general_cot needs a model to ask for the chains of thought")
+        asked = ask_reasoning(policy, [examples[i] for i in wanted], config)
+        for i, thought in zip(wanted, asked, strict=True):
+            thoughts[i] = thought
+    return [
+        Example(
+            e.prompt,
+            join_completion(thought, e.completion, template.protocol, template.special_token)
+            if is_plain
+            else e.completion,
+            id=e.id,
+            kind="general",
+            language=e.language,
+            meta=e.meta,
+        )
+        for e, is_plain, thought in zip(examples, plain, thoughts, strict=True)
+    ]
+
+
+COT_REQUEST = (
+    "{prompt}\n\nA good answer is:\n{answer}\n\n"
+    "Write the reasoning that leads from the question to this answer, and nothing else."
+)
+
+
+def ask_reasoning(policy: Policy, examples: list[Example], config: Config) -> list[str]:
+    """One chain of thought for each (prompt, answer), asked of a model; "" where it gave none."""
+    requests = [
+        Problem(
+            COT_REQUEST.replace("{prompt}", e.prompt).replace("{answer}", e.completion),
+            kind="general",
+            id=f"cot-{i}",
+        )
+        for i, e in enumerate(examples)
+    ]
+    s = config.sample
+    sampling = SamplingParams(
+        s.temperature, s.top_p, max_tokens=config.rollout.max_completion_tokens
+    )
+    groups = sample_groups(policy, requests, config, sampling, 1, purpose="general_cot")
+    texts = {
+        g.problem.id: g.completions[0].text
+        for g in groups
+        if g.completions[0].finish_reason == "stop"
+    }
+    merged: dict[str, str] = {}
+    for part in distributed.gather_objects(texts):
+        merged |= part
+    template = config.template
+    marks = ("<think>", "</think>", "<answer>", "</answer>", template.special_token)
+    thoughts = []
+    for request in requests:
+        text = merged.get(request.id, "")
+        parts = split_completion(text, template.protocol, template.special_token)
+        if parts.well_formed:  # a model of the recipe thinks before it writes: take what it wrote
+            text = parts.summary or ""
+        thoughts.append("" if any(mark in text for mark in marks) else text.strip())
+    return thoughts
+
+
+def mix(reasoning: list[Example], general: list[Example], seed: int) -> list[Example]:
+    """Both kinds, shuffled by the seed."""
+    examples = [*reasoning, *general]
+    random.Random(f"{seed}/mix").shuffle(examples)
+    return examples

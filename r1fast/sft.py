@@ -1,0 +1,112 @@
+"""Supervised fine-tuning: packed batches, loss on completion tokens only, cosine to a floor."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from r1fast import distributed
+from r1fast.batch import pack
+from r1fast.config import Config
+from r1fast.data import Example, batch_indices
+from r1fast.metrics import warn
+from r1fast.policy import Policy
+from r1fast.templates import encode_text, render_prompt
+from r1fast.trainer import Trainer, completion_logprobs
+from r1fast.types import Sequence
+
+
+def encode_examples(examples: list[Example], policy: Policy, config: Config) -> list[Sequence]:
+    """Prompt and completion ids of the kept examples; too long ones are counted and reported."""
+    room = min(config.sft.max_seq_tokens, policy.model.spec.max_position_embeddings)
+    room = min(room, config.sft.token_budget)
+    tokenizer, sequences, dropped = policy.tokenizer, [], []
+    unknown = 0
+    for example in examples:
+        if not example.keep:
+            continue
+        text = render_prompt(example.prompt, config.template, tokenizer)
+        ids = encode_text(text, tokenizer, add_special_tokens=config.template.name != "chat")
+        sequence = Sequence(ids, policy.encode_completion(example.completion))
+        unknown += tokenizer.unk_token_id is not None and (
+            tokenizer.unk_token_id in sequence.completion_ids
+        )
+        if sequence.num_tokens > room:
+            dropped.append((example.id, sequence.num_tokens))
+        else:
+            sequences.append(sequence)
+    if dropped:
+        warn(
+            f"{len(dropped)} of {len(examples)} examples are longer than {room} tokens and were "
+            f"left out (the first: {dropped[0][0]}, {dropped[0][1]} tokens)"
+        )
+    if unknown:
+        warn(f"{unknown} examples hold text that the tokenizer does not know")
+    if not sequences:
+        raise ValueError("no training example is left: none was given, or all are too long")
+    return sequences
+
+
+class SFTTrainer(Trainer):
+    """Minimises the mean negative log-likelihood per completion token (or per sequence)."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: Config,
+        folder: str | Path,
+        sequences: list[Sequence],
+        *,
+        stage: str = "sft",
+        in_order: bool = False,  # one pass in the given order: the data are their own curriculum
+        force: bool = False,
+    ):
+        self.sequences, self.in_order = sequences, in_order
+        s = config.sft
+        by_epochs = math.ceil(s.epochs * len(sequences) / s.batch_size)
+        num_steps = s.max_steps or max(1, by_epochs)
+        super().__init__(
+            policy,
+            config,
+            folder,
+            stage=stage,
+            num_steps=num_steps,
+            num_optimizer_steps=num_steps,
+            force=force,
+        )
+
+    def line_every(self) -> int:
+        return max(1, self.num_steps // 20)
+
+    def train_step(self, step: int) -> dict[str, float]:
+        s = self.config.sft
+        if self.in_order:
+            n = len(self.sequences)
+            chosen = [i % n for i in range(step * s.batch_size, (step + 1) * s.batch_size)]
+        else:
+            chosen = batch_indices(len(self.sequences), s.batch_size, self.config.seed, step)
+        batch_of = [self.sequences[i] for i in chosen]
+        num_tokens = sum(len(x.completion_ids) for x in batch_of)
+        owned = batch_of[self.rank :: self.world_size]
+        if s.loss == "token":
+            weights = [1.0 / num_tokens] * len(owned)
+        else:
+            weights = [1.0 / (len(batch_of) * len(x.completion_ids)) for x in owned]
+        sums = {"loss": 0.0, "entropy": 0.0}
+        with self.timer("train"):
+            for batch in pack(owned, s.token_budget, weights, device=self.policy.device):
+                logprobs, entropy = completion_logprobs(self.model, batch)
+                loss = -(logprobs * batch.token_weights[batch.completion_mask]).sum()
+                loss.backward()
+                sums["loss"] += float(loss.detach())
+                sums["entropy"] += float(entropy.detach().sum())
+            norm, lr = self.optimize()
+        total = distributed.sum_dict(sums)
+        self.num_tokens += sum(x.num_tokens for x in batch_of)
+        return {
+            "loss": total["loss"],
+            "entropy": total["entropy"] / num_tokens,
+            "grad_norm": norm,
+            "learning_rate": lr,
+            "epoch": (step + 1) * s.batch_size / len(self.sequences),
+        }

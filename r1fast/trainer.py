@@ -1,0 +1,496 @@
+"""The GRPO loop: rollout -> rewards -> advantages -> packed mini-batches -> one optimizer step each.
+
+`Trainer` is what SFT and GRPO share: checkpoints and resume, the learning rate, the metrics.
+A step is a pure function of (weights, optimizer state, step number): data order, sampling and
+mini-batch split derive from the seed and the step, so a resumed run repeats what would have been.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from r1fast import distributed
+from r1fast.batch import pack
+from r1fast.checkpoint import load_checkpoint, same_config, save_checkpoint
+from r1fast.config import Config, to_dict
+from r1fast.data import batch_indices
+from r1fast.grpo import grpo_objective, rollout_advantages, token_weights
+from r1fast.kernels.attention import PackedAttention
+from r1fast.kernels.linear_logprobs import linear_logprobs
+from r1fast.metrics import (
+    MetricsWriter,
+    Timer,
+    finish_rollout_metrics,
+    progress,
+    rollout_extremes,
+    rollout_sums,
+    warn,
+)
+from r1fast.model import Decoder
+from r1fast.optim import Optimizer, learning_rate
+from r1fast.policy import Policy
+from r1fast.rewards.score import RewardScorer
+from r1fast.rollout.engine import Engine
+from r1fast.rollout.sampler import SamplingParams, sample_seed
+from r1fast.templates import encode_prompts
+from r1fast.types import PackedBatch, Problem, RolloutGroup, Sequence
+
+MAX_SKIPPED = 5  # non-finite gradients in a row before the run stops
+
+
+def completion_logprobs(
+    model: Decoder, batch: PackedBatch, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:  # (Tc,), (Tc,)
+    """Log-probability and entropy of every completion token; the head sees those rows only."""
+    attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen)
+    hidden = model(batch.input_ids, batch.position_ids, attend)
+    m = batch.completion_mask
+    return linear_logprobs(
+        hidden[m],
+        model.head_weight,
+        batch.target_ids[m],
+        temperature=temperature,
+        return_entropy=True,
+    )
+
+
+class Trainer:
+    """State, checkpoints and metrics of one training stage in `folder`."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: Config,
+        folder: str | Path,
+        *,
+        stage: str,
+        num_steps: int,
+        num_optimizer_steps: int,
+        force: bool = False,
+    ):
+        self.policy, self.model, self.config = policy, policy.model, config
+        self.folder, self.stage = Path(folder), stage
+        self.num_steps, self.num_optimizer_steps = num_steps, num_optimizer_steps
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self.optimizer = Optimizer(self.model.named_parameters(), config.optim)
+        self.step = self.optimizer_step = self.num_tokens = self.num_skipped = 0
+        self.timer = Timer(torch.cuda.synchronize if policy.device.type == "cuda" else None)
+        self._resume(force)
+
+    def _resume(self, force: bool) -> None:
+        saved = load_checkpoint(self.folder / "checkpoints")
+        if saved is None:
+            return
+        changes = same_config(saved.state["config"], self._config_that_matters())
+        if changes and not force:
+            raise ValueError(
+                f"{self.folder} was begun with another config:\n  " + "\n  ".join(changes) + "\n"
+                "Take another output_dir, or --force to go on with the new values."
+            )
+        _fill(dict(self.model.named_parameters()), saved.tensors("model"))
+        self.optimizer.load_state_tensors(saved.tensors("optimizer"))
+        self.load_extra(saved)
+        self.step, self.optimizer_step = saved.step, saved.state["optimizer_step"]
+        self.num_tokens = saved.state["num_tokens"]
+
+    def load_extra(self, saved) -> None:
+        """For subclasses: tensors beyond model and optimizer."""
+
+    def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {}
+
+    def _config_that_matters(self) -> dict:
+        """What changes the numbers of this stage: not where it is written or what is shown."""
+        config = to_dict(self.config)
+        for key in ("output_dir", "log", "checkpoint", "pipeline", "stages"):
+            del config[key]
+        return json.loads(json.dumps(config))
+
+    def save(self) -> None:
+        if distributed.is_main():
+            tensors = {
+                "model": {n: p.detach() for n, p in self.model.named_parameters()},
+                "optimizer": self.optimizer.state_tensors(),
+                **self.extra_tensors(),
+            }
+            state = {
+                "optimizer_step": self.optimizer_step,
+                "num_tokens": self.num_tokens,
+                "config": self._config_that_matters(),
+            }
+            try:
+                save_checkpoint(
+                    self.folder / "checkpoints",
+                    self.step,
+                    tensors,
+                    state,
+                    keep_last=self.config.checkpoint.keep_last,
+                )
+            except OSError as error:
+                warn(
+                    f"checkpoint of step {self.step} could not be written, training goes on: {error}"
+                )
+        distributed.barrier()
+
+    def optimize(self) -> tuple[float, float]:
+        """Sum gradients over ranks and step. Returns (gradient norm, learning rate)."""
+        distributed.sum_gradients(self.model.parameters())
+        lr = learning_rate(self.config.optim, self.optimizer_step, self.num_optimizer_steps)
+        norm, applied = self.optimizer.step(lr)
+        self.optimizer_step += 1
+        self.num_skipped = 0 if applied else self.num_skipped + 1
+        if not applied:
+            warn(f"step {self.step + 1}: gradient is not finite, update skipped")
+        if self.num_skipped >= MAX_SKIPPED:
+            raise FloatingPointError(
+                f"{MAX_SKIPPED} gradients in a row were not finite; the last good weights are in "
+                f"{self.folder / 'checkpoints'}. Lower optim.lr or check the data."
+            )
+        return norm, lr
+
+    def run(self) -> None:
+        """Train to the end, from wherever the newest checkpoint stands; then save the model."""
+        log = self.config.log
+        every = self.config.checkpoint.every_steps
+        with (
+            (
+                MetricsWriter(
+                    self.folder,
+                    stage=self.stage,
+                    tensorboard=log.tensorboard and distributed.is_main(),
+                    wandb=log.wandb and distributed.is_main(),
+                    project=log.wandb_project,
+                    run_name=f"{Path(self.config.output_dir).name}-{self.stage}",
+                    config=to_dict(self.config),
+                    resume_step=self.step,
+                )
+                if distributed.is_main()
+                else _NoWriter()
+            ) as writer,
+            progress(
+                self.stage, total=self.num_steps, start=self.step, line_every=self.line_every()
+            ) as bar,
+        ):
+            while self.step < self.num_steps:
+                began, tokens = time.perf_counter(), self.num_tokens
+                row = self.train_step(self.step)
+                self.step += 1
+                seconds = time.perf_counter() - began
+                row |= self.timer.take()
+                row["num_tokens"] = self.num_tokens
+                row["step_time"] = seconds
+                row["tokens_per_second"] = (self.num_tokens - tokens) / seconds
+                row |= self.after_step()
+                bar.update(writer.write(self.step, row))
+                if every and self.step % every == 0 and self.step < self.num_steps:
+                    self.save()
+        if distributed.is_main():
+            self.policy.save(self.folder / "model")
+        distributed.barrier()
+
+    def line_every(self) -> int:
+        return 1
+
+    def train_step(self, step: int) -> dict[str, float]:
+        raise NotImplementedError
+
+    def after_step(self) -> dict[str, float]:
+        return {}
+
+
+class GRPOTrainer(Trainer):
+    """Group relative policy optimisation with rule and preference rewards.
+
+    `general` problems join in the last `rewards.preference_last_steps` steps. `evaluate`, where
+    given, is called every `eval.every_steps` steps and returns metrics for the row.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: Config,
+        folder: str | Path,
+        problems: list[Problem],
+        scorer: RewardScorer,
+        *,
+        stage: str = "grpo",
+        general: list[Problem] | None = None,
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        force: bool = False,
+    ):
+        g = config.grpo
+        if not problems:
+            raise ValueError("there are no training problems (see data.train)")
+        if g.prompts_per_step < distributed.world_size():
+            raise ValueError(
+                f"grpo.prompts_per_step = {g.prompts_per_step} is less than the "
+                f"{distributed.world_size()} processes; every one needs a prompt"
+            )
+        self.problems, self.general, self.scorer = problems, general or [], scorer
+        self.evaluate = evaluate
+        self.prompt_ids = self._encode(problems, policy, config)
+        self.general_ids = self._encode(self.general, policy, config)
+        self.reference = copy.deepcopy(policy.model).requires_grad_(False) if g.kl_coef else None
+        super().__init__(
+            policy,
+            config,
+            folder,
+            stage=stage,
+            num_steps=g.num_steps,
+            num_optimizer_steps=g.num_steps * g.num_mini_batches * g.num_iterations,
+            force=force,
+        )
+        r = config.rollout
+        self.sampling = SamplingParams(r.temperature, r.top_p, r.top_k, r.max_completion_tokens)
+        self.engine = Engine(
+            policy.model, policy.eos_ids, decode=policy.decode, max_batch_size=r.max_batch_size
+        )
+
+    @staticmethod
+    def _encode(problems: list[Problem], policy: Policy, config: Config) -> list[list[int]]:
+        """Prompt ids of `problems`, which loses those that are too long (in place, with a warning)."""
+        room = min(config.rollout.max_prompt_tokens, policy.model.spec.max_position_embeddings - 1)
+        ids, kept, dropped = encode_prompts(problems, policy.tokenizer, config.template, room)
+        if dropped:
+            name, length = dropped[0]
+            warn(
+                f"{len(dropped)} of {len(problems)} prompts are longer than {room} tokens and were "
+                f"left out (the first: {name}, {length} tokens)"
+            )
+        if problems and not kept:
+            raise ValueError(f"all {len(problems)} prompts are longer than {room} tokens")
+        problems[:] = [problems[i] for i in kept]
+        return ids
+
+    def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
+        if self.reference is None:
+            return {}
+        return {"reference": dict(self.reference.named_parameters())}
+
+    def load_extra(self, saved) -> None:
+        if self.reference is not None:
+            _fill(dict(self.reference.named_parameters()), saved.tensors("reference"))
+
+    def train_step(self, step: int) -> dict[str, float]:
+        with self.timer("rollout"):
+            groups = self.rollout(step)
+        with self.timer("reward"):
+            self.scorer.score(groups, step_from_end=self.num_steps - 1 - step)
+        row = self._rollout_row(groups)
+        row |= self.update(groups, step)
+        self._store_samples(groups, step)
+        return row
+
+    def _choose(self, step: int) -> list[tuple[Problem, list[int]]]:
+        """The problems of this step over all ranks, with their prompt ids."""
+        P, seed, w = self.config.grpo.prompts_per_step, self.config.seed, self.config.rewards
+        in_last_phase = self.num_steps - step <= w.preference_last_steps
+        num_general = round(P * w.general_share) if self.general and in_last_phase else 0
+        chosen = batch_indices(len(self.problems), P, seed, step)[: P - num_general]
+        picks = [(self.problems[i], self.prompt_ids[i]) for i in chosen]
+        if num_general:
+            for i in batch_indices(len(self.general), num_general, seed, step):
+                picks.append((self.general[i], self.general_ids[i]))
+        return picks
+
+    def rollout(self, step: int) -> list[RolloutGroup]:
+        """This rank's groups: positions rank, rank + world size, ... of the step's problems."""
+        G, seed = self.config.rollout.num_generations, self.config.seed
+        picks = list(enumerate(self._choose(step)))[self.rank :: self.world_size]
+        completions = self.engine.generate(
+            [ids for _, (_, ids) in picks],
+            [[sample_seed(seed, self.stage, step, p, g) for g in range(G)] for p, _ in picks],
+            self.sampling,
+        )
+        return [
+            RolloutGroup(problem, ids, group)
+            for (_, (problem, ids)), group in zip(picks, completions, strict=True)
+        ]
+
+    def _rollout_row(self, groups: list[RolloutGroup]) -> dict[str, float]:
+        names = sorted({n for g in groups for r in g.rewards for n in r.parts})
+        names = sorted(set(sum(distributed.gather_objects(names), [])))
+        sums = distributed.sum_dict(rollout_sums(groups, names))
+        shortest, longest = zip(*distributed.gather_objects(rollout_extremes(groups)), strict=True)
+        return finish_rollout_metrics(sums, min(shortest), max(longest))
+
+    def update(self, groups: list[RolloutGroup], step: int) -> dict[str, float]:
+        """One pass (or `num_iterations`) over a rollout. Returns the metrics of the training part."""
+        g, G = self.config.grpo, self.config.rollout.num_generations
+        sequences = self._sequences(groups)
+        lengths = [[len(c.token_ids) for c in group.completions] for group in groups]
+        by_rank = distributed.gather_objects(lengths)
+        P = sum(len(part) for part in by_rank)
+        length = {
+            (p, i): by_rank[p % self.world_size][p // self.world_size][i]
+            for p in range(P)
+            for i in range(G)
+        }
+        if self.reference is not None:
+            with self.timer("reference"):
+                self._fill_ref_logprobs(list(sequences.values()))
+        sums: dict[str, float] = {"loss": 0.0}
+        norms, lr, mismatch = [], 0.0, (0.0, 0.0, 0)
+        num_parts = g.num_mini_batches * g.num_iterations
+        for iteration in range(g.num_iterations):
+            for m, part in enumerate(self._split(list(length), step, iteration)):
+                first = iteration == m == 0
+                with self.timer("train"):
+                    mini = self._backward(part, sequences, length, check_mismatch=first)
+                    norm, lr = self.optimize()
+                norms.append(norm)
+                if first:
+                    mismatch = (mini.pop("diff"), mini.pop("max_diff"), mini["num_tokens"])
+                for key, value in mini.items():
+                    sums[key] = sums.get(key, 0.0) + value
+        self._refresh_reference(num_parts)
+        total = distributed.sum_dict(sums)
+        diffs = distributed.gather_objects(mismatch)
+        num_tokens = max(total.pop("num_tokens"), 1)
+        self.num_tokens += sum(length.values()) + G * sum(
+            distributed.gather_objects(sum(len(x.prompt_ids) for x in groups))
+        )
+        row = {"loss": total.pop("loss") / num_parts, "learning_rate": lr}
+        row["grad_norm"] = sum(norms) / len(norms)
+        row |= {key: value / num_tokens for key, value in total.items()}
+        row["logprob_mismatch/mean"] = sum(d[0] for d in diffs) / max(sum(d[2] for d in diffs), 1)
+        row["logprob_mismatch/max"] = max(d[1] for d in diffs)
+        return row
+
+    def _sequences(self, groups: list[RolloutGroup]) -> dict[tuple[int, int], Sequence]:
+        """(position in the step, sample) -> training sequence, of this rank's groups."""
+        batch_std = self._batch_std(groups) if self.config.grpo.scale_rewards == "batch" else None
+        advantages = rollout_advantages(groups, self.config.grpo, batch_std)
+        return {
+            (self.rank + n * self.world_size, i): Sequence(
+                group.prompt_ids, c.token_ids, old_logprobs=c.logprobs, advantage=advantage
+            )
+            for n, (group, row) in enumerate(zip(groups, advantages, strict=True))
+            for i, (c, advantage) in enumerate(zip(group.completions, row, strict=True))
+        }
+
+    def _batch_std(self, groups: list[RolloutGroup]) -> Tensor:
+        """Standard deviation of every reward of the step, over all ranks."""
+        totals = sum(distributed.gather_objects([r.total for g in groups for r in g.rewards]), [])
+        correction = int(self.config.grpo.std == "sample" and len(totals) > 1)
+        return torch.tensor(totals, dtype=torch.float64).std(correction=correction)
+
+    def _split(self, keys: list[tuple[int, int]], step: int, iteration: int) -> list[list]:
+        """All (position, sample) keys, shuffled and cut into `num_mini_batches` nearly equal parts."""
+        N = self.config.grpo.num_mini_batches
+        if N > 1:
+            random.Random(f"{self.config.seed}/split/{step}/{iteration}").shuffle(keys)
+        return [keys[m * len(keys) // N : (m + 1) * len(keys) // N] for m in range(N)]
+
+    def _backward(self, part, sequences, length, *, check_mismatch: bool) -> dict[str, float]:
+        """Gradients of one mini-batch, this rank's share of it. Returns sums over tokens."""
+        g = self.config.grpo
+        owned = [key for key in part if key in sequences]
+        weights = token_weights(
+            g.loss_type,
+            [length[key] for key in owned],
+            num_sequences=len(part),
+            num_tokens=sum(length[key] for key in part),
+            max_completion_tokens=self.config.rollout.max_completion_tokens,
+        )
+        batches = pack(
+            [sequences[key] for key in owned], g.token_budget, weights, device=self.policy.device
+        )
+        totals: dict[str, Tensor] = {}
+        largest = 0.0
+        for batch in batches:
+            logprobs, entropy = completion_logprobs(self.model, batch, self.sampling.temperature)
+            loss, sums = grpo_objective(logprobs, batch, g)
+            loss.backward()
+            sums |= {"loss": loss.detach(), "entropy": entropy.detach().sum()}
+            if check_mismatch:
+                diff = (logprobs.detach() - batch.old_logprobs[batch.completion_mask]).abs()
+                sums["diff"] = diff.sum()
+                largest = max(largest, float(diff.max()))
+            for key, value in sums.items():
+                totals[key] = totals.get(key, 0) + value.double()
+        result = {key: float(value) for key, value in totals.items()}
+        if check_mismatch:
+            result.setdefault("diff", 0.0)
+            result["max_diff"] = largest
+        result.setdefault("num_tokens", 0.0)
+        return result
+
+    @torch.no_grad()
+    def _fill_ref_logprobs(self, sequences: list[Sequence]) -> None:
+        batches = pack(
+            sequences,
+            self.config.grpo.token_budget,
+            [0.0] * len(sequences),
+            device=self.policy.device,
+        )
+        for batch in batches:
+            logprobs, _ = completion_logprobs(self.reference, batch, self.sampling.temperature)
+            values, start = logprobs.tolist(), 0
+            for i in batch.sequence_index:
+                end = start + len(sequences[i].completion_ids)
+                sequences[i].ref_logprobs = values[start:end]
+                start = end
+
+    def _refresh_reference(self, num_done: int) -> None:
+        """reference := policy when the optimizer has passed a multiple of `ref_refresh_steps`."""
+        every = self.config.grpo.ref_refresh_steps
+        passed = every and self.optimizer_step // every > (self.optimizer_step - num_done) // every
+        if self.reference is not None and passed:
+            _fill(dict(self.reference.named_parameters()), dict(self.model.named_parameters()))
+
+    def _store_samples(self, groups: list[RolloutGroup], step: int) -> None:
+        """A few completions of every step, in full, for reading."""
+        if not distributed.is_main() or not self.config.log.num_samples:
+            return
+        with (self.folder / "completions.jsonl").open("a", encoding="utf-8") as file:
+            for group in groups[: self.config.log.num_samples]:
+                completion, reward = group.completions[0], group.rewards[0]
+                row = {
+                    "step": step + 1,
+                    "problem_id": group.problem.id,
+                    "prompt": group.problem.prompt,
+                    "answer": group.problem.answer,
+                    "text": completion.text,
+                    "finish_reason": completion.finish_reason,
+                    "reward": reward.total,
+                    "parts": reward.parts,
+                    "verdict": reward.verdict,
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def after_step(self) -> dict[str, float]:
+        every = self.config.eval.every_steps
+        if self.evaluate is None or not every or self.step % every:
+            return {}
+        with self.timer("eval"):
+            values = self.evaluate()
+        return {f"eval/{key}": v for key, v in values.items() if isinstance(v, int | float)}
+
+
+class _NoWriter:
+    """Stands in for MetricsWriter on ranks other than 0."""
+
+    def write(self, step: int, row: dict) -> dict:
+        return {"step": step, **row}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc) -> None:
+        pass
+
+
+@torch.no_grad()
+def _fill(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
+    assert targets.keys() == sources.keys(), targets.keys() ^ sources.keys()
+    for name, target in targets.items():
+        target.copy_(sources[name])
