@@ -467,9 +467,16 @@ def save_model(
     write_folder(path, write)
 
 
+GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # tokenizer.json says it all
+
+
 def load_tokenizer(path: str | os.PathLike):
     """The tokenizer of a model folder; no remote code is run and nothing else is fetched."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = resolve_model_path(path)
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config = read_json(folder / "tokenizer_config.json", default={})
+    # next to a Qwen2 or Llama config AutoTokenizer would take that model's own splitting rules
+    is_generic = config.get("tokenizer_class") in GENERIC_TOKENIZERS
+    loader = PreTrainedTokenizerFast if is_generic else AutoTokenizer
+    return loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

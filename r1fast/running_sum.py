@@ -143,7 +143,7 @@ def new_policy(name: str, config: Config) -> Policy:
     """An untrained model of the task's size, with its tokenizer."""
     D, L, H, F = SIZES[name]
     spec = ModelSpec(
-        model_type="qwen2",
+        model_type="llama",
         vocab_size=len(VOCABULARY),
         hidden_size=D,
         intermediate_size=F,
@@ -151,7 +151,6 @@ def new_policy(name: str, config: Config) -> Policy:
         num_heads=H,
         num_kv_heads=H,
         head_dim=D // H,
-        qkv_bias=True,
         tie_word_embeddings=True,
         max_position_embeddings=512,
     )
