@@ -85,8 +85,12 @@ def test_files_are_what_safetensors_reads(tmp_path):
     with safe_open(path / "optimizer.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert torch.equal(file.get_tensor("count"), torch.arange(9).view(3, 3))
-    header_size = int.from_bytes((path / "optimizer.safetensors").read_bytes()[:8], "little")
+    data = (path / "optimizer.safetensors").read_bytes()
+    header_size = int.from_bytes(data[:8], "little")
     assert header_size % 8 == 0
+    header = json.loads(data[8 : 8 + header_size])
+    for name, x in make(1)[0]["optimizer"].items():
+        assert header[name]["data_offsets"][0] % x.element_size() == 0, name
 
 
 def test_tied_tensors_views_and_parameters(tmp_path):
@@ -344,9 +348,10 @@ def test_the_same_step_twice(tmp_path, monkeypatch, warnings):
     with monkeypatch.context() as patch:
         crash_at(patch, "replace", 1, Crash())
         with pytest.raises(Crash):
-            save(tmp_path, 1)
+            save_checkpoint(tmp_path, 1, {}, {"third": True})
+    assert load_checkpoint(tmp_path).state == {"third": True}
     assert steps(tmp_path) == ["step-000001", "step-000001.old"]
-    flip_bit(tmp_path / "step-000001/model.safetensors")
+    flip_bit(tmp_path / "step-000001/state.json")
     with monkeypatch.context() as patch:
         crash_at(patch, "rename", 1, Crash())
         with pytest.raises(Crash):
