@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 
+_SURE = 0.65  # confidence from which lingua overrules the target in fewer words than _LONG
+_LONG = 5
 # language -> script. Two languages of one script need lingua to be told apart.
 SCRIPTS = {
     "en": "latin", "de": "latin", "fr": "latin", "es": "latin", "it": "latin", "pt": "latin",
@@ -141,9 +143,11 @@ def _language_of(
     if len(candidates) == 1 and SCRIPTS[target] != script:
         return candidates[0]
     if len(candidates) > 1 and _has_lingua():
-        named = _detect(candidates, " ".join(words))
-        if named is not None:
-            return named
+        shares = _detect(candidates, " ".join(words))
+        best = max(shares, key=shares.__getitem__)
+        # "Let x be" is as much German as English: in doubt it is the target
+        if len(words) >= _LONG or shares[best] >= _SURE or target not in candidates:
+            return best
     return target if target in candidates else candidates[0]
 
 
@@ -161,6 +165,7 @@ def _detector(candidates: tuple[str, ...]):
 
 
 @lru_cache(maxsize=1 << 14)
-def _detect(candidates: tuple[str, ...], text: str) -> str | None:
-    language = _detector(candidates).detect_language_of(text)
-    return None if language is None else language.iso_code_639_1.name.lower()
+def _detect(candidates: tuple[str, ...], text: str) -> dict[str, float]:
+    """Confidence of each candidate; they add up to 1."""
+    values = _detector(candidates).compute_language_confidence_values(text)
+    return {v.language.iso_code_639_1.name.lower(): v.value for v in values}

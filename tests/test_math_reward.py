@@ -1,0 +1,324 @@
+"""The mathematics grader: extraction, exact comparison, the symbolic worker, and its limits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from r1fast.data import load_problems
+from r1fast.rewards.answers import read_answer
+from r1fast.rewards.equivalence import same
+from r1fast.rewards.math import MathReward, extract_answer, parse_gold
+
+SHARED = Path(__file__).parents[2] / "shared"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared is not beside the repo")
+needs_sympy = pytest.mark.skipif(find_spec("math_verify") is None, reason="no math-verify")
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with MathReward() as grader:
+        yield grader
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return MathReward(symbolic=False)
+
+
+SAME = [
+    ("1/2", "0.5"), (r"\frac{1}{2}", "1/2"), ("0.5", "50%"), ("25%", "0.25"), ("25", r"25\%"),
+    ("3", "3.0"), ("1000000", "1e6"), ("1,000,000", "1000000"), (r"11,\! 111", "11111"),
+    ("1 000", "1000"), (r"1{,}000", "1000"), ("-3", "−3"), ("12", "12."), ("12", "=12"),
+    ("12", r"\$12"), ("12", "x = 12"), ("12", "144/12"), ("12", r"6\times 2"), ("12", "-(-12)"),
+    (r"\frac{3}{2}", "1 1/2"), (r"\frac{3}{2}", r"1\tfrac12"), ("1/3", r"\frac13"),
+    ("2/3", "0.666666666667"), ("2^{100}", "1267650600228229401496703205376"), ("10!", "3628800"),
+    (r"\binom{10}{3}", "120"), ("90^\\circ", "90"), ("90", "90°"), ("5 dollars", "$5"),
+    ("7 million", "7000000"), ("3 hours", "3"), ("A", "(A)"), ("C", r"\textbf{(C)}"),
+    ("C", "(C) 15"), ("C", "C: 15"), ("yes", "Yes."), ("ellipse", "an ellipse"),
+    ("x^2-1", "(x-1)(x+1)"), ("(1,2)", r"\left(1, 2\right)"), ("1,2", "2,1"), (r"\{1,2\}", "2,1"),
+    (r"\{1,2\}", r"\{1,2,2\}"), (r"2\sqrt{3}", r"\sqrt{12}"), (r"\sqrt[3]{54}", r"3\sqrt[3]{2}"),
+    (r"\frac{1}{1+\sqrt2}", r"\sqrt2-1"), (r"\frac{1}{i}", "-i"), ("6-5i", "-5i+6"),
+    (r"e^{i\pi}", "-1"), (r"1\pm\sqrt5", r"1+\sqrt5, 1-\sqrt5"), ("x=3", "3=x"),
+    ("y=2x+3", "2x - y + 3 = 0"), ("y=2x+3", "2x+3"), ("x=1,y=2", "y=2,x=1"), ("x>3", "3<x"),
+    ("1<x<2", "2>x>1"), (r"x \in [-2,7]", "[-2,7]"), (r"(2,12)\cup(12,\infty)", r"(12,\infty)\cup(2,12)"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}"),
+    ("2xy", "2yx"), ("xy^2", "y^2x"), ("x_1+x_2", "x_2+x_1"), ("1010_2", "1010_{2}"),
+    (r"(3, \frac{\pi}{2})", r"(3,\pi/2)"), (r"\frac{11+9a}{20}", "0.45a+0.55"),
+]  # fmt: skip
+DIFFERENT = [
+    ("12", "twelve"), ("2/3", "0.6667"), ("25", "0.25"), ("0.5", "0.5%"), ("12", "1 2"),
+    ("12", "[12]"), ("12", "12 = x"), ("12", "approximately 12"), ("12", "12 or 13"), ("12", "12, 12"),
+    ("12", "12;13"), ("12", "not 12"), ("7", "7 million"), ("3 hours", "3 minutes"), ("3", "y=x+3"),
+    ("A", "(B)"), ("A", "A, B"), ("A", "(A) or (B)"), ("no", "no solution"), ("x^2-1", "x^2+1"),
+    ("(1,2)", "1,2"), ("(1,2)", "(2,1)"), ("(1,2)", "[1,2)"), ("1,2", "1,2,2"), ("[0,1]", "(0,1)"),
+    (r"2\sqrt{3}", r"\sqrt{13}"), (r"2\sqrt3", "3.4641"), (r"\pi", "3.14159"), (r"\pi", r"\frac{22}{7}"),
+    ("x=1,y=2", "x=2,y=1"), ("x>3", "x<3"), (r"(-\infty,3)", r"(-\infty,3]"), ("0", ""),
+    ("0", r"10^{-50}"), ("1", r"1+10^{-50}"), ("1", "0.99999999999999999"), ("0", r"\infty-\infty"),
+    (r"\frac{1}{2004!}", r"\frac{1}{2006!}"), (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"), ("204_5", "204_6"),
+    ("3R^2", "3r^2"), (r"\sqrt{x^2}", "x"), ("7", r"7\text{ (since }x>0)"), ("7", "7\n\n8"),
+    (r"\pm 2", "2"), ("1000000", "1000001"), ("f(x)", "f(y)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gold", "answer"), SAME)
+def test_same_answers(exact, gold, answer):
+    assert exact.verify(gold, answer) == "correct"
+
+
+@pytest.mark.parametrize(("gold", "answer"), DIFFERENT)
+def test_different_answers(grader, gold, answer):
+    assert grader.verify(gold, answer) in ("wrong", "no_answer", "unparseable")
+
+
+@needs_sympy
+@pytest.mark.parametrize(
+    ("gold", "answer", "verdict"),
+    [
+        (r"\cot x", r"\frac{\cos x}{\sin x}", "correct"),
+        (r"\cot x", r"\tan x", "wrong"),
+        (r"\log_2 8", "3", "correct"),
+        (r"\ln 8", r"3\ln 2", "correct"),
+        (r"\sqrt{3+2\sqrt2}", r"1+\sqrt2", "correct"),
+        (r"\sqrt{3+2\sqrt2}", "2.414213562373095", "wrong"),
+        (r"2^{n+1}", r"2\cdot 2^n", "correct"),
+        (r"\sin^2 x+\cos^2 x", "1", "correct"),
+        (r"10^{-60}\sin 1", r"10^{-60}\sin 2", "wrong"),  # small is not zero
+        (r"[-4,0]", r"-4\le k\le 0", "correct"),
+        (r"[-4,0]", r"-4<k\le 0", "wrong"),
+        (r"\sin A", r"\sin a", "unparseable"),  # math-verify does not tell them apart
+        (r"\sqrt{x^2}", "x", "wrong"),
+    ],
+)
+def test_symbolic_answers(grader, gold, answer, verdict):
+    assert grader.verify(gold, answer) == verdict
+
+
+def test_without_sympy_open_questions_stay_open(exact):
+    assert exact.verify(r"\cot x", r"\frac{\cos x}{\sin x}") == "unparseable"
+    assert exact.verify(r"\cot x", r"\cot{x}") == "correct"
+
+
+@pytest.mark.parametrize(
+    ("text", "protocol", "answer", "verdict"),
+    [
+        ("<think> 3 </think> <answer> 8 </answer>", "think_answer", "8", None),
+        (r"<think>x</think><answer>It is \boxed{8}.</answer>", "think_answer", "8", None),
+        (r"<think>x</think><answer>\boxed{7} \boxed{8}</answer>", "think_answer", None, "wrong"),
+        ("<think>x</think><answer>7</answer><answer>8</answer>", "think_answer", None, "wrong"),
+        ("<think>x</think><answer>7</answer> or 8", "think_answer", None, "wrong"),
+        (r"<think>\boxed{7}</think>", "think_answer", None, "no_answer"),
+        (r"<think>x</think> \boxed{7}", "think_answer", None, "no_answer"),
+        ("<think> 3 + 5 is", "think_answer", None, "no_answer"),
+        (r"<think>\boxed{7}</think> It is \boxed{8}.", "think", "8", None),
+        (r"<think>\boxed{7}</think> I do not know what it is.", "think", None, "no_answer"),
+        ("<think>x</think>\n\nSo we add.\nThe answer is 8.", "think", "8.", None),
+        (r"\boxed{7} and more thought", "think", "7", None),
+        ("|special_token|a|special_token|8", "cold_start", "8", None),
+        (r"|special_token|\boxed{1}|special_token|\boxed{8}", "cold_start", "8", None),
+        ("|special_token|a 8", "cold_start", None, "no_answer"),
+        (r"so \boxed{5}, then \boxed{5}", None, "5", None),
+        (r"so \boxed{5}, then \boxed{6}", None, None, "wrong"),
+        (r"so \boxed{0.5}, then \boxed{\frac12}", None, r"\frac12", None),
+        (r"so \boxed{5}\boxed{}", None, None, "wrong"),
+        (r"so \boxed{", None, None, "no_answer"),
+        ("", None, None, "no_answer"),
+    ],
+)
+def test_extraction(text, protocol, answer, verdict):
+    extracted = extract_answer(text, protocol)
+    assert (extracted.answer, extracted.verdict) == (answer, verdict)
+    assert (extracted.answer is None) == bool(extracted.fault)
+
+
+def test_several_boxes_are_a_policy():
+    assert extract_answer(r"\boxed{1} then \boxed{2}", several_boxes="last").answer == "2"
+    with pytest.raises(ValueError, match="several_boxes must be 'wrong' or 'last'"):
+        extract_answer("7", several_boxes="first")
+
+
+def test_golds():
+    for gold in ("7", r"\frac{1}{2}", r"\int_0^1 x dx", r"F_n = \sum_k F_k", "Evelyn", "A"):
+        assert parse_gold(gold) == gold
+    for gold in ("", " ", r"\frac{1", "nan", "None", "inf", r"\frac{1}{0}", "?", "x" * 3000):
+        with pytest.raises(ValueError, match="gold answer"):
+            parse_gold(gold)
+
+
+def test_gold_errors_name_the_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "answer": "1"}\n{"prompt": "b", "answer": "\\\\frac{1"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: gold answer .* cannot be read"):
+        load_problems(path, check_gold=parse_gold)
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["gsm8k/test.jsonl", "math500/test.jsonl", "mgsm/mgsm_de.tsv"])
+def test_public_golds_are_typed_and_equal_themselves(exact, name):
+    for problem in load_problems(SHARED / "data" / name, check_gold=parse_gold):
+        gold = read_answer(problem.answer)  # raises where the grammar cannot read it
+        assert same(gold, gold) is True, problem.answer
+        assert exact.verify(problem.answer, rf"So \boxed{{{problem.answer}}}.") == "correct"
+        assert exact.verify(problem.answer, "123456789.125") in ("wrong", "unparseable")
+
+
+@needs_shared
+@needs_sympy
+def test_acceptance_cases(grader):
+    """core: at most 3 wrong, none of them a false positive; hack: all; robust: all, each in 1 s."""
+    tally, failed, slowest = Counter(), [], 0.0
+    grader.verify(r"\cot x", r"\frac{1}{\tan x}")  # the worker is up
+    for line in (SHARED / "cases" / "math_grader.jsonl").read_text().splitlines():
+        case = json.loads(line)
+        start = time.perf_counter()
+        verdict = grader.verify(case["gold"], case["pred"])
+        seconds = time.perf_counter() - start
+        if case["tier"] == "robust":
+            slowest = max(slowest, seconds)
+        if (verdict == "correct") != case["expected"]:
+            failed.append((case["tier"], case["id"], verdict))
+            tally[case["tier"], verdict == "correct"] += 1
+    assert tally["core", False] <= 3, failed
+    assert tally["core", True] == 0, failed
+    assert [f for f in failed if f[0] != "core"] == []
+    assert slowest < 1.0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["9**9**9", "9^9^9^9", r"2^{-10^9}", "(x+1)^{100000}", "1" * 5000, "1e9999", "10^{10^{10}}!",
+     "99999!", r"\binom{10^9}{5}", "(" * 500 + "1", r"\frac{" * 400 + "1", "-" * 1900 + "1",
+     r"\sqrt{" * 60 + "2" + "}" * 60, "+".join("abcdefghij" * 60), r"(a+b+c+d+e+f)^{30}",
+     r"\sum_{k=1}^{10^{12}} \frac1k", r"\sqrt[1000000007]{2}", "1,2," * 400, "x_{" * 300,
+     r"\int_0^1 x^{x^x}dx", '__import__("os").system("id")', r"\pm" * 300 + "1", "2^{2^{2^{2^{30}}}}",
+     r"\sqrt{" + "9" * 900 + "}"],
+)  # fmt: skip
+def test_hostile_answers_are_refused_at_once(exact, answer):
+    start = time.perf_counter()
+    assert exact.verify("42", answer) not in ("correct", "error")
+    assert time.perf_counter() - start < 1.0
+
+
+FRAGMENTS = [
+    r"\frac", "{", "}", "(", ")", "[", "]", r"\{", r"\}", ",", "^", "_", "!", "%", r"\sqrt", r"\pm",
+    r"\infty", "12", "1/2", "x", "sin", r"\begin{pmatrix}", r"\\", "&", r"\end{pmatrix}", r"\cup",
+    "=", "<", r"\text{a}", "\\", "$", "é", "²", "٣", "1e5", ".", "-", "|", "i", r"\circ", "and",
+    ":", r"\boxed{", "<answer>", "</think>", r"\left.", "e", " ", "million", "°",
+]  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.sampled_from(FRAGMENTS), max_size=12),
+    st.lists(st.sampled_from(FRAGMENTS), max_size=12),
+)
+def test_any_text_gets_a_verdict(exact, gold, answer):
+    gold, answer = "".join(gold), "".join(answer)
+    assert exact.verify(gold, answer) != "error"
+    try:
+        parse_gold(gold)
+    except ValueError:
+        return
+    if "\\boxed" not in gold and "<answer>" not in gold and "</think>" not in gold:
+        assert exact.verify(gold, gold) in ("correct", "unparseable")
+
+
+@needs_sympy
+def test_a_hanging_worker_is_killed_and_replaced():
+    with MathReward(timeout=0.5) as grader:
+        pool = grader.pool
+        assert pool.compare("1", r"\cos 0") == "correct"
+        start = time.perf_counter()
+        assert pool.compare(r"\prod_{k=1}^n k^k", r"\sum_{k=0}^{n} k^{k^k}") == "timeout"
+        assert time.perf_counter() - start < 3
+        assert pool.num_restarts == 1
+        assert pool.compare("1", r"\cos 0") == "correct"
+
+
+@needs_sympy
+def test_workers_that_die_are_replaced_and_threads_may_share():
+    with MathReward(num_workers=2) as grader:
+        pool = grader.pool
+        assert pool.compare("1", r"\cos 0") == "correct"
+        worker = pool._slots.get()
+        os.kill(worker.process.pid, signal.SIGKILL)
+        worker.process.wait()
+        pool._slots.put(worker)
+        verdicts = []
+        before = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+
+        def ask(i):
+            for k in range(10):
+                verdicts.append(grader.verify(rf"\sin {i + k}", rf"2\sin({i + k})/2") == "correct")
+
+        threads = [threading.Thread(target=ask, args=(10 * i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert verdicts == [True] * 40
+        assert (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)) == before
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.compare("1", "2")
+
+
+@needs_sympy
+def test_workers_do_not_outlive_a_killed_trainer():
+    code = (
+        "from r1fast.rewards.math import MathReward; import os\n"
+        "g = MathReward(); assert g.verify(r'\\cos 0', '1') == 'correct'\n"
+        "w = g.pool._slots.get(); print(w.process.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    root = str(Path(__file__).parents[1])
+    env = os.environ | {"PYTHONPATH": root}
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, stdout=subprocess.PIPE, check=False)  # fmt: skip
+    pid = int(run.stdout)
+    for _ in range(100):
+        if not _alive(pid):
+            return
+        time.sleep(0.05)
+    pytest.fail(f"worker {pid} still runs")
+
+
+def _alive(pid):
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+def test_the_cache_answers_without_comparing_again(exact, monkeypatch):
+    grader = MathReward(symbolic=False)
+    assert grader.verify("1/2", "0.5") == "correct"
+    monkeypatch.setattr(grader, "_compare", lambda *_: pytest.fail("compared again"))
+    assert grader.verify("1/2", "0.5") == "correct"
+    assert grader.counts["correct"] == 2
+
+
+def test_trl_contract(exact):
+    scores = exact(
+        prompts=["a", "b", "c"],
+        completions=[r"\boxed{8}", [{"role": "assistant", "content": "<answer>9</answer>"}], "x"],
+        completion_ids=[[1], [2], [3]],
+        answer=["8", "8", None],
+        other=[1, 2, 3],
+    )
+    assert scores == [1.0, 0.0, None]
+    with pytest.raises(ValueError, match="1 completions but 2 answers"):
+        exact(completions=["a"], answer=["1", "2"])
+
+
+def test_equivalence_classes_for_voting(exact):
+    assert exact.equivalent("0.5", r"\frac12")
+    assert not exact.equivalent("0.5", "0.25")
