@@ -356,7 +356,7 @@ def _no_constant(name: str) -> None:
 
 
 def _read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(line number, text) of each line that is not blank. Only \\n ends a line, as in JSON Lines."""
+    """(line number, text) of each line that is not blank; only \\n ends a line."""
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"

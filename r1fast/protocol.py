@@ -131,7 +131,7 @@ def join_completion(
     protocol: str = "think_answer",
     special_token: str = SPECIAL_TOKEN,
 ) -> str:
-    """The inverse of `split_completion`; an empty `reasoning` is the empty CoT of a simple query."""
+    """The inverse of `split_completion`; `reasoning` may be empty, as for a simple query."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
     reasoning, answer = reasoning.strip(), answer.strip()

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1fast.data import load_problems
+from r1fast.rewards import symbolic
 from r1fast.rewards.answers import read_answer
 from r1fast.rewards.equivalence import same
 from r1fast.rewards.math import MathReward, extract_answer, parse_gold
@@ -51,18 +52,21 @@ SAME = [
     (r"\frac{1}{1+\sqrt2}", r"\sqrt2-1"), (r"\frac{1}{i}", "-i"), ("6-5i", "-5i+6"),
     (r"e^{i\pi}", "-1"), (r"1\pm\sqrt5", r"1+\sqrt5, 1-\sqrt5"), ("x=3", "3=x"),
     ("y=2x+3", "2x - y + 3 = 0"), ("y=2x+3", "2x+3"), ("x=1,y=2", "y=2,x=1"), ("x>3", "3<x"),
-    ("1<x<2", "2>x>1"), (r"x \in [-2,7]", "[-2,7]"), (r"(2,12)\cup(12,\infty)", r"(12,\infty)\cup(2,12)"),
+    ("1<x<2", "2>x>1"), (r"x \in [-2,7]", "[-2,7]"),
+    (r"(2,12)\cup(12,\infty)", r"(12,\infty)\cup(2,12)"),
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}"),
     ("2xy", "2yx"), ("xy^2", "y^2x"), ("x_1+x_2", "x_2+x_1"), ("1010_2", "1010_{2}"),
     (r"(3, \frac{\pi}{2})", r"(3,\pi/2)"), (r"\frac{11+9a}{20}", "0.45a+0.55"),
 ]  # fmt: skip
 DIFFERENT = [
     ("12", "twelve"), ("2/3", "0.6667"), ("25", "0.25"), ("0.5", "0.5%"), ("12", "1 2"),
-    ("12", "[12]"), ("12", "12 = x"), ("12", "approximately 12"), ("12", "12 or 13"), ("12", "12, 12"),
+    ("12", "[12]"), ("12", "12 = x"), ("12", "approximately 12"),
+    ("12", "12 or 13"), ("12", "12, 12"),
     ("12", "12;13"), ("12", "not 12"), ("7", "7 million"), ("3 hours", "3 minutes"), ("3", "y=x+3"),
     ("A", "(B)"), ("A", "A, B"), ("A", "(A) or (B)"), ("no", "no solution"), ("x^2-1", "x^2+1"),
     ("(1,2)", "1,2"), ("(1,2)", "(2,1)"), ("(1,2)", "[1,2)"), ("1,2", "1,2,2"), ("[0,1]", "(0,1)"),
-    (r"2\sqrt{3}", r"\sqrt{13}"), (r"2\sqrt3", "3.4641"), (r"\pi", "3.14159"), (r"\pi", r"\frac{22}{7}"),
+    (r"2\sqrt{3}", r"\sqrt{13}"), (r"2\sqrt3", "3.4641"), (r"\pi", "3.14159"),
+    (r"\pi", r"\frac{22}{7}"),
     ("x=1,y=2", "x=2,y=1"), ("x>3", "x<3"), (r"(-\infty,3)", r"(-\infty,3]"), ("0", ""),
     ("0", r"10^{-50}"), ("1", r"1+10^{-50}"), ("1", "0.99999999999999999"), ("0", r"\infty-\infty"),
     (r"\frac{1}{2004!}", r"\frac{1}{2006!}"), (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}"),
@@ -201,7 +205,8 @@ def test_acceptance_cases(grader):
      "99999!", r"\binom{10^9}{5}", "(" * 500 + "1", r"\frac{" * 400 + "1", "-" * 1900 + "1",
      r"\sqrt{" * 60 + "2" + "}" * 60, "+".join("abcdefghij" * 60), r"(a+b+c+d+e+f)^{30}",
      r"\sum_{k=1}^{10^{12}} \frac1k", r"\sqrt[1000000007]{2}", "1,2," * 400, "x_{" * 300,
-     r"\int_0^1 x^{x^x}dx", '__import__("os").system("id")', r"\pm" * 300 + "1", "2^{2^{2^{2^{30}}}}",
+     r"\int_0^1 x^{x^x}dx", '__import__("os").system("id")', r"\pm" * 300 + "1",
+     "2^{2^{2^{2^{30}}}}",
      r"\sqrt{" + "9" * 900 + "}"],
 )  # fmt: skip
 def test_hostile_answers_are_refused_at_once(exact, answer):
@@ -246,6 +251,21 @@ def test_a_hanging_worker_is_killed_and_replaced():
         assert pool.compare("1", r"\cos 0") == "correct"
 
 
+def test_a_worker_that_never_answers_is_late(tmp_path, monkeypatch):
+    script = tmp_path / "worker.py"
+    script.write_text("import time; print('{\"ready\": true}', flush=True); time.sleep(60)")
+    monkeypatch.setattr(symbolic, "_WORKER", script)
+    pool = symbolic.SymbolicPool(0.2, 1, 1 << 30)
+    pool.available = True
+    start = time.perf_counter()
+    assert pool.compare("1", "2") == "timeout"
+    assert time.perf_counter() - start < 2
+    script.write_text("print('{\"ready\": true}', flush=True)")
+    assert pool.compare("1", "2") == "error"  # it ended without an answer
+    assert pool.num_restarts == 2
+    pool.close()
+
+
 @needs_sympy
 def test_workers_that_die_are_replaced_and_threads_may_share():
     with MathReward(num_workers=2) as grader:
@@ -282,7 +302,8 @@ def test_workers_do_not_outlive_a_killed_trainer():
     )
     root = str(Path(__file__).parents[1])
     env = os.environ | {"PYTHONPATH": root}
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, stdout=subprocess.PIPE, check=False)  # fmt: skip
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=root, env=env, stdout=subprocess.PIPE, check=False)
     pid = int(run.stdout)
     for _ in range(100):
         if not _alive(pid):

@@ -91,31 +91,32 @@ def test_length_parts():
 
 
 class Grader:
-    """A grader that fails on some answers."""
+    """A grader that fails on some completions."""
 
     def __init__(self, verdicts):
-        self.verdicts = list(verdicts)
+        self.verdicts = verdicts  # by text: completions are graded in any order
 
     def grade(self, gold, text, *args, **kwargs):
-        return Graded(self.verdicts.pop(0), "8")
+        return Graded(self.verdicts[text], "8")
 
     def close(self):
         pass
 
 
 def test_a_failed_grader_is_no_zero_and_stops_the_run_when_it_fails_often():
-    rollout = group(RIGHT, RIGHT)
-    with scorer(grader=Grader(["error", "timeout"])) as s:
+    rollout = group(RIGHT, WRONG)
+    with scorer(grader=Grader({RIGHT: "error", WRONG: "timeout"})) as s:
         s.score([rollout])
     assert rollout.rewards[0].parts == {"accuracy": None, "format": 1.0, "language": 1.0}
     assert (rollout.rewards[0].total, rollout.rewards[0].verdict) == (1.0, "error")
     assert rollout.rewards[1].parts["accuracy"] == 0.0
     assert s.errors["accuracy"] == 1
+    grader = Grader({BROKEN: "error", RIGHT: "correct"})
     with (
-        scorer(grader=Grader(["error"] * 6 + ["correct"] * 4)) as s,
+        scorer(grader=grader) as s,
         pytest.raises(RuntimeError, match="failed on 6 of 10 completions"),
     ):
-        s.score([group(*[RIGHT] * 10)])
+        s.score([group(*[BROKEN] * 6, *[RIGHT] * 4)])
     assert s.counts["error"] == 6
 
 
@@ -384,7 +385,8 @@ def test_judge_fences_off_the_candidate(endpoint):
 
 
 def test_judge_tries_again_then_gives_error(endpoint):
-    endpoint.replies = [(503, "busy"), (200, b"not json"), (200, "It is correct."), (200, '{"verdict": "correct"}')]  # fmt: skip
+    good = (200, '{"verdict": "correct"}')
+    endpoint.replies = [(503, "busy"), (200, b"not json"), (200, "It is correct."), good]
     judge = Judge(endpoint.url, "m", backoff=0.001)
     assert judge("q", "8", "eight") == "correct"
     assert judge.counts["retries"] == 3

@@ -149,7 +149,8 @@ def test_cold_start_parts():
     parts = split_completion("|special_token|a b|special_token|The answer is 8.", "cold_start")
     assert parts.well_formed
     assert (parts.reasoning, parts.summary) == ("a b", "The answer is 8.")
-    for text in ("a|special_token|b", "|special_token|a|special_token|", "x|special_token|a|special_token|b",
+    for text in ("a|special_token|b", "|special_token|a|special_token|",
+                 "x|special_token|a|special_token|b",
                  "|special_token|a|special_token|b|special_token|c"):  # fmt: skip
         assert not split_completion(text, "cold_start").well_formed, text
     opened = split_completion("a|special_token|b", "cold_start", prompt_opens_think=True)

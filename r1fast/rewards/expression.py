@@ -84,7 +84,7 @@ class Expression:
         return t.kind == "mark" and t.value in ("(", "[", "{")
 
     def signed(self) -> Value:
-        """A factor with any number of signs in front (a loop: a thousand signs are no recursion)."""
+        """A factor with any number of signs in front; a loop, so a thousand signs do not nest."""
         negative = False
         while (t := self.peek()) is not None and t.kind == "mark" and t.value in "+-":
             negative ^= t.value == "-"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from r1fast.protocol import Parts
 from r1fast.rewards.language import language_consistency
 
+_WORD = re.compile(r"[\u3041-\u30ff\u3400-\u9fff]|[^\s\u3041-\u30ff\u3400-\u9fff]+")
 _FENCE = re.compile(r"^\s*(?:```|~~~)", re.MULTILINE)
 _INDENTED = re.compile(r"(?:^(?: {4}|\t).*(?:[;{}=():]|\bdef\b|\bimport\b).*\n?){3,}", re.MULTILINE)
 
@@ -34,7 +35,7 @@ def long_paragraph(parts: Parts, max_words: int) -> str | None:
         return None
     for text in (parts.reasoning, parts.summary):
         for paragraph in re.split(r"\n\s*\n", text or ""):
-            num_words = len(re.findall(r"[\u3041-\u30ff\u3400-\u9fff]|[^\s\u3041-\u30ff\u3400-\u9fff]+", paragraph))  # fmt: skip
+            num_words = len(_WORD.findall(paragraph))
             if num_words > max_words:
                 return f"long paragraph: {num_words} words, {max_words} are allowed"
     return None

@@ -33,7 +33,10 @@ SYSTEM = (
     'object and nothing else: {{"verdict": "correct"}}, {{"verdict": "wrong"}}, or '
     '{{"verdict": "no_answer"}} where the candidate gives no answer.'
 )
-USER = "Question:\n{question}\n\nReference answer:\n{gold}\n\nCandidate's answer:\n{mark}\n{answer}\n{mark}"
+USER = (
+    "Question:\n{question}\n\nReference answer:\n{gold}\n\n"
+    "Candidate's answer:\n{mark}\n{answer}\n{mark}"
+)
 _VERDICTS: dict[str, Verdict] = {"correct": "correct", "wrong": "wrong", "no_answer": "no_answer"}
 _RETRY_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _MAX_REPLY_BYTES = 1 << 20

@@ -27,7 +27,8 @@ _UNICODE = {
     "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "θ": r"\theta ", "α": r"\alpha ",
     "β": r"\beta ", "γ": r"\gamma ", "φ": r"\phi ", "λ": r"\lambda ", "ω": r"\omega ",
     "∅": r"\emptyset ", "，": ",", "。": ".", "（": "(", "）": ")", "：": ":", "％": "%",
-    "⟨": r"\langle ", "⟩": r"\rangle ", "€": "$", "£": "$", "¥": "$", "\u00a0": " ", "…": r"\ldots ",
+    "⟨": r"\langle ", "⟩": r"\rangle ", "€": "$", "£": "$", "¥": "$", "\u00a0": " ",
+    "…": r"\ldots ",
     "\u2044": "/", "\u2009": " ", "\u202f": " ", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
 }  # fmt: skip
 _UNICODE.update({chr(0xFF10 + d): str(d) for d in range(10)})  # full-width digits
@@ -40,7 +41,10 @@ _ALIASES = {
     "degree": "circ", "infin": "infty", "varnothing": "emptyset", "colon": ":", "div": "/",
     "textdegree": "circ", "mathpi": "pi",
 }  # fmt: skip
-_TEXT = frozenset("text mbox textbf textrm textit textnormal textsf texttt mathrm mathbf mathit mathsf operatorname".split())  # fmt: skip
+_TEXT = frozenset(
+    "text mbox textbf textrm textit textnormal textsf texttt mathrm mathbf mathit mathsf "
+    "operatorname".split()
+)
 _BLANK = frozenset(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits "
     "quad qquad hspace vspace phantom hfill nolimits rm bf it dollar".split()
@@ -52,7 +56,8 @@ _WORD = re.compile(r"[A-Za-z]+")
 _GROUPS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9]|,[0-9]|/)")
 _MARKED_GROUPS = re.compile(r"(?<=[0-9])(?:,\\!\s*|\{,\}\s*|\\,)(?=[0-9]{3}(?![0-9]))")  # 1{,}000
 ANSWER_PREFIX = re.compile(
-    r"^(?:therefore|thus|so|hence)?,?\s*(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is|=|:)\s*:?",
+    r"^(?:therefore|thus|so|hence)?,?\s*(?:the\s+)?(?:final\s+|correct\s+)?answer"
+    r"\s*(?:is|=|:)\s*:?",
     re.IGNORECASE,
 )
 
@@ -245,7 +250,7 @@ def is_symbolic(text: str) -> bool:
 
 
 def same_cases(a: str, b: str) -> bool:
-    """False where a letter is a capital here and not there: math-verify does not tell them apart."""
+    """False where a letter stands as a capital and not: to math-verify they are the same."""
     letters = {t.value for text in (a, b) for t in tokenize(clean(text)) if len(t.value) == 1}
     return not any(c.isupper() and c.lower() in letters for c in letters)
 

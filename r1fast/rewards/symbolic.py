@@ -45,7 +45,7 @@ class SymbolicPool:
         self._num_workers = num_workers
 
     def compare(self, gold: str, answer: str) -> Verdict:
-        """correct, wrong, unparseable (math-verify is missing or cannot read it), timeout, error."""
+        """A verdict; unparseable where math-verify is missing or cannot read an answer."""
         if not self.available:
             return "unparseable"
         if self._closed:
@@ -71,7 +71,9 @@ class SymbolicPool:
             self._slots.put(worker)
         if reply.get("fatal"):
             return "error"
-        return {True: "correct", False: "wrong"}.get(reply.get("same"), "unparseable")  # type: ignore[return-value]
+        if reply.get("same") is None:
+            return "unparseable"
+        return "correct" if reply["same"] else "wrong"
 
     def _replace(self, worker: _Worker | None) -> None:
         if worker is not None:
