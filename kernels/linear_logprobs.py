@@ -53,12 +53,15 @@ class LinearLogprobsFunction(torch.autograd.Function):
             hidden, weight, bias, target_ids, kept if len(parts) == 1 else None, entropy
         )
         ctx.temperature, ctx.rows = temperature, rows
+        ctx.set_materialize_grads(False)  # an unused entropy costs no pass over the logits
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, dlogprobs, dentropy):
         hidden, weight, bias, target_ids, kept, entropy = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if dlogprobs is None:
+            dlogprobs = torch.zeros_like(entropy)
         dhidden = torch.empty_like(hidden) if need_hidden else None
         acc = torch.promote_types(weight.dtype, torch.float32)
         dweight = torch.zeros_like(weight, dtype=acc) if need_weight else None
@@ -101,7 +104,7 @@ def linear_logprobs(
     Raises ValueError for shapes that do not fit, a target outside the vocabulary or a temperature
     that is not positive.
     """
-    _check(hidden, weight, target_ids, temperature)
+    _check(hidden, weight, target_ids, bias, temperature)
     if not len(target_ids):
         empty = hidden.sum() * 0 + hidden.new_zeros(0, dtype=torch.float32)
         return (empty, empty) if return_entropy else empty
@@ -111,7 +114,9 @@ def linear_logprobs(
     return (logprobs, entropy) if return_entropy else logprobs
 
 
-def _check(hidden: Tensor, weight: Tensor, target_ids: Tensor, temperature: float) -> None:
+def _check(
+    hidden: Tensor, weight: Tensor, target_ids: Tensor, bias: Tensor | None, temperature: float
+) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"need hidden (T, D) and weight (V, D), got {tuple(hidden.shape)} and "
@@ -122,6 +127,10 @@ def _check(hidden: Tensor, weight: Tensor, target_ids: Tensor, temperature: floa
             f"need one target per row: target_ids {tuple(target_ids.shape)} for hidden "
             f"{tuple(hidden.shape)}"
         )
+    if target_ids.dtype != torch.int64:
+        raise ValueError(f"target_ids must be int64, got {target_ids.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"need bias (V,) = {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype}, weight is {weight.dtype}: cast one of them")
     if not temperature > 0:

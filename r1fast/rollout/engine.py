@@ -40,6 +40,8 @@ class Engine:
         self.num_decode_steps = 0
         if not len(self.eos):
             raise ValueError("the engine needs at least one end-of-sequence id, got none")
+        if max_batch_size < 1:
+            raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size}")
 
     @torch.inference_mode()
     def generate(
@@ -57,7 +59,11 @@ class Engine:
         the GEMMs, whose order of summation may depend on the batch size). Raises ValueError for an
         empty prompt, a token id outside the vocabulary or a prompt that fills the context.
         """
-        self._check(prompts, sampling)
+        if len(prompts) != len(seeds):
+            raise ValueError(
+                f"{len(prompts)} prompts need as many lists of seeds, got {len(seeds)}"
+            )
+        self._check(prompts)
         scheduler = Scheduler(seeds, self.max_batch_size)
         dtype = self.model.head_weight.dtype
         num_slots = min(self.max_batch_size, sum(len(s) for s in seeds))
@@ -90,7 +96,7 @@ class Engine:
                 on_finish(num_finished)
         return results
 
-    def _check(self, prompts, sampling: SamplingParams) -> None:
+    def _check(self, prompts) -> None:
         V, context = self.model.spec.vocab_size, self.model.spec.max_position_embeddings
         for i, p in enumerate(prompts):
             if not len(p):

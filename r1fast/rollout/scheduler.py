@@ -30,6 +30,7 @@ class Scheduler:
         self.waiting = deque(
             deque(Request(p, i, seed) for i, seed in enumerate(group))
             for p, group in enumerate(seeds)
+            if group
         )
         self.num_slots = num_slots
         self.running: list[Request] = []  # slot i decodes running[i]
@@ -48,6 +49,5 @@ class Scheduler:
             if not group:
                 self.waiting.popleft()
             free -= len(taken)
-            if taken:
-                groups.append(taken)
+            groups.append(taken)
         return groups

@@ -1,0 +1,182 @@
+import pytest
+import torch
+from tiny import tiny_model
+
+from r1fast.rollout import engine as engine_module
+from r1fast.rollout.engine import Engine
+from r1fast.rollout.sampler import SamplingParams, sample_seed
+
+EOS = 3
+PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [21, 22], [23] * 30]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def generate(model, prompts=PROMPTS, G=3, *, seed=0, slots=64, max_tokens=20, **kwargs):
+    engine = Engine(model, [EOS], max_batch_size=slots, decode=str)
+    seeds = [[sample_seed(seed, str(p), g) for g in range(G)] for p in prompts]
+    sampling = SamplingParams(kwargs.pop("temperature", 1.0), max_tokens=max_tokens)
+    return engine.generate(prompts, seeds, sampling, **kwargs)
+
+
+def tokens(groups):
+    return [[c.token_ids for c in group] for group in groups]
+
+
+def test_shapes_order_and_reasons(model):
+    groups = generate(model, G=8, max_tokens=40)
+    assert [len(g) for g in groups] == [8] * 5
+    reasons = set()
+    for c in sum(groups, []):
+        assert len(c.logprobs) == len(c.token_ids) <= 40
+        assert c.entropies == []
+        assert c.text == str(c.token_ids)  # what `decode` made of it
+        assert all(0 <= t < 97 for t in c.token_ids)
+        assert all(lp <= 0 for lp in c.logprobs)
+        assert EOS not in c.token_ids[:-1]
+        assert c.finish_reason == ("stop" if c.token_ids[-1] == EOS else "length")
+        assert c.finish_reason == "stop" or len(c.token_ids) == 40
+        reasons.add(c.finish_reason)
+    assert reasons == {"stop", "length"}
+
+
+def test_same_seed_same_tokens_and_other_seeds_differ(model):
+    one, two, other = generate(model), generate(model), generate(model, seed=1)
+    assert tokens(one) == tokens(two)
+    assert [c.logprobs for g in one for c in g] == [c.logprobs for g in two for c in g]
+    assert tokens(one) != tokens(other)
+    assert len({tuple(c.token_ids) for c in one[0]}) == 3  # the samples of a prompt differ
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4, 7])
+def test_slots_do_not_matter(model, slots):
+    """Fewer slots than samples: they are refilled, and a group is split over several prefills."""
+    expected, actual = generate(model), generate(model, slots=slots)
+    assert tokens(actual) == tokens(expected)
+    for a, b in zip(sum(actual, []), sum(expected, []), strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
+def test_batch_mates_do_not_matter(model):
+    together = tokens(generate(model))
+    for i, prompt in enumerate(PROMPTS):
+        assert tokens(generate(model, [prompt])) == [together[i]]
+    assert tokens(generate(model, PROMPTS[::-1])) == together[::-1]
+
+
+def test_prefill_in_parts(model, monkeypatch):
+    expected = tokens(generate(model))
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 12)
+    assert tokens(generate(model)) == expected
+
+
+def test_engine_sees_new_weights(model):
+    fresh = tiny_model()
+    engine = Engine(fresh, [EOS])
+    sampling = SamplingParams(max_tokens=10)
+    before = engine.generate([[5, 6]], [[1]], sampling)
+    with torch.no_grad():
+        fresh.norm.weight.mul_(-1)
+    after = engine.generate([[5, 6]], [[1]], sampling)
+    assert tokens(before) != tokens(after)
+
+
+def test_weights_can_be_trained_after_a_rollout(model):
+    """The engine runs in inference mode; nothing that the training forward needs is left in it."""
+    fresh = tiny_model()
+    Engine(fresh, [EOS]).generate([[5, 6]], [[1]], SamplingParams(max_tokens=10))
+    from r1fast.kernels.attention import PackedAttention
+
+    ids = torch.tensor([5, 6, 7])
+    fresh(ids, torch.arange(3), PackedAttention(torch.tensor([0, 3]), 3)).sum().backward()
+    assert fresh.embed.weight.grad is not None
+
+
+def test_several_end_tokens(model):
+    greedy = SamplingParams(temperature=0, max_tokens=12)
+    ((free,),) = Engine(model, [EOS]).generate([[5, 6]], [[1]], greedy)
+    assert len(free.token_ids) > 4
+    stop = free.token_ids[4]
+    ((stopped,),) = Engine(model, [EOS, stop]).generate([[5, 6]], [[1]], greedy)
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
+
+
+def test_one_token_each(model):
+    for c in sum(generate(model, max_tokens=1), []):
+        assert len(c.token_ids) == 1
+        assert c.finish_reason == ("stop" if c.token_ids == [EOS] else "length")
+
+
+def test_the_context_ends_a_completion(model):
+    """Prompt and completion fill max_position_embeddings = 128 exactly, and no more."""
+    groups = generate(model, [[7] * 120, [7] * 127, [8] * 3], G=6, max_tokens=500)
+    for prompt, group in zip((120, 127, 3), groups, strict=True):
+        assert all(prompt + len(c.token_ids) <= 128 for c in group)
+        cut = [c for c in group if c.finish_reason == "length"]
+        assert all(prompt + len(c.token_ids) == 128 for c in cut)
+    assert any(c.finish_reason == "length" for c in groups[0])
+
+
+def test_on_finish_counts_to_the_total(model):
+    for slots in (64, 4):
+        seen = []
+        generate(model, slots=slots, on_finish=seen.append)
+        assert seen == sorted(set(seen))
+        assert seen[-1] == 15
+
+
+def test_entropies_when_asked_for(model):
+    for c in sum(generate(model, return_entropy=True), []):
+        assert len(c.entropies) == len(c.token_ids)
+        assert all(0 <= h <= 4.6 for h in c.entropies)  # log 97 = 4.57
+
+
+def test_groups_of_different_size_and_none_at_all(model):
+    engine, sampling = Engine(model, [EOS]), SamplingParams(max_tokens=5)
+    groups = engine.generate(PROMPTS[:3], [[1, 2], [], [3]], sampling)
+    assert [len(g) for g in groups] == [2, 0, 1]
+    assert engine.generate([], [], sampling) == []
+    assert engine.generate([[5]], [[]], sampling) == [[]]
+
+
+def test_fewer_decode_steps_than_tokens(model):
+    engine = Engine(model, [EOS], max_batch_size=64)
+    engine.generate(PROMPTS, [[sample_seed(p, g) for g in range(8)] for p in range(5)],
+                    SamplingParams(max_tokens=20))  # fmt: skip
+    assert engine.num_decode_steps <= 19  # the first token comes from the prefill
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[5], []], "prompt 1 is empty"),
+        ([[5, 97]], r"prompt 0 has a token id outside \[0, 97\): 5..97"),
+        ([[5], [6, -1]], r"prompt 1 has a token id outside \[0, 97\): -1..6"),
+        ([[5] * 128], "prompt 0 has 128 tokens and fills the model's context of 128"),
+    ],
+)
+def test_bad_prompts(model, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts)
+
+
+def test_bad_engines(model):
+    with pytest.raises(ValueError, match="at least one end-of-sequence id, got none"):
+        Engine(model, [])
+    with pytest.raises(ValueError, match="max_batch_size must be at least 1, got 0"):
+        Engine(model, [EOS], max_batch_size=0)
+    with pytest.raises(ValueError, match="2 prompts need as many lists of seeds, got 1"):
+        Engine(model, [EOS]).generate([[5], [6]], [[1]], SamplingParams())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_diverged_weights_are_named(bad):
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.layers[0].o.weight[0, 0] = bad
+    with pytest.raises(FloatingPointError, match="not finite: its weights have diverged"):
+        generate(broken)

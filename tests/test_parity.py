@@ -1,0 +1,121 @@
+"""decode = prefill = trainer: the sampler's log-probability *is* the old log-probability.
+
+float32 throughout; each family at its own head grouping. A wrong shift, position, temperature,
+cache slot or mask shows here.
+"""
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_model
+
+from r1fast.batch import pack
+from r1fast.model import save_model
+from r1fast.rollout import engine as engine_module
+from r1fast.rollout.engine import Engine
+from r1fast.rollout.sampler import SamplingParams, sample_seed
+from r1fast.trainer import completion_logprobs
+from r1fast.types import Sequence
+
+EOS = 3
+TOLERANCE = 1e-5
+
+
+def make_prompts(lengths=(4, 1, 11, 2, 30, 7)) -> list[list[int]]:
+    g = torch.Generator().manual_seed(1)
+    return [torch.randint(4, 97, (n,), generator=g).tolist() for n in lengths]
+
+
+def rollout(model, prompts, sampling, *, G=4, slots=64, return_entropy=False):
+    seeds = [[sample_seed(p, g) for g in range(G)] for p in range(len(prompts))]
+    engine = Engine(model, [EOS], max_batch_size=slots)
+    return engine.generate(prompts, seeds, sampling, return_entropy=return_entropy)
+
+
+@torch.no_grad()
+def trainer_logprobs(model, prompts, groups, temperature, budget=100):
+    """Log-probabilities and entropies of the same tokens, packed as in training; in their order."""
+    sequences = [
+        Sequence(prompt, c.token_ids)
+        for prompt, group in zip(prompts, groups, strict=True)
+        for c in group
+    ]
+    logprobs, entropies = [None] * len(sequences), [None] * len(sequences)
+    for batch in pack(sequences, budget, [1.0] * len(sequences)):
+        sizes = [len(sequences[i].completion_ids) for i in batch.sequence_index]
+        values = completion_logprobs(model, batch, temperature)
+        for target, x in zip((logprobs, entropies), values, strict=True):
+            for i, part in zip(batch.sequence_index, x.split(sizes), strict=True):
+                target[i] = part
+    return logprobs, entropies
+
+
+def assert_parity(model, prompts, groups, temperature):
+    logprobs, entropies = trainer_logprobs(model, prompts, groups, temperature)
+    num_tokens = 0
+    for c, lp, h in zip(sum(groups, []), logprobs, entropies, strict=True):
+        torch.testing.assert_close(torch.tensor(c.logprobs), lp, rtol=0, atol=TOLERANCE)
+        if c.entropies:
+            torch.testing.assert_close(torch.tensor(c.entropies), h, rtol=0, atol=TOLERANCE)
+        num_tokens += len(c.token_ids)
+    assert num_tokens > 100
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_engine_equals_training_forward(family, temperature):
+    model, prompts = tiny_model(family), make_prompts()
+    sampling = SamplingParams(temperature, max_tokens=24)
+    groups = rollout(model, prompts, sampling, return_entropy=True)
+    assert_parity(model, prompts, groups, temperature)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_refilled_slots(family):
+    """More samples than slots: a slot's earlier tenant was longer than its next one, and shorter."""
+    model, prompts = tiny_model(family), make_prompts((30, 4, 1, 11, 2, 20, 7))
+    groups = rollout(model, prompts, SamplingParams(max_tokens=24), slots=5)
+    assert_parity(model, prompts, groups, 1.0)
+
+
+def test_prefill_in_parts(monkeypatch):
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 12)
+    model, prompts = tiny_model(), make_prompts()
+    groups = rollout(model, prompts, SamplingParams(max_tokens=24), slots=9)
+    assert_parity(model, prompts, groups, 1.0)
+
+
+def test_with_truncated_sampling_and_a_long_context():
+    """top-k and top-p choose the token; the log-probability stays the policy's."""
+    model, prompts = tiny_model("llama"), make_prompts((60, 3))
+    sampling = SamplingParams(0.7, top_p=0.9, top_k=20, max_tokens=65)
+    assert_parity(model, prompts, rollout(model, prompts, sampling), 0.7)
+
+
+def test_the_temperature_matters_to_this_test():
+    model, prompts = tiny_model(), make_prompts()
+    groups = rollout(model, prompts, SamplingParams(0.7, max_tokens=24))
+    with pytest.raises(AssertionError):
+        assert_parity(model, prompts, groups, 1.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_equal_transformers(family, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = tiny_model(family)
+    save_model(model, tmp_path / "m")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", attn_implementation="eager", dtype=torch.float32
+    )
+    prompts = make_prompts((5, 1, 12))
+    groups = rollout(model, prompts, SamplingParams(temperature=0, max_tokens=16), G=2)
+    for prompt, group in zip(prompts, groups, strict=True):
+        ids = torch.tensor([prompt])
+        out = theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=16,
+            eos_token_id=EOS,
+            pad_token_id=0,
+        )
+        assert [c.token_ids for c in group] == [out[0, len(prompt) :].tolist()] * 2
