@@ -397,7 +397,7 @@ class MetricsWriter:
         self.path = self.folder / "metrics.jsonl"
         self._board = _tensorboard(self.folder, resume_step) if tensorboard else None
         self._wandb = _wandb(self.folder, project, run_name, config) if wandb else None
-        _drop_rows(self.path, resume_step)
+        drop_rows(self.path, resume_step)
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any], stage: str | None = None) -> dict:
@@ -466,7 +466,7 @@ def _parse_rows(path: Path) -> tuple[list[dict], bool]:
     return rows, bool(lines[-1].strip())  # a whole row whose newline is missing
 
 
-def _drop_rows(path: Path, resume_step: int | None) -> None:
+def drop_rows(path: Path, resume_step: int | None) -> None:
     """Rewrite `path` without rows after `resume_step` and without a torn last line."""
     if not path.exists():
         return

@@ -90,7 +90,7 @@ class Optimizer:
                 master.data.copy_(tensors[f"master.{name}"])
             if f"step.{name}" in tensors:
                 self.adamw.state[master] = {
-                    "step": tensors[f"step.{name}"].clone(),
+                    "step": tensors[f"step.{name}"].to(master.device, copy=True),
                     "exp_avg": tensors[f"exp_avg.{name}"].to(master).clone(),
                     "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(master).clone(),
                 }

@@ -28,6 +28,7 @@ from r1fast.kernels.linear_logprobs import linear_logprobs
 from r1fast.metrics import (
     MetricsWriter,
     Timer,
+    drop_rows,
     finish_rollout_metrics,
     progress,
     rollout_extremes,
@@ -160,6 +161,8 @@ class Trainer:
         """Train to the end, from wherever the newest checkpoint stands; then save the model."""
         log = self.config.log
         every = self.config.checkpoint.every_steps
+        if distributed.is_main():
+            drop_rows(self.folder / "completions.jsonl", self.step)  # of steps done again
         with (
             (
                 MetricsWriter(
@@ -184,11 +187,11 @@ class Trainer:
                 row = self.train_step(self.step)
                 self.step += 1
                 seconds = time.perf_counter() - began
-                row |= self.timer.take()
                 row["num_tokens"] = self.num_tokens
                 row["step_time"] = seconds
                 row["tokens_per_second"] = (self.num_tokens - tokens) / seconds
                 row |= self.after_step()
+                row |= self.timer.take()
                 bar.update(writer.write(self.step, row))
                 if every and self.step % every == 0 and self.step < self.num_steps:
                     self.save()

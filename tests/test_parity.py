@@ -32,7 +32,7 @@ def rollout(model, prompts, sampling, *, G=4, slots=64, return_entropy=False):
 
 
 @torch.no_grad()
-def trainer_logprobs(model, prompts, groups, temperature, budget=100):
+def trainer_logprobs(model, prompts, groups, temperature, budget=127):
     """Log-probabilities and entropies of the same tokens, packed as in training; in their order."""
     sequences = [
         Sequence(prompt, c.token_ids)
