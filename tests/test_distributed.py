@@ -1,0 +1,193 @@
+"""Two gloo processes give what one gives: losses, weights, evaluation.
+
+This file is also the program that torchrun starts: `torchrun --nproc-per-node 2 THIS OUT`.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_evaluate import ParityScorer
+from tiny import random_groups, tiny_config, tiny_policy, tiny_problems
+
+from r1fast import distributed
+from r1fast.evaluate import evaluate
+from r1fast.metrics import read_metrics
+from r1fast.sft import SFTTrainer
+from r1fast.trainer import GRPOTrainer
+from r1fast.types import Sequence
+
+# an eps far above the gradients' rounding: AdamW's first steps divide by the gradient's size
+COMMON = ("--grpo.num_steps=2", "--sft.max_steps=2", "--optim.eps=0.001", "--grpo.token_budget=60")
+RUNS = {
+    "grpo": (),
+    "dapo": ("--grpo.loss_type=dapo", "--grpo.num_mini_batches=3", "--grpo.prompts_per_step=5"),
+    "dr_grpo": ("--grpo.loss_type=dr_grpo", "--grpo.num_iterations=2"),
+    "batch": ("--grpo.scale_rewards=batch", "--grpo.std=sample", "--grpo.prompts_per_step=3"),
+    # as many mini-batches as completions: a rank has nothing in most of them
+    "splinters": ("--grpo.num_mini_batches=8", "--grpo.prompts_per_step=2",
+                  "--grpo.ref_refresh_steps=8"),
+    "sft": (),
+    "sft_sequence": ("--sft.loss=sequence", "--sft.batch_size=1"),
+}  # fmt: skip
+
+
+def train(name: str, folder: Path) -> dict[str, torch.Tensor]:
+    """Two steps of the named run in this process (or this rank); its final weights."""
+    policy, config = tiny_policy(), tiny_config(*COMMON, *RUNS[name])
+    if name.startswith("sft"):
+        groups = random_groups(10, 2, policy.model.spec.vocab_size, seed=4)
+        sequences = [Sequence(g.prompt_ids, c.token_ids) for g in groups for c in g.completions]
+        trainer = SFTTrainer(policy, config, folder, sequences)
+    else:
+        trainer = GRPOTrainer(policy, config, folder, tiny_problems(), ParityScorer())
+    trainer.run()
+    return {n: p.detach() for n, p in trainer.model.named_parameters()}
+
+
+def everything(out: Path) -> None:
+    for name in RUNS:
+        weights = train(name, out / name)
+        save_file(weights, out / f"{name}-rank{distributed.rank()}.safetensors")
+    config = tiny_config("--eval.num_samples=3")
+    result = evaluate(
+        tiny_policy(), tiny_problems(5), config, ParityScorer(), folder=out / "evaluation"
+    )
+    few = evaluate(tiny_policy(), tiny_problems(1), config, ParityScorer())  # rank 1 has none
+    (out / f"evaluation-rank{distributed.rank()}.json").write_text(json.dumps([result, few]))
+
+
+def collectives(out: Path) -> None:
+    r = distributed.rank()
+    model = torch.nn.Linear(2, 2)
+    model.weight.grad = torch.full((2, 2), r + 1.0)
+    if r:  # a gradient that is missing on rank 0 counts as zero
+        model.bias.grad = torch.ones(2)
+    distributed.sum_gradients(model.parameters())
+    facts = {
+        "rank": r,
+        "world_size": distributed.world_size(),
+        "is_main": distributed.is_main(),
+        "sum": float(distributed.all_reduce(torch.tensor(r + 1.0))),
+        "max": float(distributed.all_reduce(torch.tensor(float(r)), "max")),
+        "dict": distributed.sum_dict({"both": 1.5, f"only{r}": 2.0}),
+        "gathered": distributed.gather_objects(["äß" * (3 * r), None, {"x": 0.1 + r}]),
+        "nothing": distributed.gather_objects([]),
+        "weight": model.weight.grad.tolist(),
+        "bias": model.bias.grad.tolist(),
+    }
+    (out / f"collectives-rank{r}.json").write_text(json.dumps(facts))
+
+
+def main(out: Path) -> None:
+    faulthandler.enable()
+    distributed.start()
+    collectives(out)
+    everything(out)
+    distributed.barrier()
+    distributed.stop()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory) -> tuple[Path, Path]:
+    """The folders of one process and of two."""
+    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               "--master-addr", "127.0.0.1", "--master-port", str(port), __file__, str(two)]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    everything(one)  # meanwhile
+    try:
+        output, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output[-4000:]
+    return one, two
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_train_as_one(both, name):
+    one, two = both
+    expected = load_file(one / f"{name}-rank0.safetensors")
+    ranks = [load_file(two / f"{name}-rank{r}.safetensors") for r in (0, 1)]
+    start = dict(tiny_policy().model.named_parameters())
+    moved = 0.0
+    for key, x in expected.items():
+        assert torch.equal(ranks[0][key], ranks[1][key]), key  # the ranks never drift apart
+        change = (x - start[key].detach()).norm()
+        error = (ranks[0][key] - x).norm()
+        assert error <= 1e-4 * change + 1e-6, (key, error, change)
+        moved = max(moved, float(change))
+    assert moved > 1e-2
+    rows = [read_metrics(folder / name) for folder in both]
+    assert len(rows[0]) == len(rows[1]) == 2
+    for a, b in zip(*rows, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            if "time" in key or key in ("stage", "tokens_per_second"):
+                continue
+            atol = 2e-5 if key.startswith("logprob_mismatch") else 1e-6
+            assert b[key] == pytest.approx(value, rel=1e-4, abs=atol), key
+
+
+def test_two_ranks_evaluate_as_one(both):
+    one, two = both
+    (expected,) = [json.loads((one / "evaluation-rank0.json").read_text())]
+    for r in (0, 1):
+        actual = json.loads((two / f"evaluation-rank{r}.json").read_text())
+        for a, b in zip(actual, expected, strict=True):
+            assert a.keys() == b.keys()
+            assert a.pop("verdicts") == b["verdicts"]
+            assert a == pytest.approx({k: v for k, v in b.items() if k != "verdicts"})
+    stored = [(f / "evaluation" / "samples.jsonl").read_text().splitlines() for f in both]
+    assert sorted(stored[0]) == sorted(stored[1])
+
+
+def test_collectives(both):
+    facts = [json.loads((both[1] / f"collectives-rank{r}.json").read_text()) for r in (0, 1)]
+    assert [f["rank"] for f in facts] == [0, 1]
+    assert [f["is_main"] for f in facts] == [True, False]
+    for f in facts:
+        assert f["world_size"] == 2
+        assert f["sum"] == 3
+        assert f["max"] == 1
+        assert f["dict"] == {"both": 3.0, "only0": 2.0, "only1": 2.0}
+        assert f["gathered"] == [["", None, {"x": 0.1}], ["äß" * 3, None, {"x": 1.1}]]
+        assert f["nothing"] == [[], []]
+        assert f["weight"] == [[3, 3], [3, 3]]
+        assert f["bias"] == [1, 1]
+
+
+def test_one_process_needs_no_group(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert distributed.start() == (0, 1)
+    distributed.barrier()
+    assert distributed.is_main()
+    assert distributed.gather_objects({"a": 1}) == [{"a": 1}]
+    assert distributed.sum_dict({"a": 1.0}) == {"a": 1.0}
+    x = torch.tensor([2.0])
+    assert distributed.all_reduce(x) is x
+    distributed.sum_gradients([torch.nn.Parameter(torch.ones(1))])
+    distributed.stop()
+
+
+def test_more_processes_than_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 8)
+    with pytest.raises(ValueError, match="prompts_per_step = 4 is less than the 8 processes"):
+        GRPOTrainer(tiny_policy(), tiny_config(), tmp_path, tiny_problems(), ParityScorer())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,176 @@
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+from tiny import TokenScorer, tiny_config, tiny_policy, tiny_problems
+
+from r1fast.config import RewardConfig, TemplateConfig
+from r1fast.data import read_jsonl
+from r1fast.evaluate import evaluate, sample_groups, summarise, vote
+from r1fast.rewards.score import RewardScorer
+from r1fast.rollout.sampler import SamplingParams
+from r1fast.types import Problem
+
+
+def row(problem="p", verdict="correct", extracted="1", **changes) -> dict:
+    base = {
+        "problem_id": problem, "kind": "math", "subset": "", "answer": "1", "text": "",
+        "finish_reason": "stop", "num_tokens": 10, "extracted": extracted, "verdict": verdict,
+        "format": 1.0, "language_share": None,
+    }  # fmt: skip
+    return base | changes
+
+
+def same(a: str, b: str) -> bool:
+    return a == b
+
+
+def test_vote_by_hand():
+    right, wrong = row(), row(verdict="wrong", extracted="2")
+    other = row(verdict="wrong", extracted="3")
+    silent = row(verdict="no_answer", extracted=None)
+    assert vote([right, right, wrong], same) == 1
+    assert vote([right, wrong, wrong], same) == 0
+    assert vote([right, wrong], same) == 0.5  # a tie counts by its share
+    assert vote([right, wrong, other], same) == pytest.approx(1 / 3)
+    assert vote([right, right, wrong, wrong, other], same) == 0.5
+    assert vote([right, silent, silent, silent], same) == 1  # no answer, no vote
+    assert vote([silent, silent], same) == 0
+    assert vote([], same) == 0
+
+
+def test_votes_are_joined_by_equivalence():
+    half, point5, wrong = row(extracted="1/2"), row(extracted="0.5"), row("p", "wrong", "7")
+
+    def numbers(a, b):
+        return eval(a) == eval(b)
+
+    assert vote([half, point5, wrong, wrong, half], numbers) == 1
+    assert vote([half, point5, wrong, wrong, half], same) == 0.5
+
+
+def test_summary_by_hand():
+    rows = [
+        *[row("a", "correct", "1") for _ in range(3)],
+        row("a", "wrong", "2", finish_reason="length", num_tokens=30),
+        *[row("b", "wrong", "2", format=0.0) for _ in range(2)],
+        row("b", "correct", "1", language_share=0.5),
+        row("b", "no_answer", None, language_share=1.0),
+        *[row("c", None, None, kind="general", format=None) for _ in range(4)],
+    ]
+    s = summarise(rows, same)
+    assert (s["num_problems"], s["k"], s["num_samples"]) == (3, 4, 12)
+    assert s["pass@1"] == 0.5  # mean of 3/4 and 1/4; the general prompt has no verdict
+    # variance of {3/4, 1/4} is 1/8, over 2 problems
+    assert s["pass@1_stderr"] == pytest.approx(math.sqrt(1 / 8 / 2))
+    # each problem's own: 3/16 / (k - 1) = 1/16; mean over 2, error of the mean
+    assert s["pass@1_run_stderr"] == pytest.approx(math.sqrt(1 / 16 / 2))
+    assert s["cons@k"] == 0.5
+    assert s["verdicts"] == {"correct": 4, "wrong": 3, "no_answer": 1}
+    assert s["format_rate"] == pytest.approx(6 / 8)
+    assert s["language_share"] == pytest.approx(0.75)
+    assert s["mean_length"] == pytest.approx((11 * 10 + 30) / 12)
+    assert s["clip_rate"] == pytest.approx(1 / 12)
+    assert "subsets" not in s
+
+
+def test_errors_of_one_problem_and_one_sample():
+    s = summarise([row()], same)
+    assert s["pass@1"] == s["cons@k"] == 1
+    assert s["pass@1_stderr"] == s["pass@1_run_stderr"] == 0
+    s = summarise([row("a", None, None)], same)
+    assert "pass@1" not in s
+    assert s["clip_rate"] == 0
+
+
+def test_the_error_is_that_of_repeated_runs():
+    """The run error against the spread of simulated runs with known success rates."""
+    import random
+
+    rates, k, rng = [0.1, 0.5, 0.9, 0.7], 8, random.Random(0)
+
+    def one_run() -> dict:
+        rows = [
+            row(str(i), "correct" if rng.random() < p else "wrong")
+            for i, p in enumerate(rates)
+            for _ in range(k)
+        ]
+        return summarise(rows, same)
+
+    runs = [one_run() for _ in range(400)]
+    means = [r["pass@1"] for r in runs]
+    mean = sum(means) / 400
+    spread = math.sqrt(sum((m - mean) ** 2 for m in means) / 399)
+    estimate = math.sqrt(sum(r["pass@1_run_stderr"] ** 2 for r in runs) / 400)
+    assert estimate == pytest.approx(spread, rel=0.15)
+
+
+def test_subsets():
+    rows = [row("a", subset="algebra"), row("b", "wrong", subset="geometry"), row("c")]
+    assert summarise(rows, same)["subsets"] == {"algebra": 1.0, "geometry": 0.0}
+
+
+class ParityScorer(TokenScorer):
+    """Correct where the first token is even; answers with it."""
+
+    grader = SimpleNamespace(equivalent=same)
+
+    def score(self, groups, step_from_end=None):
+        super().score(groups, step_from_end)
+        for group in groups:
+            for c, reward in zip(group.completions, group.rewards, strict=True):
+                reward.verdict = "wrong" if c.token_ids[0] % 2 else "correct"
+                reward.answer = str(c.token_ids[0] % 3)
+
+
+def test_stored_samples_recompute_the_scores(tmp_path):
+    config = tiny_config("--eval.num_samples=4", "--eval.top_p=1.0", "--seed=5")
+    result = evaluate(tiny_policy(), tiny_problems(6), config, ParityScorer(), folder=tmp_path)
+    stored = json.loads((tmp_path / "eval.json").read_text())
+    assert stored == result
+    rows = [r for _, r in read_jsonl(tmp_path / "samples.jsonl")]
+    assert len(rows) == 24
+    settings = {"temperature": 0.6, "top_p": 1.0, "seed": 5}
+    assert summarise(rows, same) | settings == stored
+    assert 0 < result["pass@1"] < 1
+    assert len({r["seed"] for r in rows}) == 24
+    again = evaluate(tiny_policy(), tiny_problems(6), config, ParityScorer())
+    assert again == result
+
+
+def test_a_sample_does_not_depend_on_the_other_problems():
+    policy, config = tiny_policy(), tiny_config()
+    problems, sampling = tiny_problems(5), SamplingParams(max_tokens=8)
+    all_of_them = sample_groups(policy, problems, config, sampling, 2, purpose="eval")
+    (alone,) = sample_groups(policy, problems[3:4], config, sampling, 2, purpose="eval")
+    assert [c.token_ids for c in alone.completions] == [
+        c.token_ids for c in all_of_them[3].completions
+    ]
+    other = sample_groups(policy, problems, config, sampling, 2, purpose="rejection")
+    assert other[3].completions[0].token_ids != alone.completions[0].token_ids
+
+
+def test_long_prompts_are_reported(capsys):
+    problems = [*tiny_problems(2), Problem("long " * 60, "1", "long")]
+    groups = sample_groups(
+        tiny_policy(), problems, tiny_config(), SamplingParams(max_tokens=4), 1, purpose="eval"
+    )
+    assert [g.problem.id for g in groups] == ["p0", "p1"]
+    assert "1 of 3 prompts are longer than 32 tokens" in " ".join(capsys.readouterr().err.split())
+
+
+def test_with_the_real_scorer_and_greedy(tmp_path):
+    config = tiny_config("--eval.temperature=0", "--eval.num_samples=2")
+    with RewardScorer(RewardConfig(), TemplateConfig(name="raw"), 8) as scorer:
+        result = evaluate(tiny_policy(), tiny_problems(2), config, scorer, folder=tmp_path)
+        rows = [r for _, r in read_jsonl(tmp_path / "samples.jsonl")]
+        recomputed = summarise(rows, scorer.grader.equivalent)
+    assert recomputed.items() <= result.items()
+    assert result["pass@1_run_stderr"] == 0  # greedy samples are all the same
+    assert rows[0]["text"] == rows[1]["text"]
+
+
+def test_nothing_to_evaluate():
+    with pytest.raises(ValueError, match=r"no evaluation problems \(see data\.eval\)"):
+        evaluate(tiny_policy(), [], tiny_config(), TokenScorer())
