@@ -31,10 +31,8 @@ def group_advantages(
         n = int((~rewards.isfinite()).any(1).nonzero()[0])
         raise ValueError(f"rewards of group {n} are not finite: {rewards[n].tolist()}")
     G = rewards.shape[1]
-    centred = rewards - rewards.mean(1, keepdim=True)
-    centred = torch.where(
-        rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True), 0, centred
-    )
+    constant = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    centred = torch.where(constant, 0, rewards - rewards.mean(1, keepdim=True))
     if scale == "none":
         return centred
     if scale == "batch":
@@ -42,7 +40,7 @@ def group_advantages(
     else:
         divisor = G if std == "population" else max(G - 1, 1)
         sigma = (centred.square().sum(1, keepdim=True) / divisor).sqrt()
-    return centred / (sigma + eps)
+    return torch.where(constant, 0, centred / (sigma + eps))  # also where sigma + eps is 0
 
 
 def _std(x: Tensor, kind: str) -> Tensor:

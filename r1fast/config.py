@@ -26,7 +26,7 @@ class ModelConfig:
 class DataConfig:
     train: str = ""  # file; the task itself when empty and `task` is set
     eval: str = ""
-    general: str = ""  # non-reasoning prompts (with answers: SFT; without: all-scenario RL)
+    general: str = ""  # non-reasoning JSONL: prompts for RL stage 2; with completions for SFT too
     sft: str = ""  # JSONL of prompt + completion for `r1fast sft`
     preference: str = ""  # JSONL of prompt + chosen + rejected: trains the helpfulness model
     safety: str = ""  # JSONL of prompt + response + safe: trains the safety model
@@ -89,9 +89,8 @@ class RewardConfig:
     safety: float = 0.0  # reward model on the whole response
     helpfulness_model: str = ""  # HF folder of a sequence-classification checkpoint
     safety_model: str = ""
-    preference_last_steps: int = (
-        0  # general prompts and preference rewards in the last n steps only
-    )
+    # general prompts and preference rewards join in the last n steps; 0 = from the first step
+    preference_last_steps: int = 0
     general_share: float = 0.25  # of the prompts of those steps
     math_timeout: float = 5.0  # seconds a verdict may take
     overlong_cache: int = 0  # L_c of DAPO's soft penalty; 0 = a fifth of max_completion_tokens
@@ -182,7 +181,7 @@ class LogConfig:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointConfig:
-    every_steps: int = 50  # optimizer state and weights; 0 = only at the end of a stage
+    every_steps: int = 50  # weights and optimizer state; 0 = only after the last step
     keep_last: int = 1
 
 
@@ -245,6 +244,7 @@ def _check(c: Config) -> None:
         need(getattr(g, name) >= 1, f"grpo.{name}", getattr(g, name), "at least 1")
     for name in ("num_steps", "clip_eps_low", "clip_eps_high", "kl_coef", "ref_refresh_steps"):
         need(getattr(g, name) >= 0, f"grpo.{name}", getattr(g, name), "at least 0")
+    need(g.std_eps >= 0, "grpo.std_eps", g.std_eps, "at least 0")
     need(
         g.num_mini_batches <= g.prompts_per_step * r.num_generations,
         "grpo.num_mini_batches",
@@ -259,7 +259,10 @@ def _check(c: Config) -> None:
     need(s.epochs > 0 or s.max_steps > 0, "sft.epochs", s.epochs, "above 0 where max_steps is 0")
     for name in ("batch_size", "max_seq_tokens", "token_budget"):
         need(getattr(s, name) >= 1, f"sft.{name}", getattr(s, name), "at least 1")
-    need(e.num_samples >= 1, "eval.num_samples", e.num_samples, "at least 1")
+    for name in ("num_samples", "every_num_problems", "every_num_samples"):
+        need(getattr(e, name) >= 1, f"eval.{name}", getattr(e, name), "at least 1")
+    keep = c.checkpoint.keep_last
+    need(keep >= 1, "checkpoint.keep_last", keep, "at least 1")
     need(c.sample.num_samples >= 1, "sample.num_samples", c.sample.num_samples, "at least 1")
     w = c.rewards
     for name in ("accuracy", "format", "language", "overlong", "repetition"):

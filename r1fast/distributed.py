@@ -66,7 +66,7 @@ def gather_objects(value) -> list:
     if not dist.is_initialized():
         return [value]
     device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([len(data)], device=device))
     longest = max(int(n) for n in sizes)
@@ -74,7 +74,9 @@ def gather_objects(value) -> list:
     padded[: len(data)] = data
     parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
-    return [json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(parts, sizes, strict=True)]
+    return [
+        json.loads(p[: int(n)].cpu().numpy().tobytes()) for p, n in zip(parts, sizes, strict=True)
+    ]
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -20,7 +20,11 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
 
 
 class Optimizer:
-    """AdamW over named parameters. Parameters below float32 get a float32 master copy."""
+    """AdamW over named parameters. Parameters below float32 get a float32 master copy.
+
+    `accumulate` after each micro-batch's backward adds their gradients up in float32, in
+    `masters[i].grad`; float32 parameters are their own masters.
+    """
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig):
         self.config = config
@@ -42,12 +46,25 @@ class Optimizer:
             fused=True,
         )
 
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Move gradients below float32 to their masters: a sum in bfloat16 loses small terms."""
+        for (_, p), master in zip(self.named, self.masters, strict=True):
+            if p is master or p.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = p.grad.float()
+            else:
+                master.grad += p.grad
+            p.grad = None
+
     def step(self, lr: float) -> tuple[float, bool]:
         """Clip, update, clear. Returns (gradient norm before clipping, whether it was applied).
 
         A non-finite gradient is not applied: the weights stay as they were.
         """
-        grads = [p.grad for _, p in self.named if p.grad is not None]
+        self.accumulate()
+        grads = [m.grad for m in self.masters if m.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
         applied = math.isfinite(norm)
         if applied:
@@ -61,18 +78,15 @@ class Optimizer:
         return norm, applied
 
     def _update(self) -> None:
-        pairs = [(p, m) for (_, p), m in zip(self.named, self.masters, strict=True) if p is not m]
-        for p, master in pairs:
-            master.grad = None if p.grad is None else p.grad.float()
         self.adamw.step()
         with torch.no_grad():
-            for p, master in pairs:
-                p.copy_(master)
-                master.grad = None
+            for (_, p), master in zip(self.named, self.masters, strict=True):
+                if p is not master:
+                    p.copy_(master)
 
     def zero_grad(self) -> None:
-        for _, p in self.named:
-            p.grad = None
+        for (_, p), master in zip(self.named, self.masters, strict=True):
+            p.grad = master.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, as named tensors."""

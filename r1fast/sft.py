@@ -98,6 +98,7 @@ class SFTTrainer(Trainer):
                 logprobs, entropy = completion_logprobs(self.model, batch)
                 loss = -(logprobs * batch.token_weights[batch.completion_mask]).sum()
                 loss.backward()
+                self.optimizer.accumulate()
                 sums["loss"] += float(loss.detach())
                 sums["entropy"] += float(entropy.detach().sum())
             norm, lr = self.optimize()

@@ -23,6 +23,7 @@ from r1fast.checkpoint import load_checkpoint, same_config, save_checkpoint
 from r1fast.config import Config, to_dict
 from r1fast.data import batch_indices
 from r1fast.grpo import grpo_objective, rollout_advantages, token_weights
+from r1fast.interrupt import StopRequest
 from r1fast.kernels.attention import PackedAttention
 from r1fast.kernels.linear_logprobs import linear_logprobs
 from r1fast.metrics import (
@@ -33,6 +34,7 @@ from r1fast.metrics import (
     progress,
     rollout_extremes,
     rollout_sums,
+    say,
     warn,
 )
 from r1fast.model import Decoder
@@ -90,6 +92,12 @@ class Trainer:
         saved = load_checkpoint(self.folder / "checkpoints")
         if saved is None:
             return
+        other = saved.state.get("stage", self.stage)
+        if other != self.stage:
+            raise ValueError(
+                f"{self.folder} holds a checkpoint of stage {other!r}, this is stage "
+                f"{self.stage!r}: take another output_dir"
+            )
         changes = same_config(saved.state["config"], self._config_that_matters())
         if changes and not force:
             raise ValueError(
@@ -109,10 +117,14 @@ class Trainer:
         return {}
 
     def _config_that_matters(self) -> dict:
-        """What changes the numbers of this stage: not where it is written or what is shown."""
+        """What changes the weights of this stage: not where they go, what is shown or evaluated."""
         config = to_dict(self.config)
         for key in ("output_dir", "log", "checkpoint", "pipeline", "stages"):
             del config[key]
+        for key in ("eval", "sample", "cold_start"):
+            del config[key]
+        for key in ("eval", "max_eval_problems"):
+            del config["data"][key]
         return json.loads(json.dumps(config))
 
     def save(self) -> None:
@@ -123,6 +135,7 @@ class Trainer:
                 **self.extra_tensors(),
             }
             state = {
+                "stage": self.stage,
                 "optimizer_step": self.optimizer_step,
                 "num_tokens": self.num_tokens,
                 "config": self._config_that_matters(),
@@ -143,7 +156,8 @@ class Trainer:
 
     def optimize(self) -> tuple[float, float]:
         """Sum gradients over ranks and step. Returns (gradient norm, learning rate)."""
-        distributed.sum_gradients(self.model.parameters())
+        self.optimizer.accumulate()
+        distributed.sum_gradients(self.optimizer.masters)
         lr = learning_rate(self.config.optim, self.optimizer_step, self.num_optimizer_steps)
         norm, applied = self.optimizer.step(lr)
         self.optimizer_step += 1
@@ -158,11 +172,24 @@ class Trainer:
         return norm, lr
 
     def run(self) -> None:
-        """Train to the end, from wherever the newest checkpoint stands; then save the model."""
+        """Train to the end, from wherever the newest checkpoint stands; then save the model.
+
+        On Ctrl-C or SIGTERM the step is finished and saved, then KeyboardInterrupt raised.
+        """
+        if self.step < self.num_steps:
+            self._train()
+        elif self.step:
+            say(f"{self.stage}: all {self.num_steps} steps were trained before, none is repeated")
+        if distributed.is_main():
+            self.policy.save(self.folder / "model")
+        distributed.barrier()
+
+    def _train(self) -> None:
         log = self.config.log
         every = self.config.checkpoint.every_steps
         if distributed.is_main():
             drop_rows(self.folder / "completions.jsonl", self.step)  # of steps done again
+        notice = "stopping after this step, with a checkpoint; once more stops at once"
         with (
             (
                 MetricsWriter(
@@ -181,6 +208,7 @@ class Trainer:
             progress(
                 self.stage, total=self.num_steps, start=self.step, line_every=self.line_every()
             ) as bar,
+            StopRequest(notice if distributed.is_main() else "") as stop,
         ):
             while self.step < self.num_steps:
                 began, tokens = time.perf_counter(), self.num_tokens
@@ -193,11 +221,19 @@ class Trainer:
                 row |= self.after_step()
                 row |= self.timer.take()
                 bar.update(writer.write(self.step, row))
-                if every and self.step % every == 0 and self.step < self.num_steps:
+                stopping = self._any_rank(stop.received)
+                # the last step too: what follows may be stopped, and is not to train again
+                if stopping or self.step == self.num_steps or (every and self.step % every == 0):
                     self.save()
-        if distributed.is_main():
-            self.policy.save(self.folder / "model")
-        distributed.barrier()
+                if stopping:
+                    raise KeyboardInterrupt
+
+    def _any_rank(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank: ranks stop together."""
+        if self.world_size == 1:
+            return flag
+        value = torch.tensor(float(flag), device=self.policy.device)
+        return bool(distributed.all_reduce(value, "max"))
 
     def line_every(self) -> int:
         return 1
@@ -212,8 +248,8 @@ class Trainer:
 class GRPOTrainer(Trainer):
     """Group relative policy optimisation with rule and preference rewards.
 
-    `general` problems join in the last `rewards.preference_last_steps` steps. `evaluate`, where
-    given, is called every `eval.every_steps` steps and returns metrics for the row.
+    `general` problems join in the last `rewards.preference_last_steps` steps (0: from the start).
+    `evaluate`, where given, is called every `eval.every_steps` steps and returns metrics for the row.
     """
 
     def __init__(
@@ -241,6 +277,7 @@ class GRPOTrainer(Trainer):
         self.evaluate = evaluate
         self.prompt_ids = self._encode(problems, policy, config)
         self.general_ids = self._encode(self.general, policy, config)
+        self._check_budget(policy, config)
         self.reference = copy.deepcopy(policy.model).requires_grad_(False) if g.kl_coef else None
         super().__init__(
             policy,
@@ -256,6 +293,19 @@ class GRPOTrainer(Trainer):
         self.engine = Engine(
             policy.model, policy.eos_ids, decode=policy.decode, max_batch_size=r.max_batch_size
         )
+
+    def _check_budget(self, policy: Policy, config: Config) -> None:
+        """A sequence that no micro-batch can hold is an error now, not after the first rollout."""
+        budget, cut = config.grpo.token_budget, config.rollout.max_completion_tokens
+        longest = max(map(len, [*self.prompt_ids, *self.general_ids]))
+        num_tokens = min(longest + cut, policy.model.spec.max_position_embeddings)
+        if num_tokens > budget:
+            raise ValueError(
+                f"grpo.token_budget = {budget} is less than the longest prompt ({longest} tokens) "
+                f"with a completion of rollout.max_completion_tokens = {cut}: {num_tokens} tokens. "
+                f"Set grpo.token_budget to {num_tokens} or more, or lower "
+                "rollout.max_prompt_tokens or rollout.max_completion_tokens"
+            )
 
     @staticmethod
     def _encode(problems: list[Problem], policy: Policy, config: Config) -> list[list[int]]:
@@ -295,7 +345,8 @@ class GRPOTrainer(Trainer):
     def _choose(self, step: int) -> list[tuple[Problem, list[int]]]:
         """The problems of this step over all ranks, with their prompt ids."""
         P, seed, w = self.config.grpo.prompts_per_step, self.config.seed, self.config.rewards
-        in_last_phase = self.num_steps - step <= w.preference_last_steps
+        last = w.preference_last_steps or self.num_steps
+        in_last_phase = self.num_steps - step <= last
         num_general = round(P * w.general_share) if self.general and in_last_phase else 0
         chosen = batch_indices(len(self.problems), P, seed, step)[: P - num_general]
         picks = [(self.problems[i], self.prompt_ids[i]) for i in chosen]
@@ -413,6 +464,7 @@ class GRPOTrainer(Trainer):
             logprobs, entropy = completion_logprobs(self.model, batch, self.sampling.temperature)
             loss, sums = grpo_objective(logprobs, batch, g)
             loss.backward()
+            self.optimizer.accumulate()
             sums |= {"loss": loss.detach(), "entropy": entropy.detach().sum()}
             if check_mismatch:
                 diff = (logprobs.detach() - batch.old_logprobs[batch.completion_mask]).abs()

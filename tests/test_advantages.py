@@ -86,3 +86,13 @@ def test_equals_trl_and_numpy():
 def test_bad_input(rewards, kwargs, message):
     with pytest.raises(ValueError, match=message):
         advantages(rewards, **kwargs)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_a_constant_group_is_zero_without_eps(scale):
+    rewards = torch.tensor([[0.1, 0.1, 0.1], [1.0, 0.0, 1.0]], dtype=torch.float64)
+    advantages = group_advantages(rewards, scale=scale, eps=0.0)
+    assert advantages[0].tolist() == [0, 0, 0]
+    assert advantages.isfinite().all()
+    assert advantages[1].abs().min() > 0
+    assert group_advantages(rewards[:1], scale=scale, eps=0.0).tolist() == [[0, 0, 0]]

@@ -180,3 +180,21 @@ def test_diverged_weights_are_named(bad):
         broken.layers[0].o.weight[0, 0] = bad
     with pytest.raises(FloatingPointError, match="not finite: its weights have diverged"):
         generate(broken)
+
+
+def test_the_cache_grows_geometrically_and_keeps_what_it_holds():
+    from r1fast.rollout.kv_cache import KVCache
+
+    spec = tiny_model(max_position_embeddings=4096).spec
+    cache = KVCache(spec, 1, torch.float32, torch.device("cpu"))
+    k = torch.randn(5, spec.num_kv_heads, spec.head_dim)
+    cache.reserve(6)
+    cache.append_prompt(0, k, k, 0, 1)
+    sizes = set()
+    for n in range(6, 4097):
+        cache.reserve(n)
+        assert cache.capacity >= n
+        sizes.add(cache.capacity)
+    assert len(sizes) < 15  # 64 copies with a fixed stride
+    assert max(sizes) == 4096  # never more than the context
+    assert torch.equal(cache.keys[0][0, :, :5], k.transpose(0, 1))

@@ -178,3 +178,34 @@ def test_no_gradient_at_all():
     before = model.weight.detach().clone()
     assert optimizer.step(0.1) == (0.0, True)
     assert torch.equal(model.weight, before)
+
+
+def test_bfloat16_gradients_are_added_up_in_float32():
+    """512 micro-batches of equal gradients: a bfloat16 sum stops growing, a float32 one does not."""
+    model, optimizer = make(torch.bfloat16, "--optim.max_grad_norm=0")
+    naive, exact = torch.zeros(3, 4, dtype=torch.bfloat16), torch.zeros(3, 4, dtype=torch.float64)
+    for seed in range(512):
+        set_grads(model, seed, scale=0.1)
+        for p in model.parameters():
+            p.grad += 1
+        naive += model.weight.grad
+        exact += model.weight.grad
+        optimizer.accumulate()
+        assert model.weight.grad is None
+    total = optimizer.masters[0].grad
+    assert total.dtype == torch.float32
+    error = (total.double() - exact).abs().max()
+    assert error < 1e-3 * (naive.double() - exact).abs().max()
+    norm, applied = optimizer.step(0.01)
+    assert applied
+    assert norm > exact.norm() * 0.999
+    assert all(m.grad is None for m in optimizer.masters)
+
+
+def test_float32_gradients_stay_where_they_are():
+    model, optimizer = make()
+    set_grads(model)
+    grad = model.weight.grad
+    optimizer.accumulate()
+    assert model.weight.grad is grad
+    assert optimizer.masters[0] is model.weight

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from r1fast.model import ModelSpec
 
-GROW = 64  # positions
+BLOCK = 64  # the number of positions is a multiple of this
+GROWTH = 1.5  # and grows by at least this factor, so that copies stay few
 
 
 class KVCache:
@@ -15,6 +16,7 @@ class KVCache:
     """
 
     def __init__(self, spec: ModelSpec, num_slots: int, dtype: torch.dtype, device: torch.device):
+        self.context = spec.max_position_embeddings
         self.shape = (num_slots, spec.num_kv_heads, 0, spec.head_dim)
         self.keys = [
             torch.empty(self.shape, dtype=dtype, device=device) for _ in range(spec.num_layers)
@@ -35,7 +37,8 @@ class KVCache:
         if positions <= self.capacity:
             return
         B, K, L, Dh = self.shape
-        L = -(-max(positions, self.capacity + GROW) // GROW) * GROW
+        grown = min(int(GROWTH * self.capacity), self.context)  # more is never asked for
+        L = -(-max(positions, grown) // BLOCK) * BLOCK
         self.shape = (B, K, L, Dh)
         for store in (self.keys, self.values):
             for i, old in enumerate(store):
