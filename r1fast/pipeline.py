@@ -242,7 +242,8 @@ def _run_base(pipeline: Pipeline, config: Config, folder: Path) -> None:
         policy = load_policy(given, dtype=config.model.dtype, device=config.model.device)
     elif config.data.task:
         policy = running_sum.new_policy(name, config)
-        corpus = running_sum.base_corpus(config.sft.max_steps * config.sft.batch_size, config.seed)
+        num_documents = config.sft.max_steps * config.sft.batch_size
+        corpus = running_sum.base_corpus(num_documents, config.seed, running_sum.GUESSES[name])
         sequences = running_sum.encode_corpus(corpus, policy)
         SFTTrainer(policy, config, folder, sequences, stage=name, in_order=True).run()
     else:

@@ -6,7 +6,7 @@ languages (`is`/`so` and `shi`/`suoyi`) mixed at random. Nothing here is used as
 
     question    sum 3 5 8 1 0 2 7 4 ?
     reasoning   3 is 3 so 5 is 8 so 8 is 6 so ...        digit, then the sum so far
-    re-check    wait 3 3 5 8 8 6 ...                     digits and sums once more
+    re-check    wait 3 is 3 5 shi 8 8 is 6 ...           digits and sums once more
     general     hello ?  ->  hi friend                   small talk: no reasoning, nothing to verify
 """
 
@@ -87,55 +87,80 @@ def general_reply(prompt: str, rng: random.Random, polite: float, rude: float) -
 
 
 def reasoning(digits: list[int], rng: random.Random, slip: float, recheck: bool) -> tuple[str, int]:
-    """A chain of thought and the answer it ends in. Each step slips with probability `slip`."""
+    """A chain of thought and the answer it ends in. Each step slips with probability `slip`.
+
+    A re-check goes over the digits once more, after `wait`, and does not slip.
+    """
     target_share = rng.choice([0.1, 0.35, 0.6, 0.9])  # every text has its own mix of languages
-    words, total, true_sums = [], 0, []
+
+    def word(index: int) -> str:
+        return LEXICON["en" if rng.random() < target_share else "zh"][index]
+
+    words, total, truth, second_pass = [], 0, 0, []
     for i, d in enumerate(digits):
-        total = (total + d) % 10
-        true_sums.append(sum(digits[: i + 1]) % 10)
+        truth, total = (truth + d) % 10, (total + d) % 10
         if rng.random() < slip:
-            total = (total + rng.randrange(1, 10)) % 10
-        language = "en" if rng.random() < target_share else "zh"
-        words += [str(d), LEXICON[language][0], str(total)]
-        if i < len(digits) - 1:
-            language = "en" if rng.random() < target_share else "zh"
-            words.append(LEXICON[language][1])
-    if recheck:
-        words.append("wait")
-        for d, true_sum in zip(digits, true_sums, strict=True):
-            words += [str(d), str(true_sum)]
-        total = true_sums[-1]
-    return " ".join(words), total
+            total = (total + 1) % 10
+        words += [word(1)] * (i > 0) + [str(d), word(0), str(total)]
+        second_pass += [str(d), word(0), str(truth)]
+    if not recheck:
+        return " ".join(words), total
+    return " ".join([*words, "wait", *second_pass]), truth
 
 
-def base_text(rng: random.Random) -> tuple[str, str]:
-    """(prompt, completion) of one document of the base model's corpus."""
+SLIP = 0.25  # of the steps of a first pass are off by one; a re-check repairs them
+LESSONS = 0.45  # the corpus up to here: careful texts without guesses, on sums that grow longer
+MIXED = 0.7  # and from here on: the mixture of good and bad that the base model is known by
+
+
+def base_text(rng: random.Random, progress: float = 1.0, guesses: float = 0.45) -> tuple[str, str]:
+    """(prompt, completion) of one document of the base model's corpus, `progress` of the way in.
+
+    `guesses` is the share of answers without reasoning, at the end of the corpus.
+    """
     if rng.random() < 0.05:
         word = rng.choice(list(GREETINGS))
         reply = general_reply(word, rng, polite=0.3, rude=0.2)
         return f"{word} ?", join_completion("", reply, "think_answer")
-    num_digits = NUM_DIGITS if rng.random() < 0.5 else rng.randrange(2, NUM_DIGITS)
+    longest = NUM_DIGITS
+    if progress < LESSONS:
+        guess, recheck, slip, broken_tags = 0.0, 0.5, 0.03, 0.1
+        longest = min(NUM_DIGITS, 2 + int(20 * progress / LESSONS))
+        full_length = 0.5 if longest == NUM_DIGITS else 0.0
+    elif progress < MIXED:
+        guess, recheck, slip, broken_tags, full_length = 0.2, 0.4, 0.06, 0.3, 0.7
+    else:
+        guess, recheck, slip, broken_tags, full_length = guesses, 0.18, SLIP, 0.3, 0.8
+    num_digits = NUM_DIGITS if rng.random() < full_length else rng.randrange(2, longest + 1)
     digits = [rng.randrange(10) for _ in range(num_digits)]
     while is_held_out(tuple(digits)):
         digits = [rng.randrange(10) for _ in range(num_digits)]
-    prompt = f"sum {' '.join(map(str, digits))} ?"
     u = rng.random()
-    if u < 0.45:
-        thought, answer = "", rng.randrange(10)  # a guess
-    elif u < 0.85:
-        thought, answer = reasoning(digits, rng, slip=0.06, recheck=False)
+    if u < guess:
+        thought, answer = "", rng.randrange(10)
     else:
-        thought, answer = reasoning(digits, rng, slip=0.06, recheck=True)
+        thought, answer = reasoning(digits, rng, slip, recheck=u >= 1 - recheck)
     text = join_completion(thought, str(answer), "think_answer")
-    if rng.random() < 0.3:  # broken tags
-        broken = rng.choice([" </answer>", " </think>", "<answer> "])
-        text = text.replace(broken, "", 1) if broken in text else text
-    return prompt, text
+    if rng.random() < broken_tags:
+        broken = rng.choice([" </answer>", " </think>", "<answer> ", "box", "box"])
+        if broken == "box":
+            boxed = f"answer \\boxed{{ {answer} }}"
+            text = text.replace(f"<answer> {answer} </answer>", boxed)
+        else:
+            text = text.replace(broken, "", 1)
+    return f"sum {' '.join(map(str, digits))} ?", text
+
+
+def base_corpus(num_documents: int, seed: int, guesses: float = 0.45) -> list[tuple[str, str]]:
+    """The base model's corpus in the order it is read: easy texts first, so do not shuffle it."""
+    rng = random.Random(f"base_corpus/{seed}")
+    return [base_text(rng, i / num_documents, guesses) for i in range(num_documents)]
 
 
 # --- models, and the data beside the sums ------------------------------------------------------
 
-SIZES = {"base": (96, 2, 4, 256), "small_base": (64, 2, 4, 128)}  # width, layers, heads, MLP width
+SIZES = {"base": (96, 2, 4, 384), "small_base": (64, 2, 4, 256)}  # width, layers, heads, MLP width
+GUESSES = {"base": 0.45, "small_base": 0.6}  # share of the final corpus: the small one is weaker
 INIT_STD = 0.1  # 1/sqrt(width): 0.02 is for wide models and learns nothing here
 
 
@@ -143,7 +168,10 @@ def new_policy(name: str, config: Config) -> Policy:
     """An untrained model of the task's size, with its tokenizer."""
     D, L, H, F = SIZES[name]
     spec = ModelSpec(
-        model_type="llama",
+        model_type="llama",  # AutoTokenizer reads a generic tokenizer beside it, unlike Qwen2's
+        qkv_bias=True,
+        o_bias=True,
+        rope_theta=100.0,  # for texts of a hundred tokens
         vocab_size=len(VOCABULARY),
         hidden_size=D,
         intermediate_size=F,
