@@ -13,15 +13,17 @@ commands
 Every value of the config can be set on the command line: --grpo.kl_coef=0 --data.train=gsm8k.jsonl
 --force goes on with a run whose config has changed. On several processes:
   torchrun --nproc-per-node 2 -m r1fast grpo CONFIG.toml
-A run that was stopped continues from its newest checkpoint with the same command.
+A run that was stopped continues from its newest checkpoint with the same command. Ctrl-C saves
+one at the end of the step. Exit codes: 1 failed, 2 wrong input, 130 stopped.
 """
 
+import os
 import sys
 
 CONFIG_COMMANDS = ("pipeline", "grpo", "sft", "distill", "sample", "evaluate")
 COMMANDS = (*CONFIG_COMMANDS, "report", "generate")
 OPTIONS = {"pipeline": ("from", "only"), "generate": ("prompt", "num")}
-EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def parse(argv: list[str]) -> tuple[str, str, list[str], dict[str, str]]:
@@ -69,13 +71,25 @@ def main(argv: list[str] | None = None) -> int:
         from r1fast import commands
 
         commands.run(command, target, overrides, options)
-    except (ValueError, FloatingPointError) as error:
-        sys.stderr.write(f"r1fast: {error}\n")
-        return EXIT_USAGE
+    except ValueError as error:
+        return _fail(f"r1fast: {error}", EXIT_USAGE)
+    except (RuntimeError, OSError, FloatingPointError) as error:
+        hint = "(R1FAST_DEBUG=1 shows where)"
+        return _fail(f"r1fast: {type(error).__name__}: {error} {hint}", EXIT_FAILED)
     except KeyboardInterrupt:
         sys.stderr.write("\nr1fast: stopped; the same command continues from the last checkpoint\n")
         return EXIT_INTERRUPTED
     return 0
+
+
+def _fail(text: str, code: int) -> int:
+    """One line on stderr; the traceback too where R1FAST_DEBUG is set."""
+    if os.environ.get("R1FAST_DEBUG"):
+        import traceback
+
+        traceback.print_exc()
+    sys.stderr.write(f"{text}\n")
+    return code
 
 
 if __name__ == "__main__":

@@ -6,17 +6,19 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from r1fast import running_sum
 from r1fast.config import Config
 from r1fast.data import load_problems
+from r1fast.metrics import warn
 from r1fast.model import load_tokenizer
 from r1fast.policy import pick_device
 from r1fast.reward_model import load_reward_model, score_fn
 from r1fast.rewards.math import parse_gold
 from r1fast.rewards.preference import PreferenceRewards
 from r1fast.rewards.score import RewardScorer, check_problems
-from r1fast.templates import render_prompt
+from r1fast.templates import prompt_opens_think, render_prompt
 from r1fast.types import Problem
 
 ScoreFn = Callable[[list[tuple[str, str]]], list[float]]
@@ -59,31 +61,53 @@ def general_problems(config: Config) -> list[Problem]:
         return running_sum.make_general()
     if not config.data.general:
         return []
-    return load_problems(config.data.general, format="jsonl", kind="general")
-
-
-def make_scorer(config: Config, reward_models: Path | None = None) -> RewardScorer:
-    """The configured rewards. Preference models come from the config or a reward-model stage."""
-    w = config.rewards
-    preference = None
-    if reward_models is not None:
-        preference = preference_rewards(config, reward_models)
-    elif w.helpfulness_model or w.safety_model:
-        preference = preference_rewards(config, Path())
-    if preference is None:  # the weights wait for their models
-        w = replace(w, helpfulness=0.0, safety=0.0)
-    return RewardScorer(
-        w, config.template, config.rollout.max_completion_tokens, preference=preference
+    return load_problems(
+        config.data.general, format="jsonl", kind="general", language=config.data.language
     )
 
 
-def preference_rewards(config: Config, folder: Path) -> PreferenceRewards:
+def make_scorer(
+    config: Config,
+    reward_models: Path | None = None,
+    *,
+    tokenizer: Any = None,
+    rules_only: bool = False,
+) -> RewardScorer:
+    """The configured rewards. Preference models come from the config or a reward-model stage.
+
+    `tokenizer` tells whether its chat template opens the thought. With `rules_only`, for evaluation
+    and sampling, no reward model is loaded; else a weight without a model counts 0, with a warning.
+    """
+    w, preference = config.rewards, None
+    weighted = [name for name in ("helpfulness", "safety") if getattr(w, name)]
+    if weighted and not rules_only:
+        loaded = preference_rewards(config, reward_models)
+        missing = [name for name in weighted if getattr(loaded, name) is None]
+        if missing:
+            warn(
+                f"no model for {' and '.join(f'rewards.{name}' for name in missing)}: counted as 0 "
+                f"(name rewards.{missing[0]}_model, or preference data for the pipeline)"
+            )
+        weighted = [name for name in weighted if name not in missing]
+        preference = loaded if weighted else None
+    kept = weighted if preference is not None else []
+    w = replace(w, **{n: 0.0 for n in ("helpfulness", "safety") if n not in kept})
+    return RewardScorer(
+        w,
+        config.template,
+        config.rollout.max_completion_tokens,
+        preference=preference,
+        prompt_opens_think=prompt_opens_think(config.template, tokenizer),
+    )
+
+
+def preference_rewards(config: Config, folder: Path | None) -> PreferenceRewards:
     """Helpfulness as the model's raw score, safety as a probability (its sigmoid)."""
     w = config.rewards
 
     def model(name: str, given: str) -> ScoreFn | None:
-        path = Path(given) if given else folder / name
-        if not given and not path.exists():
+        path = Path(given) if given else folder and folder / name
+        if path is None or not (given or path.exists()):
             return None
         tokenizer = load_tokenizer(path)
         reward_model = load_reward_model(

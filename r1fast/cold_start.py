@@ -46,7 +46,13 @@ def collect(
     for method in c.methods:
         groups = _sample(method, policies[method], problems, configs[method], config)
         scorer_of[method].score(groups)
-        kept, dropped = clean(groups, configs[method], config, method)
+        kept, dropped = clean(
+            groups,
+            configs[method],
+            config,
+            method,
+            prompt_opens_think=scorer_of[method].prompt_opens_think,
+        )
         sampled = sum(len(g.completions) for g in groups)
         parts = distributed.gather_objects([[_plain(e) for e in kept], dict(dropped), sampled])
         kept = [Example(**row) for part in parts for row in part[0]]
@@ -129,6 +135,8 @@ def clean(
     asked: Config,
     config: Config,
     method: str,
+    *,
+    prompt_opens_think: bool = False,
 ) -> tuple[list[Example], Counter]:
     """Correct, well-formed, readable samples, rewritten in the pattern of `config.template`.
 
@@ -140,7 +148,10 @@ def clean(
         candidates = []
         for completion, reward in zip(group.completions, group.rewards, strict=True):
             parts = split_completion(
-                completion.text, asked.template.protocol, asked.template.special_token
+                completion.text,
+                asked.template.protocol,
+                asked.template.special_token,
+                prompt_opens_think=prompt_opens_think,
             )
             thought, language = parts.reasoning or "", group.problem.language
             if reward.verdict != "correct":

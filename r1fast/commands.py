@@ -8,7 +8,7 @@ from pathlib import Path
 from r1fast import distributed
 from r1fast.assemble import general_problems, make_scorer, problem_sets
 from r1fast.config import Config, load_config, to_dict
-from r1fast.data import Example, gsm8k_examples, load_examples
+from r1fast.data import Example, detect_format, gsm8k_examples, load_examples
 from r1fast.evaluate import evaluate, sample_groups
 from r1fast.metrics import say, table
 from r1fast.pipeline import Pipeline, provenance
@@ -40,14 +40,20 @@ def run(command: str, target: Config | str, overrides: list[str], options: dict[
         distributed.stop()
 
 
-def _open(config: Config, command: str) -> tuple[Policy, Path]:
-    """The model and the run folder, with what was asked for and what it runs on written down."""
+def _policy(config: Config) -> Policy:
     if not config.model.path:
         raise ValueError(
             "model.path is empty: name a Hugging Face folder or model id, for instance "
             "--model.path=path/to/Qwen2.5-0.5B"
         )
-    policy = load_policy(config.model.path, dtype=config.model.dtype, device=config.model.device)
+    return load_policy(config.model.path, dtype=config.model.dtype, device=config.model.device)
+
+
+def _begin(config: Config, command: str) -> Path:
+    """The run folder, with what was asked for and what it runs on written down.
+
+    Called when nothing can be refused any more: a refused run leaves the manifest as it was.
+    """
     folder = Path(config.output_dir)
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,15 +68,13 @@ def _open(config: Config, command: str) -> tuple[Policy, Path]:
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     distributed.barrier()
-    return policy, folder
+    return folder
 
 
 def _grpo(config: Config, force: bool) -> None:
-    policy, folder = _open(config, "grpo")
+    policy = _policy(config)
     train, held_out = problem_sets(config)
-    w = config.rewards
-    general = general_problems(config) if (w.helpfulness_model or w.safety_model) else []
-    with make_scorer(config) as scorer:
+    with make_scorer(config, tokenizer=policy.tokenizer) as scorer:
 
         def quick_eval() -> dict:
             return evaluate(
@@ -81,16 +85,18 @@ def _grpo(config: Config, force: bool) -> None:
                 num_samples=config.eval.every_num_samples,
             )
 
-        GRPOTrainer(
+        trainer = GRPOTrainer(
             policy,
             config,
-            folder,
+            config.output_dir,
             train,
             scorer,
-            general=general,
+            general=general_problems(config) if scorer.preference is not None else None,
             evaluate=quick_eval if held_out else None,
             force=force,
-        ).run()
+        )
+        folder = _begin(config, "grpo")
+        trainer.run()
         if held_out:
             _show_eval(
                 evaluate(policy, held_out, config, scorer, folder=folder, title="evaluation")
@@ -98,17 +104,23 @@ def _grpo(config: Config, force: bool) -> None:
     _finish(folder)
 
 
-def _sft(config: Config, force: bool) -> None:
-    policy, folder = _open(config, "sft")
+def _sft(config: Config, force: bool, command: str = "sft") -> None:
+    policy = _policy(config)
     sequences = encode_examples(_examples(config), policy, config)
-    SFTTrainer(policy, config, folder, sequences, force=force).run()
-    if config.data.eval:
-        _, held_out = problem_sets(config)
-        with make_scorer(config) as scorer:
+    trainer = SFTTrainer(policy, config, config.output_dir, sequences, force=force)
+    held_out = problem_sets(config)[1] if config.data.eval else []
+    folder = _begin(config, command)
+    trainer.run()
+    if held_out:
+        with make_scorer(config, tokenizer=policy.tokenizer, rules_only=True) as scorer:
             _show_eval(
                 evaluate(policy, held_out, config, scorer, folder=folder, title="evaluation")
             )
     _finish(folder)
+
+
+def _distill(config: Config, force: bool) -> None:
+    _sft(config, force, "distill")
 
 
 def _examples(config: Config) -> list[Example]:
@@ -116,18 +128,24 @@ def _examples(config: Config) -> list[Example]:
     d, t = config.data, config.template
     if d.sft:
         return load_examples(d.sft, language=d.language)
-    if d.train and d.format in ("auto", "gsm8k"):
-        examples = gsm8k_examples(d.train, t.protocol, t.special_token)
-        return examples[: d.max_train_problems] if d.max_train_problems else examples
-    raise ValueError("data.sft is empty: name a JSONL file of prompt + completion")
+    if not d.train:
+        raise ValueError("data.sft is empty: name a JSONL file of prompt + completion")
+    if d.format not in ("auto", "gsm8k") or detect_format(d.train) != "gsm8k":
+        raise ValueError(
+            f"data.train = {d.train!r} holds problems, and only GSM8K's bring solutions to learn; "
+            "name a JSONL file of prompt + completion as data.sft"
+        )
+    examples = gsm8k_examples(d.train, t.protocol, t.special_token)
+    return examples[: d.max_train_problems] if d.max_train_problems else examples
 
 
 def _sample(config: Config, force: bool) -> None:
-    policy, folder = _open(config, "sample")
+    policy = _policy(config)
     train, _ = problem_sets(config)
     if not train:
         raise ValueError("data.train is empty: name a file of problems to sample")
-    with make_scorer(config) as scorer:
+    with make_scorer(config, tokenizer=policy.tokenizer, rules_only=True) as scorer:
+        folder = _begin(config, "sample")
         rejection_sample(policy, train, config, scorer, folder)
     if distributed.is_main():
         accounting = json.loads((folder / "accounting.json").read_text())
@@ -137,13 +155,14 @@ def _sample(config: Config, force: bool) -> None:
 
 
 def _evaluate(config: Config, force: bool) -> None:
-    policy, folder = _open(config, "evaluate")
+    policy = _policy(config)
     _, held_out = problem_sets(config)
     if not held_out:
         raise ValueError(
             "data.eval is empty: name a file of problems, for instance gsm8k test.jsonl"
         )
-    with make_scorer(config) as scorer:
+    with make_scorer(config, tokenizer=policy.tokenizer, rules_only=True) as scorer:
+        folder = _begin(config, "evaluate")
         _show_eval(evaluate(policy, held_out, config, scorer, folder=folder, title="evaluation"))
     _finish(folder)
 
@@ -211,7 +230,7 @@ def _generate(target: str, overrides: list[str], options: dict[str, str]) -> Non
 _COMMANDS = {
     "grpo": _grpo,
     "sft": _sft,
-    "distill": _sft,
+    "distill": _distill,
     "sample": _sample,
     "evaluate": _evaluate,
 }

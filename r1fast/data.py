@@ -65,7 +65,7 @@ def load_problems(
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if format == "auto":
-        format = _detect(path)
+        format = detect_format(path)
     if format == "mgsm":
         match = _MGSM_NAME.search(path.stem)
         default_language = match[1].lower() if match else language
@@ -119,8 +119,9 @@ def load_problems(
     return problems
 
 
-def _detect(path: Path) -> str:
+def detect_format(path: str | Path) -> str:
     """The format, from the suffix and the first row's keys."""
+    path = Path(path)
     if path.suffix == ".tsv":
         return "mgsm"
     for _, row in read_jsonl(path):
@@ -133,6 +134,11 @@ def _detect(path: Path) -> str:
 
 
 def _plain_row(row: dict, where: str) -> tuple[str, str | None, dict]:
+    if "messages" in row:
+        prompt, _, extra = _read_messages(row["messages"], where, need_reply=False)
+        answer_field = _one_of(row, ANSWER_FIELDS, where)
+        answer = None if answer_field is None else _answer(row, answer_field, where)
+        return prompt, answer, {k: v for k, v in row.items() if k != "messages"} | extra
     prompt_field = _one_of(row, PROMPT_FIELDS, where)
     if prompt_field is None:
         raise ValueError(
@@ -227,6 +233,11 @@ def load_examples(
             prompt, completion, extra = _read_messages(row["messages"], where)
         else:
             prompt_field = _one_of(row, PROMPT_FIELDS, where)
+            if prompt_field is not None and row.get("completion") is None and kind == "general":
+                raise ValueError(
+                    f"{where}: no 'completion', which supervised training on general data needs; "
+                    "keep rows with only a prompt in a file of their own, for RL"
+                )
             if prompt_field is None or "completion" not in row:
                 raise ValueError(
                     f"{where}: an example needs 'prompt' and 'completion', or 'messages'; "
@@ -259,17 +270,33 @@ def load_examples(
     return examples
 
 
-def _read_messages(messages: Any, where: str) -> tuple[str, str, dict]:
+def _read_messages(messages: Any, where: str, *, need_reply: bool = True) -> tuple[str, str, dict]:
+    """(prompt, completion, {"system": text} where there is one); "" without a reply."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError(f"{where}: 'messages' must be a list of objects, got {messages!r:.80}")
     roles = [m.get("role") for m in messages]
-    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+    texts = [_need_text(m, "content", f"{where}: messages[{i}]") for i, m in enumerate(messages)]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if turns != ["user", "assistant"] and (need_reply or turns != ["user"]):
         raise ValueError(
             f"{where}: 'messages' must be one user and one assistant turn (a system turn may "
             f"come first), got roles {roles}"
         )
-    texts = [_need_text(m, "content", f"{where}: messages[{i}]") for i, m in enumerate(messages)]
-    return texts[-2], texts[-1], {"system": texts[0]} if len(texts) == 3 else {}
+    extra = {"system": texts[0]} if turns != roles else {}
+    prompt, *reply = texts[len(texts) - len(turns) :]
+    return prompt, "".join(reply), extra
+
+
+def has_completions(path: str | Path) -> bool:
+    """Whether any row has something to learn: prompts alone serve RL only."""
+    for line, row in read_jsonl(path):
+        if "messages" in row:
+            _, completion, _ = _read_messages(row["messages"], f"{path}:{line}", need_reply=False)
+        else:
+            completion = row.get("completion")
+        if completion:
+            return True
+    return False
 
 
 def gsm8k_examples(

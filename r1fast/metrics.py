@@ -42,10 +42,11 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
     "clip_ratio/region_mean": ("share", "tokens clipped on either side"),
     "logprob_mismatch/mean": ("nats", "mean |sampler logprob - trainer logprob| per token"),
     "logprob_mismatch/max": ("nats", "largest |sampler logprob - trainer logprob|"),
+    "ratio": ("", "mean of policy probability over sampler probability, per token; 1 on policy"),
     "loss": ("", "training loss"),
     "grad_norm": ("", "norm of the gradient before clipping"),
     "learning_rate": ("", "learning rate of the step"),
-    "mean_token_accuracy": ("share", "completion tokens that the model ranks first"),
+    "accuracy": ("share", "reward model: pairs in the right order, or labels on the right side"),
     "num_tokens": ("tokens", "tokens seen since the start of the stage"),
     "epoch": ("epochs", "passes over the training data"),
     "step_time": ("s", "wall time of the step"),
@@ -53,6 +54,8 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
     "time/<phase>": ("s", "wall time of one phase of the step"),
     "eval/pass@1": ("share", "mean correctness over k samples a problem"),
     "eval/pass@1_stderr": ("share", "standard error of pass@1 over problems"),
+    "eval/accuracy": ("share", "accuracy of a reward model on the held-out rows"),
+    "eval/loss": ("", "loss of a reward model on the held-out rows"),
     "eval/cons@k": ("share", "problems whose majority answer is correct"),
     "eval/format_rate": ("share", "evaluation samples in the asked format"),
     "eval/language_share": ("share", "language_share of the evaluation samples"),
@@ -194,7 +197,7 @@ def step_line(row: Mapping[str, Any], total: int | None = None, width: int = LIN
         add(4, " cut ", "completions/clipped_ratio", _share)
     else:
         add(0, "  loss ", "loss", lambda v: f"{v:6.4f}")
-        add(1, "  acc ", "mean_token_accuracy", _share)
+        add(1, "  acc ", "accuracy", _share)
         add(0, "  lr ", "learning_rate", lambda v: f"{v:.2e}")
         add(2, "  grad ", "grad_norm", lambda v: f"{v:6.3g}")
         add(3, "  epoch ", "epoch", lambda v: f"{v:.2f}")

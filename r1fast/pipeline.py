@@ -15,6 +15,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,7 +44,17 @@ class Stage:
     kind: str  # sft | grpo | data
     starts_from: str  # the stage whose model it starts from, or whose output it reads
     needs: tuple[str, ...]  # the stages that must be done
+    sections: tuple[str, ...]  # of the config, beside ALL_STAGES: a change makes it another stage
     run: Callable[[Pipeline, Config, Path], None]
+
+
+ALL_STAGES = ("seed", "model", "data", "template")
+OF_EVALUATION = (
+    "eval.num_problems", "eval.num_samples", "eval.temperature", "eval.top_p", "data.eval",
+    "data.max_eval_problems", "rollout.max_prompt_tokens", "rollout.max_completion_tokens",
+    "rewards.lexicon", "rewards.math_timeout",
+)  # fmt: skip
+SMALL = ("small_base", "distill", "small_rl")
 
 
 class Pipeline:
@@ -52,6 +63,10 @@ class Pipeline:
     def __init__(self, config: Config, *, force: bool = False):
         self.config, self.folder, self.force = config, Path(config.output_dir), force
         self.order = [s for s in STAGES if s in config.pipeline.stages]
+        self.skipped: list[str] = []
+        if not (config.pipeline.small_base or config.data.task):
+            self.skipped = [s for s in self.order if s in SMALL]
+            self.order = [s for s in self.order if s not in SMALL]
 
     # --- models and data -------------------------------------------------------------------------
 
@@ -69,7 +84,7 @@ class Pipeline:
 
     def evaluate(self, policy: Policy, config: Config, stage: str) -> None:
         _, problems = problem_sets(config)
-        with make_scorer(config) as scorer:
+        with make_scorer(config, tokenizer=policy.tokenizer, rules_only=True) as scorer:
             evaluate(
                 policy,
                 problems,
@@ -85,11 +100,15 @@ class Pipeline:
         """Every stage that is not done; from `start` on, or `only` one, again."""
         for name in (start, only):
             if name and name not in self.order:
+                why = "; it needs pipeline.small_base" if name in self.skipped else ""
                 raise ValueError(
-                    f"stage {name!r} is not in this pipeline; its stages: {', '.join(self.order)}"
+                    f"stage {name!r} is not in this pipeline{why}; its stages: "
+                    f"{', '.join(self.order)}"
                 )
         began = time.time()
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.skipped:
+            say(f"pipeline.small_base is empty: without {', '.join(self.skipped)}")
         if start:
             self._set_aside(self.order[self.order.index(start) :])
         if only:
@@ -107,10 +126,10 @@ class Pipeline:
         stage, folder = RECIPE[name], self.path(name)
         config = stage_config(self.config, name)
         if self._is_done(name, config):
-            say(f"{stage.title}: done before, kept")
             return
-        missing = [n for n in stage.needs if n in self.order and not self._manifest(n)]
-        missing += [n for n in stage.needs if n not in self.order and not self._given(n)]
+        needs = [n for n in stage.needs if n != "r1_zero" or _asks_r1_zero(name, config)]
+        missing = [n for n in needs if n in self.order and not self._manifest(n)]
+        missing += [n for n in needs if n not in self.order and not self._given(n)]
         if missing:
             raise ValueError(
                 f"stage {name} needs {', '.join(missing)} first; run the pipeline without --only, "
@@ -122,17 +141,22 @@ class Pipeline:
         began = time.time()
         earlier = self._seconds_so_far(folder)
         stage.run(self, config, folder)
+        self._close_stage(name, config, time.time() - began + earlier)
+
+    def _close_stage(self, name: str, config: Config, seconds: float) -> None:
+        """Write the manifest that says a stage is done."""
+        stage = RECIPE[name]
         manifest = {
             "name": name,
             "title": stage.title,
             "kind": stage.kind,
             "starts_from": stage.starts_from,
             "status": "done",
-            "seconds": round(time.time() - began + earlier, 1),
+            "seconds": round(seconds, 1),
             "config": to_dict(config),
         }
         if distributed.is_main():
-            _write_json(folder / "manifest.json", manifest)
+            _write_json(self.path(name) / "manifest.json", manifest)
         distributed.barrier()
 
     @staticmethod
@@ -158,23 +182,40 @@ class Pipeline:
         return json.loads(path.read_text()) if path.exists() else {}
 
     def _is_done(self, name: str, config: Config) -> bool:
-        manifest = self._manifest(name)
+        """Whether a stage is done with these values; where only its evaluation changed, redo that."""
+        manifest, title = self._manifest(name), RECIPE[name].title
         if manifest.get("status") != "done":
             return False
-        changes = same_config(_what_matters(manifest["config"]), _what_matters(to_dict(config)))
-        if changes and not self.force:
+        changes = same_config(manifest["config"], to_dict(config))
+        keys = {line: line.partition(":")[0] for line in changes}
+        trained = [line for line, key in keys.items() if _matters(name, key)]
+        if trained and not self.force:
             raise ValueError(
-                f"stage {name} was run with other values:\n  " + "\n  ".join(changes) + "\n"
+                f"stage {name} was run with other values:\n  " + "\n  ".join(trained) + "\n"
                 f"--from {name} runs it and what follows again; --force keeps it as it is; "
                 "or take another output_dir"
             )
+        asked = [line for line, key in keys.items() if _is_under(key, OF_EVALUATION)]
+        if trained or not asked or not (self.path(name) / "eval.json").exists():
+            say(f"{title}: done before, kept")
+            return True
+        say(f"{title}: done before, kept; evaluated again for {', '.join(asked)}")
+        policy = self.policy(name)
+        self.evaluate(policy, config, name)
+        if (self.path(name) / "general.json").exists():
+            _evaluate_general(self, policy, config, self.path(name), self.path("reward_models"))
+        self._close_stage(name, config, manifest["seconds"])
         return True
 
     def _set_aside(self, names: list[str]) -> None:
         """Move the folders of these stages away: nothing is deleted."""
         existing = [n for n in names if self.path(n).exists()]
         if existing and distributed.is_main():
-            aside = self.folder / "replaced" / time.strftime("%Y%m%d-%H%M%S")
+            now, number = time.strftime("%Y%m%d-%H%M%S"), 1
+            aside = self.folder / "replaced" / now
+            while aside.exists():  # twice in one second
+                number += 1
+                aside = self.folder / "replaced" / f"{now}-{number}"
             aside.mkdir(parents=True)
             for name in existing:
                 self.path(name).rename(aside / name)
@@ -185,6 +226,7 @@ class Pipeline:
         if not distributed.is_main():
             return
         stages = []
+        present = replace(self.config, pipeline=replace(self.config.pipeline, stages=self.order))
         for name in self.order:
             stage, own = RECIPE[name], self._manifest(name)
             stages.append({
@@ -195,7 +237,7 @@ class Pipeline:
         manifest = {
             "title": f"R1 pipeline: {self.folder.name}",
             "stages": stages,
-            "claims": claims(self.folder, self.config),
+            "claims": claims(self.folder, present),
             "config": to_dict(self.config),
             "seed": self.config.seed,
             "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(began)),
@@ -205,9 +247,21 @@ class Pipeline:
         _write_json(self.folder / "manifest.json", manifest)
 
 
-def _what_matters(config: dict) -> dict:
-    skip = ("output_dir", "log", "checkpoint", "pipeline", "stages")
-    return json.loads(json.dumps({k: v for k, v in config.items() if k not in skip}))
+def _matters(name: str, key: str) -> bool:
+    """Whether a changed config key makes what a stage has trained or sampled another one."""
+    if _is_under(key, ("data.eval", "data.max_eval_problems")):
+        return False
+    stage = RECIPE[name]
+    models = (f"pipeline.{name}", f"pipeline.{stage.starts_from}")  # given base models
+    return _is_under(key, (*ALL_STAGES, *stage.sections, *models))
+
+
+def _is_under(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(section + ".") for section in sections)
+
+
+def _asks_r1_zero(name: str, config: Config) -> bool:
+    return name != "cold_start" or "r1_zero" in config.cold_start.methods
 
 
 def _write_json(path: Path, value: dict) -> None:
@@ -245,7 +299,9 @@ def _run_base(pipeline: Pipeline, config: Config, folder: Path) -> None:
         num_documents = config.sft.max_steps * config.sft.batch_size
         corpus = running_sum.base_corpus(num_documents, config.seed, running_sum.GUESSES[name])
         sequences = running_sum.encode_corpus(corpus, policy)
-        SFTTrainer(policy, config, folder, sequences, stage=name, in_order=True).run()
+        SFTTrainer(
+            policy, config, folder, sequences, stage=name, in_order=True, force=pipeline.force
+        ).run()
     else:
         raise ValueError(f"pipeline.{name} is empty: name a Hugging Face folder or model id")
     pipeline.evaluate(policy, config, name)
@@ -256,8 +312,13 @@ def _run_grpo(pipeline: Pipeline, config: Config, folder: Path, start: str) -> N
     policy = pipeline.policy(start)
     train, held_out = problem_sets(config)
     general = general_problems(config)
-    preference = pipeline.path("reward_models") if (general and name == "rl_2") else None
-    with make_scorer(config, preference) as scorer, make_scorer(config) as eval_scorer:
+    reward_models, tokenizer = pipeline.path("reward_models"), policy.tokenizer
+    rules_only = not general or name != "rl_2"
+    with (
+        make_scorer(config, reward_models, tokenizer=tokenizer, rules_only=rules_only) as scorer,
+        make_scorer(config, tokenizer=tokenizer, rules_only=True) as eval_scorer,
+    ):
+        preferred = scorer.preference is not None
 
         def quick_eval() -> dict:
             return evaluate(
@@ -275,13 +336,13 @@ def _run_grpo(pipeline: Pipeline, config: Config, folder: Path, start: str) -> N
             train,
             scorer,
             stage=name,
-            general=general if preference else None,
+            general=general if preferred else None,
             evaluate=quick_eval,
             force=pipeline.force,
         ).run()
     pipeline.evaluate(policy, config, name)
-    if preference:
-        _evaluate_general(pipeline, policy, config, folder, preference)
+    if preferred:
+        _evaluate_general(pipeline, policy, config, folder, reward_models)
 
 
 def _evaluate_general(
@@ -301,16 +362,16 @@ def _evaluate_general(
         )
 
 
-def _run_cold_start(pipeline: Pipeline, config: Config, folder: Path) -> None:
-    c = config.cold_start
+def _collect(pipeline: Pipeline, config: Config, folder: Path) -> None:
+    """Ask a model for long chains of thought, by each of the configured methods."""
+    c, m = config.cold_start, config.model
     train, _ = problem_sets(config)
-    asked, policies, scorers = {}, {}, {}
+    asked, policies = {}, {}
     for method in c.methods:
         asked[method] = stage_config(pipeline.config, "r1_zero") if method == "r1_zero" else config
         if method == "r1_zero":
             policies[method] = pipeline.policy("r1_zero")
         elif c.collector:
-            m = config.model
             policies[method] = load_policy(c.collector, dtype=m.dtype, device=m.device)
         else:
             policies[method] = pipeline.policy("base")
@@ -318,13 +379,20 @@ def _run_cold_start(pipeline: Pipeline, config: Config, folder: Path) -> None:
             asked[method] = replace(
                 config, template=replace(config.template, protocol="think_answer")
             )
-        scorers[method] = make_scorer(asked[method])
+    with ExitStack() as stack:
+        scorers = {
+            method: stack.enter_context(
+                make_scorer(asked[method], tokenizer=policies[method].tokenizer, rules_only=True)
+            )
+            for method in c.methods
+        }
+        cold_start.collect(policies, train, asked, scorers, config, folder)
+
+
+def _run_cold_start(pipeline: Pipeline, config: Config, folder: Path) -> None:
     if not (folder / "accounting.json").exists():
-        try:
-            cold_start.collect(policies, train, asked, scorers, config, folder)
-        finally:
-            for scorer in scorers.values():
-                scorer.close()
+        _collect(pipeline, config, folder)
+    c = config.cold_start
     edited = Path(c.edited_file) if c.edited_file else folder / "cold_start.jsonl"
     examples, counts = cold_start.read_back(folder / "collected.jsonl", edited)
     if distributed.is_main():
@@ -337,7 +405,7 @@ def _run_cold_start(pipeline: Pipeline, config: Config, folder: Path) -> None:
 def _run_rejection(pipeline: Pipeline, config: Config, folder: Path) -> None:
     train, _ = problem_sets(config)
     policy = pipeline.policy("rl_1")
-    with make_scorer(config) as scorer:
+    with make_scorer(config, tokenizer=policy.tokenizer, rules_only=True) as scorer:
         reasoning = rejection.rejection_sample(policy, train, config, scorer, folder)
     general = []
     if config.data.general:
@@ -378,16 +446,19 @@ def _grpo_from(start: str) -> Callable[[Pipeline, Config, Path], None]:
     return lambda pipeline, config, folder: _run_grpo(pipeline, config, folder, start)
 
 
+_SFT = ("sft", "optim")
+_GRPO = ("rollout", "grpo", "rewards", "optim")
+_SAMPLED = ("rollout", "rewards", "sample")
 RECIPE = {
-    "base": Stage("Base model", "sft", "scratch", (), _run_base),
-    "small_base": Stage("Small base model", "sft", "scratch", (), _run_base),
-    "r1_zero": Stage("R1-Zero", "grpo", "base", ("base",), _grpo_from("base")),
-    "cold_start": Stage("Cold start", "sft", "base", ("base", "r1_zero"), _run_cold_start),
-    "rl_1": Stage("RL + language reward", "grpo", "cold_start", ("cold_start",), _grpo_from("cold_start")),
-    "rejection": Stage("Rejection sampling", "data", "rl_1", ("rl_1",), _run_rejection),
-    "sft": Stage("SFT from base", "sft", "base", ("base", "rejection"), _run_sft),
-    "reward_models": Stage("Reward models", "data", "base", ("base",), _run_reward_models),
-    "rl_2": Stage("RL, all scenarios", "grpo", "sft", ("sft",), _grpo_from("sft")),
-    "distill": Stage("Distilled small model", "sft", "small_base", ("small_base", "rejection"), _run_distill),
-    "small_rl": Stage("RL on the small base", "grpo", "small_base", ("small_base",), _grpo_from("small_base")),
+    "base": Stage("Base model", "sft", "scratch", (), _SFT, _run_base),
+    "small_base": Stage("Small base model", "sft", "scratch", (), _SFT, _run_base),
+    "r1_zero": Stage("R1-Zero", "grpo", "base", ("base",), _GRPO, _grpo_from("base")),
+    "cold_start": Stage("Cold start", "sft", "base", ("base", "r1_zero"), (*_SFT, *_SAMPLED, "cold_start"), _run_cold_start),
+    "rl_1": Stage("RL + language reward", "grpo", "cold_start", ("cold_start",), _GRPO, _grpo_from("cold_start")),
+    "rejection": Stage("Rejection sampling", "data", "rl_1", ("rl_1",), _SAMPLED, _run_rejection),
+    "sft": Stage("SFT from base", "sft", "base", ("base", "rejection"), _SFT, _run_sft),
+    "reward_models": Stage("Reward models", "data", "base", ("base",), _SFT, _run_reward_models),
+    "rl_2": Stage("RL, all scenarios", "grpo", "sft", ("sft",), _GRPO, _grpo_from("sft")),
+    "distill": Stage("Distilled small model", "sft", "small_base", ("small_base", "rejection"), _SFT, _run_distill),
+    "small_rl": Stage("RL on the small base", "grpo", "small_base", ("small_base",), _GRPO, _grpo_from("small_base")),
 }  # fmt: skip

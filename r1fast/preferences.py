@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 from r1fast import distributed, running_sum
@@ -20,7 +21,7 @@ from r1fast.reward_model import (
     train_reward_model,
 )
 from r1fast.rollout.sampler import SamplingParams
-from r1fast.templates import render_prompt
+from r1fast.templates import prompt_opens_think, render_prompt
 from r1fast.types import Problem
 
 EVAL_SHARE = 0.1  # of the rows, held out
@@ -51,6 +52,12 @@ def train_reward_models(config: Config, base: str, folder: Path) -> None:
         jobs["safety"] = ("pointwise", load_labelled(labels_file, tokenizer, render=render))
     accounting = {}
     for name, (objective, rows) in jobs.items():
+        if len(rows) < 2:
+            raise ValueError(
+                f"the {name} model needs at least 2 rows, one to train on and one to hold out; "
+                f"{pairs_file if name == 'helpfulness' else labels_file} has {len(rows)}"
+            )
+        random.Random(f"{config.seed}/{name}").shuffle(rows)  # files are often sorted
         num_eval = max(1, round(len(rows) * EVAL_SHARE))
         model = load_reward_model(
             base, dtype=config.model.dtype, device=pick_device(config.model.device)
@@ -93,9 +100,10 @@ def score_general(
     groups = sample_groups(policy, problems, config, sampling, num_samples, purpose="general")
     prompts = [g.problem.prompt for g in groups for _ in g.completions]
     texts = [c.text for g in groups for c in g.completions]
+    opens = prompt_opens_think(config.template, policy.tokenizer)
     sums: dict[str, float] = {}
     for name, scores in (
-        ("helpfulness", preference.score_helpfulness(prompts, texts)),
+        ("helpfulness", preference.score_helpfulness(prompts, texts, prompt_opens_think=opens)),
         ("safety", preference.score_safety(prompts, texts)),
     ):
         known = [s for s in scores or [] if s is not None]

@@ -153,7 +153,30 @@ def opens_think(
     prompt: str, protocol: str = "think_answer", special_token: str = SPECIAL_TOKEN
 ) -> bool:
     """Whether a rendered prompt ends in the opening tag, as the chat templates of R1 models do."""
-    return prompt.rstrip().endswith(special_token if protocol == "cold_start" else THINK)
+    return prompt.rstrip().endswith(opening_tag(protocol, special_token))
+
+
+def opening_tag(protocol: str = "think_answer", special_token: str = SPECIAL_TOKEN) -> str:
+    return special_token if protocol == "cold_start" else THINK
+
+
+def whole_completion(
+    text: str, protocol: str = "think_answer", special_token: str = SPECIAL_TOKEN
+) -> str:
+    """A completion that is to stand alone: with the opening tag that its prompt ended in."""
+    tag = opening_tag(protocol, special_token)
+    return text if text.lstrip().startswith(tag) else tag + text
+
+
+def rest_of_completion(
+    prompt: str, text: str, protocol: str = "think_answer", special_token: str = SPECIAL_TOKEN
+) -> str:
+    """`text` without the opening tag where the rendered `prompt` ends in it already."""
+    tag = opening_tag(protocol, special_token)
+    if not opens_think(prompt, protocol, special_token) or not text.lstrip().startswith(tag):
+        return text
+    rest, space = text.lstrip()[len(tag) :], prompt[len(prompt.rstrip()) :]
+    return rest[len(space) :] if rest.startswith(space) else rest.lstrip()
 
 
 def boxes(text: str) -> list[str]:

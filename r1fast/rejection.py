@@ -15,15 +15,16 @@ from pathlib import Path
 
 from r1fast import distributed
 from r1fast.config import Config
-from r1fast.data import Example, load_examples, write_jsonl
+from r1fast.data import Example, has_completions, load_examples, write_jsonl
 from r1fast.evaluate import sample_groups
 from r1fast.metrics import say
 from r1fast.policy import Policy
-from r1fast.protocol import Parts, join_completion, split_completion
+from r1fast.protocol import Parts, join_completion, split_completion, whole_completion
 from r1fast.rewards import filters
 from r1fast.rewards.judge import Judge
 from r1fast.rewards.score import RewardScorer
 from r1fast.rollout.sampler import SamplingParams
+from r1fast.templates import prompt_opens_think
 from r1fast.types import Completion, Problem, Reward, RolloutGroup
 
 
@@ -48,19 +49,27 @@ def rejection_sample(
     )
     scorer.score(groups)
     judge = Judge(s.judge_url, s.judge_model, timeout=s.judge_timeout) if s.judge_url else None
+    if judge is not None:
+        _ask_judge(judge, groups)
+    opens = scorer.prompt_opens_think
     kept, dropped = [], Counter()
     duplicates = filters.Duplicates()
     for group in groups:
         num_kept = 0
         for completion, reward in zip(group.completions, group.rewards, strict=True):
-            fault = _fault(group, completion, reward, config, judge, duplicates)
+            fault = _fault(group, completion, reward, config, opens, duplicates)
             if not fault and s.max_kept and num_kept >= s.max_kept:
                 fault = "enough kept"
             if fault:
                 dropped[reason(fault)] += 1
                 continue
             num_kept += 1
-            kept.append(_example(group.problem, completion.text, num_kept))
+            text = completion.text
+            if opens:  # the prompt ended in the opening tag; another model's may not
+                text = whole_completion(
+                    text, config.template.protocol, config.template.special_token
+                )
+            kept.append(_example(group.problem, text, num_kept))
     sampled = sum(len(g.completions) for g in groups)
     parts = distributed.gather_objects([[asdict(e) for e in kept], dict(dropped), sampled])
     examples = [Example(**row) for part in parts for row in part[0]]
@@ -73,7 +82,7 @@ def rejection_sample(
         "dropped": dict(totals.most_common()),
     }
     if judge is not None:
-        accounting["judge"] = dict(judge.counters)
+        accounting["judge"] = dict(judge.counts)
     if distributed.is_main():
         write_examples(folder / "sampled.jsonl", examples)
         (folder / "accounting.json").write_text(json.dumps(accounting, indent=2) + "\n")
@@ -84,6 +93,22 @@ def rejection_sample(
         )
     say(f"kept {len(examples)} of {accounting['sampled']} completions")
     return examples
+
+
+def _ask_judge(judge: Judge, groups: list[RolloutGroup]) -> None:
+    """The judge's verdicts, many at a time, on answers that the rules cannot read."""
+    unread = [
+        (group.problem, reward)
+        for group in groups
+        for completion, reward in zip(group.completions, group.rewards, strict=True)
+        if completion.finish_reason != "length"
+        and reward.verdict == "unparseable"
+        and reward.answer
+        and group.problem.answer
+    ]
+    verdicts = judge.judge_all([(p.prompt, p.answer or "", r.answer or "") for p, r in unread])
+    for (_, reward), verdict in zip(unread, verdicts, strict=True):
+        reward.verdict = verdict
 
 
 def readability_fault(
@@ -103,19 +128,18 @@ def _fault(
     completion: Completion,
     reward: Reward,
     config: Config,
-    judge: Judge | None,
+    opens: bool,
     duplicates: filters.Duplicates,
 ) -> str:
     """Why a completion is not kept; empty where it is."""
     s, template, problem = config.sample, config.template, group.problem
     if completion.finish_reason == "length":
         return "cut off"
-    verdict = reward.verdict
-    if verdict == "unparseable" and judge is not None and reward.answer and problem.answer:
-        verdict = judge(problem.prompt, problem.answer, reward.answer)
-    if verdict != "correct":
-        return verdict or "not verifiable"
-    parts = split_completion(completion.text, template.protocol, template.special_token)
+    if reward.verdict != "correct":
+        return reward.verdict or "not verifiable"
+    parts = split_completion(
+        completion.text, template.protocol, template.special_token, prompt_opens_think=opens
+    )
     return (
         (filters.malformed(parts) if s.require_format else None)
         or readability_fault(parts, problem.language, s.min_language_share, config)
@@ -159,9 +183,13 @@ def general_examples(
 
     A completion that already follows the pattern is kept. A short query gets an empty CoT (the
     paper's "hello"); for the others a CoT is asked of `policy` where `sample.general_cot` is on.
+    A file of prompts alone gives none and says so: those are for RL.
     """
     template, s = config.template, config.sample
-    examples = load_examples(path, kind="general")
+    if not has_completions(path):
+        say(f"{path} has prompts only: no general examples for SFT, they serve RL stage 2")
+        return []
+    examples = load_examples(path, kind="general", language=config.data.language)
     plain = [
         not split_completion(e.completion, template.protocol, template.special_token).well_formed
         for e in examples
@@ -223,11 +251,14 @@ def ask_reasoning(policy: Policy, examples: list[Example], config: Config) -> li
     for part in distributed.gather_objects(texts):
         merged |= part
     template = config.template
+    opens = prompt_opens_think(template, policy.tokenizer)
     marks = ("<think>", "</think>", "<answer>", "</answer>", template.special_token)
     thoughts = []
     for request in requests:
         text = merged.get(request.id, "")
-        parts = split_completion(text, template.protocol, template.special_token)
+        parts = split_completion(
+            text, template.protocol, template.special_token, prompt_opens_think=opens
+        )
         if parts.well_formed:  # a model of the recipe thinks before it writes: take what it wrote
             text = parts.summary or ""
         thoughts.append("" if any(mark in text for mark in marks) else text.strip())

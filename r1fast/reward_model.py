@@ -183,6 +183,9 @@ def save_reward_model(
 ) -> None:
     """Write a folder that AutoModelForSequenceClassification reads; it appears whole or not."""
     decoder = model.decoder
+    pad = model.pad_token_id
+    if pad is None and tokenizer is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        pad = tokenizer.pad_token_id  # one that is eos would hide the end of every response
     config: dict[str, Any] = {
         **decoder.hf_config,
         **decoder.spec.to_hf_config(),
@@ -190,14 +193,14 @@ def save_reward_model(
         "id2label": {"0": "score"},
         "label2id": {"score": 0},
         "dtype": str(model.score_weight.dtype).removeprefix("torch."),
-        "pad_token_id": model.pad_token_id,
+        "pad_token_id": pad,
     }
     for key in ("torch_dtype", "num_labels"):  # older names of dtype and of len(id2label)
         config.pop(key, None)
-    if model.pad_token_id is None:
+    if pad is None:
         warn(
-            f"{path}: the reward model has no pad_token_id, so transformers can score only one "
-            "sequence at a time with it; give load_reward_model a pad_token_id"
+            f"{path}: neither the reward model nor its tokenizer has a pad_token_id, so "
+            "transformers can score only one sequence at a time with it; give load_reward_model one"
         )
 
     def write(folder: Path) -> None:
@@ -309,6 +312,7 @@ def accumulate_gradients(
     *,
     denominator: int,  # items of the whole step, over all ranks and micro-batches
     token_budget: int = TOKEN_BUDGET,
+    after_backward: Callable[[], None] = lambda: None,  # Optimizer.accumulate
 ) -> dict[str, float]:
     """Add the gradient of sum(loss) / denominator to .grad; returns sums over `items`.
 
@@ -333,6 +337,7 @@ def accumulate_gradients(
         loss = -F.logsigmoid(margin).sum()
         if torch.is_grad_enabled():
             (loss / denominator).backward()
+            after_backward()
         right = (margin > 0).sum() + 0.5 * (margin == 0).sum()  # a tie is half right
         sums["loss"] += float(loss.detach())
         sums["accuracy"] += float(right)
@@ -384,7 +389,6 @@ def train_reward_model(
     batch_size = min(batch_size, len(data))
     num_steps = max_steps or max(1, math.ceil(epochs * len(data) / batch_size))
     optimizer = Optimizer(model.named_parameters(), optim)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     writer = MetricsWriter(out_dir, stage=title) if out_dir is not None and rank == 0 else None
     num_tokens, skipped, values = 0.0, 0, {}
     try:
@@ -398,9 +402,10 @@ def train_reward_model(
                         batch[rank::world_size],
                         denominator=len(batch),
                         token_budget=token_budget,
+                        after_backward=optimizer.accumulate,
                     )
                 )
-                distributed.sum_gradients(parameters)
+                distributed.sum_gradients(optimizer.masters)
                 lr = learning_rate(optim, step, num_steps)
                 grad_norm, applied = optimizer.step(lr)
                 skipped = 0 if applied else skipped + 1

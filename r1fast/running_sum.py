@@ -91,7 +91,7 @@ def reasoning(digits: list[int], rng: random.Random, slip: float, recheck: bool)
 
     A re-check goes over the digits once more, after `wait`, and does not slip.
     """
-    target_share = rng.choice([0.1, 0.35, 0.6, 0.9])  # every text has its own mix of languages
+    target_share = rng.choice([0.1, 0.25, 0.45, 0.8])  # every text has its own mix of languages
 
     def word(index: int) -> str:
         return LEXICON["en" if rng.random() < target_share else "zh"][index]

@@ -11,8 +11,9 @@ from r1fast.config import Config
 from r1fast.data import Example, batch_indices
 from r1fast.metrics import warn
 from r1fast.policy import Policy
-from r1fast.templates import encode_text, render_prompt
-from r1fast.trainer import Trainer, completion_logprobs
+from r1fast.protocol import rest_of_completion
+from r1fast.templates import encode_text, render_prompt, with_system
+from r1fast.trainer import Trainer, completion_logprobs, digest
 from r1fast.types import Sequence
 
 
@@ -25,9 +26,11 @@ def encode_examples(examples: list[Example], policy: Policy, config: Config) -> 
     for example in examples:
         if not example.keep:
             continue
-        text = render_prompt(example.prompt, config.template, tokenizer)
-        ids = encode_text(text, tokenizer, add_special_tokens=config.template.name != "chat")
-        sequence = Sequence(ids, policy.encode_completion(example.completion))
+        t = with_system(config.template, example.meta, f"example {example.id!r}")
+        text = render_prompt(example.prompt, t, tokenizer)
+        ids = encode_text(text, tokenizer, add_special_tokens=t.name != "chat")
+        completion = rest_of_completion(text, example.completion, t.protocol, t.special_token)
+        sequence = Sequence(ids, policy.encode_completion(completion))
         unknown += tokenizer.unk_token_id is not None and (
             tokenizer.unk_token_id in sequence.completion_ids
         )
@@ -72,6 +75,7 @@ class SFTTrainer(Trainer):
             stage=stage,
             num_steps=num_steps,
             num_optimizer_steps=num_steps,
+            data=digest(ids for s in sequences for ids in (s.prompt_ids, s.completion_ids)),
             force=force,
         )
 

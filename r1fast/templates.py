@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from r1fast.config import TemplateConfig
+from r1fast.protocol import opens_think
 from r1fast.types import Problem
 
 # the only constraint put on the content of R1-Zero (arXiv 2501.12948, table 1), on one line
@@ -43,6 +45,28 @@ def render_prompt(problem_prompt: str, template: TemplateConfig, tokenizer=None)
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
+def prompt_opens_think(template: TemplateConfig, tokenizer=None) -> bool:
+    """Whether prompts end in the opening tag, as the chat templates of R1 models do."""
+    if template.name == "chat" and tokenizer is None:
+        return False
+    return opens_think(
+        render_prompt("?", template, tokenizer), template.protocol, template.special_token
+    )
+
+
+def with_system(template: TemplateConfig, meta: Mapping, where: str) -> TemplateConfig:
+    """`template` with a row's own system message. ValueError where the template has no place for it."""
+    system = meta.get("system")
+    if not system:
+        return template
+    if template.name != "chat":
+        raise ValueError(
+            f"{where} has a system message, which template.name = {template.name!r} has no place "
+            "for; use 'chat', or put its text into the prompt"
+        )
+    return replace(template, system=str(system))
+
+
 def encode_text(text: str, tokenizer, *, add_special_tokens: bool = True) -> list[int]:
     """Token ids of a prompt. Works with transformers and with tokenizers.
 
@@ -75,7 +99,8 @@ def encode_prompts(
         raise ValueError(f"max_prompt_tokens must be at least 1, got {max_prompt_tokens}")
     prompt_ids, kept, dropped = [], [], []
     for i, problem in enumerate(problems):
-        text = render_prompt(problem.prompt, template, tokenizer)
+        own = with_system(template, problem.meta, f"problem {problem.id!r}")
+        text = render_prompt(problem.prompt, own, tokenizer)
         ids = encode_text(text, tokenizer, add_special_tokens=template.name != "chat")
         if not ids:
             raise ValueError(f"problem {problem.id!r} has no tokens after encoding: {text[:80]!r}")

@@ -8,10 +8,12 @@ mini-batch split derive from the seed and the step, so a resumed run repeats wha
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import random
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -65,6 +67,14 @@ def completion_logprobs(
     )
 
 
+def digest(rows: Iterable[list[int]]) -> str:
+    """A short name for training data: another order or another token gives another one."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        hashed.update(array("q", [len(row), *row]).tobytes())
+    return hashed.hexdigest()
+
+
 class Trainer:
     """State, checkpoints and metrics of one training stage in `folder`."""
 
@@ -77,8 +87,10 @@ class Trainer:
         stage: str,
         num_steps: int,
         num_optimizer_steps: int,
+        data: str,  # the digest of what is trained on
         force: bool = False,
     ):
+        self.data = data
         self.policy, self.model, self.config = policy, policy.model, config
         self.folder, self.stage = Path(folder), stage
         self.num_steps, self.num_optimizer_steps = num_steps, num_optimizer_steps
@@ -99,6 +111,8 @@ class Trainer:
                 f"{self.stage!r}: take another output_dir"
             )
         changes = same_config(saved.state["config"], self._config_that_matters())
+        if saved.state.get("data", self.data) != self.data:
+            changes.append("the training data: other rows, or another order")
         if changes and not force:
             raise ValueError(
                 f"{self.folder} was begun with another config:\n  " + "\n  ".join(changes) + "\n"
@@ -136,6 +150,7 @@ class Trainer:
             }
             state = {
                 "stage": self.stage,
+                "data": self.data,
                 "optimizer_step": self.optimizer_step,
                 "num_tokens": self.num_tokens,
                 "config": self._config_that_matters(),
@@ -286,6 +301,7 @@ class GRPOTrainer(Trainer):
             stage=stage,
             num_steps=g.num_steps,
             num_optimizer_steps=g.num_steps * g.num_mini_batches * g.num_iterations,
+            data=digest([*self.prompt_ids, *self.general_ids]),
             force=force,
         )
         r = config.rollout

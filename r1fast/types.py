@@ -42,7 +42,7 @@ class Completion:
 class Reward:
     """What a completion earned. A part is None where it does not apply to the problem."""
 
-    total: float
+    total: float  # the weighted sum; the mean of the group's others where the verdict is "error"
     parts: dict[str, float | None]  # unweighted
     verdict: Verdict | None  # of the accuracy reward; None where nothing can be verified
     answer: str | None = None  # what was extracted

@@ -170,7 +170,7 @@ def test_saving_without_a_padding_token_is_warned_about(tmp_path, monkeypatch):
     texts = []
     monkeypatch.setattr(reward_model, "warn", texts.append)
     save_reward_model(small(), tmp_path / "a")
-    assert "has no pad_token_id" in texts[0]
+    assert "neither the reward model nor its tokenizer has a pad_token_id" in texts[0]
     save_reward_model(small(pad_token_id=PAD), tmp_path / "b")
     assert len(texts) == 1
     with pytest.raises(ValueError, match=r"pad_token_id must be in \[0, 32\), got 32"):

@@ -105,6 +105,7 @@ class RewardScorer:
         for group in groups:
             group.rewards = rewards[at : at + len(group.completions)]
             at += len(group.completions)
+            _mask_errors(group.rewards)
         verdicts = Counter(grade.verdict for grade in graded if grade is not None)
         self.counts.update(verdicts)
         self.errors["accuracy"] += verdicts["error"]
@@ -150,6 +151,7 @@ class RewardScorer:
             # an infrastructure failure is no zero: the part does not apply, the verdict says why
             failed = grade.verdict == "error"
             parts["accuracy"] = None if failed else float(grade.verdict == "correct")
+        if grade is not None or problem.kind == "general":  # DeepSeek-R1, equation 10: both kinds
             parts["format"] = format_reward(
                 completion.text, protocol, token, prompt_opens_think=opens
             )
@@ -189,8 +191,10 @@ class RewardScorer:
             scores = self.preference.score_helpfulness(
                 prompts, texts, prompt_opens_think=self.prompt_opens_think
             )
-            for i, score in zip(general, scores or [], strict=True):
-                parts[i]["helpfulness"] = score
+            if scores is not None:
+                scores = _lowest_where_none(scores, [id(rows[i][0]) for i in general])
+                for i, score in zip(general, scores, strict=True):
+                    parts[i]["helpfulness"] = score
         if c.safety:
             for i, score in zip(
                 general, self.preference.score_safety(prompts, texts) or [], strict=True
@@ -243,6 +247,31 @@ def check_problems(problems: Sequence[Problem], config: RewardConfig) -> None:
     if config.language:
         for language in sorted({p.language for p in problems}):
             check_language(language, config.lexicon)
+
+
+def _lowest_where_none(scores: list[float | None], groups: list[int]) -> list[float | None]:
+    """A response without a summary is as bad as the worst of its group; None where all are.
+
+    Left out it would count 0, more than a response that the reward model dislikes.
+    """
+    lowest: dict[int, float] = {}
+    for group, score in zip(groups, scores, strict=True):
+        if score is not None:
+            lowest[group] = min(score, lowest.get(group, score))
+    return [
+        lowest.get(g) if score is None else score for g, score in zip(groups, scores, strict=True)
+    ]
+
+
+def _mask_errors(rewards: list[Reward]) -> None:
+    """What the grader could not judge earns the mean of the others: an advantage of 0."""
+    if not any(r.verdict == "error" for r in rewards):
+        return
+    judged = [r.total for r in rewards if r.verdict != "error"] or [r.total for r in rewards]
+    mean = math.fsum(judged) / len(judged)
+    for reward in rewards:
+        if reward.verdict == "error":
+            reward.total = mean
 
 
 def _verifiable(problem: Problem) -> bool:
