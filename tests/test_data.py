@@ -14,6 +14,7 @@ from r1fast.data import (
     batch_indices,
     epoch_order,
     gsm8k_examples,
+    has_completions,
     load_examples,
     load_problems,
     read_jsonl,
@@ -283,3 +284,28 @@ def test_gsm8k_solutions_read_back():
         assert parts.well_formed
         assert parts.answer == example.meta["answer"]
         assert "<<" not in example.completion
+
+
+def test_general_prompts_with_and_without_replies(tmp_path):
+    path = tmp_path / "general.jsonl"
+    talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
+    reply = {"role": "assistant", "content": "Hi!"}
+    write_jsonl(path, [
+        {"prompt": "Write a poem"}, {"prompt": "Thanks", "completion": "Welcome"},
+        {"messages": talk}, {"messages": [*talk, reply]},
+    ])  # fmt: skip
+    problems = load_problems(path, format="jsonl", kind="general", language="de")
+    assert [p.prompt for p in problems] == ["Write a poem", "Thanks", "Hello", "Hello"]
+    assert {(p.kind, p.answer, p.language) for p in problems} == {("general", None, "de")}
+    assert problems[2].meta["system"] == "Be kind."
+    with pytest.raises(ValueError, match=r"general.jsonl:1: no 'completion', which supervised"):
+        load_examples(path, kind="general")
+    assert has_completions(path)
+    write_jsonl(path, [{"prompt": "Write a poem"}, {"messages": talk}])
+    assert not has_completions(path)
+    write_jsonl(path, [{"messages": talk}])
+    with pytest.raises(ValueError, match=r"one user and one assistant turn.*'system', 'user'"):
+        load_examples(path, kind="general")
+    write_jsonl(path, [{"messages": [*talk, reply]}])
+    (example,) = load_examples(path, kind="general")
+    assert (example.prompt, example.completion) == ("Hello", "Hi!")

@@ -145,6 +145,16 @@ def test_what_is_evaluated_or_sampled_later_does_not_matter_to_training(tmp_path
         grpo(tmp_path, "--grpo.clip_eps_low=0.1")
 
 
+def test_other_training_data_are_refused(tmp_path):
+    """An edited file of examples has the same name: the config does not show it."""
+    sft(tmp_path).run()
+    policy, config = tiny_policy(), tiny_config()
+    edited = encode_examples([Example("What is 0 + 1?", "2")] * 8, policy, config)
+    with pytest.raises(ValueError, match=r"another config:\n.*the training data"):
+        SFTTrainer(policy, config, tmp_path, edited)
+    assert SFTTrainer(policy, config, tmp_path, edited, force=True).step == 4
+
+
 def test_a_budget_below_one_sequence_is_refused_at_once(tmp_path):
     """The longest real prompt counts, not what rollout.max_prompt_tokens would allow."""
     longest = max(map(len, grpo(tmp_path).prompt_ids))

@@ -177,6 +177,18 @@ def test_saving_without_a_padding_token_is_warned_about(tmp_path, monkeypatch):
         small(pad_token_id=32)
 
 
+def test_the_tokenizers_padding_token_is_taken(tokenizer, tmp_path, monkeypatch):
+    texts = []
+    monkeypatch.setattr(reward_model, "warn", texts.append)
+    save_reward_model(small(), tmp_path / "a", tokenizer=tokenizer)
+    assert json.loads((tmp_path / "a/config.json").read_text())["pad_token_id"] == 0
+    assert not texts
+    monkeypatch.setattr(tokenizer, "pad_token", "<eos>")  # would hide the end of every response
+    save_reward_model(small(), tmp_path / "b", tokenizer=tokenizer)
+    assert json.loads((tmp_path / "b/config.json").read_text())["pad_token_id"] is None
+    assert len(texts) == 1
+
+
 def test_folders_that_are_no_reward_model_are_refused(transformers, tmp_path):
     make_theirs(transformers, "Qwen2", num_labels=2).save_pretrained(tmp_path / "two")
     with pytest.raises(ValueError, match=r"score.weight of shape \(1, 48\).*has \(2, 48\)"):

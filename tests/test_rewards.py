@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1fast.config import RewardConfig, TemplateConfig
+from r1fast.config import GRPOConfig, RewardConfig, TemplateConfig
+from r1fast.grpo import rollout_advantages
 from r1fast.protocol import split_completion
 from r1fast.rewards import filters
 from r1fast.rewards.judge import Judge, read_verdict
@@ -70,12 +71,14 @@ def test_parts_that_do_not_apply_are_none_and_left_out():
     assert [r.total for r in rollout.rewards] == [1.0, 2.0]
 
 
-def test_general_prompts_have_no_accuracy_and_no_format():
-    rollout, verifiable = group(RIGHT, kind="general", answer=None), group(RIGHT)
+def test_general_prompts_have_format_and_no_accuracy():
+    """Equation 10 of the paper: reward model and format for general data."""
+    rollout, verifiable = group(RIGHT, BROKEN, kind="general", answer=None), group(RIGHT)
     with scorer() as s:
         s.score([rollout, verifiable])
-    assert rollout.rewards[0].parts == {"language": 1.0}  # measured, at weight 0
-    assert (rollout.rewards[0].total, rollout.rewards[0].verdict) == (0.0, None)
+    assert rollout.rewards[0].parts == {"format": 1.0, "language": 1.0}  # measured, at weight 0
+    assert (rollout.rewards[0].total, rollout.rewards[0].verdict) == (1.0, None)
+    assert rollout.rewards[1].parts["format"] == 0.0
     assert verifiable.rewards[0].parts == {"accuracy": 1.0, "format": 1.0, "language": 1.0}
 
 
@@ -118,6 +121,29 @@ def test_a_failed_grader_is_no_zero_and_stops_the_run_when_it_fails_often():
     ):
         s.score([group(*[BROKEN] * 6, *[RIGHT] * 4)])
     assert s.counts["error"] == 6
+
+
+def test_what_the_grader_failed_on_has_no_advantage():
+    verdicts = {RIGHT: "correct", WRONG: "wrong", BROKEN: "error"}
+    rollout, alone = group(RIGHT, WRONG, BROKEN, RIGHT), group(BROKEN, BROKEN)
+    with scorer(grader=Grader(verdicts), max_error_share=1.0) as s:
+        s.score([rollout, alone])
+    totals = [r.total for r in rollout.rewards]
+    assert totals == [2.0, 1.0, pytest.approx(5 / 3), 2.0]
+    assert rollout.rewards[2].verdict == "error"
+    assert rollout.rewards[2].parts["accuracy"] is None
+    advantages = rollout_advantages([rollout], GRPOConfig())[0]
+    assert advantages[2] == pytest.approx(0, abs=1e-12)
+    assert advantages[0] > 0 > advantages[1]
+    assert len({r.total for r in alone.rewards}) == 1  # nobody knows: no gradient
+
+
+def test_a_prompt_that_opens_the_thought():
+    rollout = group(RIGHT.removeprefix("<think>"))
+    with scorer(prompt_opens_think=True) as s:
+        s.score([rollout])
+    assert rollout.rewards[0].parts["format"] == 1.0
+    assert rollout.rewards[0].total == 2.0
 
 
 def test_user_rewards_follow_trls_contract():
@@ -171,18 +197,35 @@ def test_preference_models_see_what_they_should():
     general, maths = group(RIGHT, BROKEN, kind="general", answer=None), group(RIGHT)
     with scorer(config, preference) as s:
         s.score([general, maths], step_from_end=1)
-        assert seen["help"] == [("3 + 5", "8")]  # the summary only; a response without one: None
+        assert seen["help"] == [("3 + 5", "8")]  # the summary only, where there is one
         assert seen["safe"] == [("3 + 5", RIGHT), ("3 + 5", BROKEN)]  # the whole response
         assert [r.parts for r in general.rewards] == [
-            {"language": 1.0, "helpfulness": 1.0, "safety": 2.0},
-            {"language": 0.0, "helpfulness": None, "safety": 2.0},
+            {"format": 1.0, "language": 1.0, "helpfulness": 1.0, "safety": 2.0},
+            {"format": 0.0, "language": 0.0, "helpfulness": 1.0, "safety": 2.0},
         ]
-        assert [r.total for r in general.rewards] == [2.0, 1.0]
+        assert [r.total for r in general.rewards] == [3.0, 2.0]
         assert "helpfulness" not in maths.rewards[0].parts
         seen.clear()
         s.score([general], step_from_end=2)  # not yet among the last two steps
         assert seen == {}
-        assert general.rewards[0].parts == {"language": 1.0}
+        assert general.rewards[0].parts == {"format": 1.0, "language": 1.0}
+
+
+def test_a_response_without_a_summary_is_as_unhelpful_as_the_worst_of_its_group():
+    """None would count 0, more than a response that the model scores -2."""
+    marks = {"8": -2.0, "7": 1.5}
+    preference = PreferenceRewards(
+        TemplateConfig(), helpfulness=lambda pairs: [marks[answer] for _, answer in pairs]
+    )
+    one = group(RIGHT, BROKEN, WRONG, kind="general", answer=None)
+    other = group(WRONG, BROKEN, kind="general", answer=None)
+    nothing = group(BROKEN, BROKEN, kind="general", answer=None)
+    with scorer(RewardConfig(helpfulness=1.0, format=0.0), preference) as s:
+        s.score([one, other, nothing])
+    scores = [[r.parts["helpfulness"] for r in g.rewards] for g in (one, other, nothing)]
+    assert scores == [[-2.0, -2.0, 1.5], [1.5, 1.5], [None, None]]
+    assert [r.total for r in one.rewards] == [-2.0, -2.0, 1.5]
+    assert [r.total for r in nothing.rewards] == [0.0, 0.0]
 
 
 def test_preference_errors():

@@ -163,3 +163,23 @@ def test_unknown_text_is_reported(capsys):
     finally:
         policy.tokenizer.unk_token = None
     assert "1 examples hold text that the tokenizer does not know" in message
+
+
+def test_a_system_turn_of_an_example_is_its_system_message():
+    policy = tiny_policy()
+    example = Example("Hi", "Hello", id="e", meta={"system": "Be kind."})
+    config = tiny_config("--template.name=chat", "--template.system=Be brief.")
+    (sequence,) = encode_examples([example], policy, config)
+    text = policy.tokenizer.decode(sequence.prompt_ids)
+    assert text == "<|system|>Be kind.\n<|user|>Hi\n<|assistant|>"
+    with pytest.raises(ValueError, match=r"example 'e' has a system message.*use 'chat'"):
+        encode_examples([example], policy, tiny_config())
+
+
+def test_the_opening_tag_of_the_prompt_is_not_learned_again():
+    policy = tiny_policy()
+    example = Example("1 + 1?", "<think> 2 </think> <answer> 2 </answer>")
+    config = tiny_config("--template.prompt={prompt} <think>")
+    (sequence,) = encode_examples([example], policy, config)
+    text = policy.tokenizer.decode(sequence.prompt_ids) + policy.decode(sequence.completion_ids)
+    assert text == "1 + 1? <think> 2 </think> <answer> 2 </answer>"

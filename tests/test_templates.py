@@ -5,8 +5,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1fast.config import TemplateConfig
-from r1fast.protocol import PROTOCOLS, boxes, join_completion, opens_think, split_completion
-from r1fast.templates import R1_ZERO_TEMPLATE, encode_prompts, encode_text, render_prompt
+from r1fast.protocol import (
+    PROTOCOLS,
+    boxes,
+    join_completion,
+    opens_think,
+    rest_of_completion,
+    split_completion,
+    whole_completion,
+)
+from r1fast.templates import (
+    R1_ZERO_TEMPLATE,
+    encode_prompts,
+    encode_text,
+    prompt_opens_think,
+    render_prompt,
+    with_system,
+)
 from r1fast.types import Problem
 
 
@@ -226,3 +241,51 @@ def test_boxes():
     assert boxes(r"\boxed{\{1, 2\}}") == [r"\{1, 2\}"]
     assert boxes(r"\boxed 7$ and \boxed{") == ["7", ""]
     assert boxes(r"\boxedx{7} no") == []
+
+
+class OpeningTokenizer(WordTokenizer):
+    """Its chat template ends in the opening tag, as the released R1's does."""
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        return super().apply_chat_template(messages, tokenize, add_generation_prompt) + "<think>\n"
+
+
+def test_the_template_says_whether_it_opens_the_thought():
+    chat = TemplateConfig(name="chat")
+    assert prompt_opens_think(chat, OpeningTokenizer())
+    assert not prompt_opens_think(chat, WordTokenizer())
+    assert not prompt_opens_think(chat)
+    assert not prompt_opens_think(TemplateConfig())
+    assert prompt_opens_think(TemplateConfig(name="raw", prompt="Q: {prompt} <think>"))
+    special = TemplateConfig(name="raw", protocol="cold_start", prompt="{prompt} |special_token|")
+    assert prompt_opens_think(special)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("space", ["", " ", "\n"])
+def test_a_completion_goes_on_where_the_prompt_ends(protocol, space):
+    whole = join_completion("a b", "7", protocol)
+    tag = "|special_token|" if protocol == "cold_start" else "<think>"
+    prompt = f"Q {tag}{space}"
+    rest = rest_of_completion(prompt, whole, protocol)
+    assert not rest.startswith(tag)
+    assert rest_of_completion(prompt, rest, protocol) == rest
+    assert rest_of_completion("Q", whole, protocol) == whole
+    assert split_completion(rest, protocol, prompt_opens_think=True) == split_completion(
+        whole, protocol
+    )
+    assert split_completion(whole_completion(rest, protocol), protocol).well_formed
+    assert whole_completion(whole, protocol) == whole
+
+
+def test_a_rows_own_system_message():
+    chat = TemplateConfig(name="chat", system="Be brief.")
+    assert with_system(chat, {}, "row").system == "Be brief."
+    assert with_system(chat, {"system": "Be kind."}, "row").system == "Be kind."
+    with pytest.raises(ValueError, match=r"row has a system message.*'r1_zero' has no place"):
+        with_system(TemplateConfig(), {"system": "Be kind."}, "row")
+    problem = Problem("Hello", kind="general", meta={"system": "Be kind."})
+    tokenizer = WordTokenizer()
+    (ids,), _, _ = encode_prompts([problem], tokenizer, chat, 50)
+    words = {i: word for word, i in tokenizer.words.items()}
+    assert " ".join(words[i] for i in ids).startswith("<bos> <|system|> Be kind. <|user|> Hello")
