@@ -392,3 +392,10 @@ def test_every_rollout_metric_is_documented():
     assert metric_help("time/rollout")[0] == "s"
     assert metric_help("rewards/x/std") == METRIC_HELP["rewards/<name>/std"]
     assert metric_help("nonsense") == ("", "")
+
+
+def test_every_number_of_a_reward_model_and_of_an_update_is_explained():
+    for name in ("ratio", "accuracy", "eval/accuracy", "eval/loss"):
+        assert metric_help(name)[1], name
+    line = step_line({"step": 3, "stage": "safety model", "loss": 0.5, "accuracy": 0.81})
+    assert "acc .81" in line
