@@ -18,6 +18,7 @@ one at the end of the step. Exit codes: 1 failed, 2 wrong input, 130 stopped.
 """
 
 import os
+import os
 import sys
 
 CONFIG_COMMANDS = ("pipeline", "grpo", "sft", "distill", "sample", "evaluate")
@@ -93,4 +94,9 @@ def _fail(text: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from r1fast.distributed import leave
+
+        leave(code)
+    sys.exit(code)

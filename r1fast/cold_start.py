@@ -167,7 +167,8 @@ def clean(
                 candidates.append((share, len(thought), thought, reward.answer))
         if not candidates:
             continue
-        dropped["another was better"] += len(candidates) - 1
+        if len(candidates) > 1:
+            dropped["another was better"] += len(candidates) - 1
         share, _, thought, answer = max(candidates, key=lambda x: (x[0], x[1]))
         summary = c.summary.replace("{answer}", answer or group.problem.answer or "")
         kept.append(
