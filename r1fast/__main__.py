@@ -18,7 +18,6 @@ one at the end of the step. Exit codes: 1 failed, 2 wrong input, 130 stopped.
 """
 
 import os
-import os
 import sys
 
 CONFIG_COMMANDS = ("pipeline", "grpo", "sft", "distill", "sample", "evaluate")

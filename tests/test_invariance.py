@@ -10,6 +10,7 @@ from tiny import TokenScorer, random_groups, tiny_config, tiny_policy, tiny_prob
 
 from r1fast import trainer as trainer_module
 from r1fast.batch import collate
+from r1fast.optim import Optimizer
 from r1fast.sft import SFTTrainer
 from r1fast.trainer import GRPOTrainer
 from r1fast.types import Sequence
@@ -162,3 +163,33 @@ def test_the_test_can_fail(tmp_path):
             assert_same(whole, grpo_gradients(tmp_path, "--grpo.token_budget=15"))
     finally:
         trainer_module.pack = real
+
+
+def test_bfloat16_micro_batches_are_added_up_in_float32(tmp_path, monkeypatch):
+    """64 micro-batches against one: closer than what autograd's own sum in bfloat16 gives."""
+
+    def gradient(*overrides, policy) -> torch.Tensor:
+        policy.model.to(torch.bfloat16)
+        groups = random_groups(32, 2, policy.model.spec.vocab_size, seed=4)
+        sequences = [Sequence(g.prompt_ids, c.token_ids) for g in groups for c in g.completions]
+        config = tiny_config("--sft.batch_size=64", *overrides)
+        trainer = SFTTrainer(policy, config, tmp_path, sequences)
+        seen = []
+
+        def step(lr):
+            for (_, p), master in zip(
+                trainer.optimizer.named, trainer.optimizer.masters, strict=True
+            ):
+                seen.append((p if master.grad is None else master).grad.flatten().float())
+            return 1.0, True
+
+        trainer.optimizer.step = step
+        trainer.train_step(0)
+        return torch.cat(seen)
+
+    whole = gradient(policy=tiny_policy(std=0.2))
+    split = gradient("--sft.token_budget=15", policy=tiny_policy(std=0.2))
+    monkeypatch.setattr(Optimizer, "accumulate", lambda self: None)
+    naive = gradient("--sft.token_budget=15", policy=tiny_policy(std=0.2))
+    error, naive_error = ((x - whole).norm() / whole.norm() for x in (split, naive))
+    assert error < 0.75 * naive_error, (error, naive_error)
