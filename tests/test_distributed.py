@@ -183,6 +183,22 @@ def test_one_process_needs_no_group(monkeypatch):
     distributed.stop()
 
 
+def test_gathering_makes_no_object_a_byte(tmp_path):
+    """Megabytes of samples are gathered in evaluations; a list of small ints is 8 times as large."""
+    code = (
+        "import tracemalloc, torch.distributed as dist\n"
+        "from r1fast.distributed import gather_objects\n"
+        f"dist.init_process_group('gloo', init_method='file://{tmp_path}/store', rank=0, world_size=1)\n"
+        "text = 'x' * 4_000_000\n"
+        "tracemalloc.start()\n"
+        "assert gather_objects(text) == [text]\n"
+        "peak = tracemalloc.get_traced_memory()[1]\n"
+        "assert peak < 6 * len(text), peak\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_more_processes_than_prompts(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 8)
     with pytest.raises(ValueError, match="prompts_per_step = 4 is less than the 8 processes"):
