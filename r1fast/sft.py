@@ -13,7 +13,7 @@ from r1fast.metrics import warn
 from r1fast.policy import Policy
 from r1fast.protocol import rest_of_completion
 from r1fast.templates import encode_text, render_prompt, with_system
-from r1fast.trainer import Trainer, completion_logprobs, digest
+from r1fast.training import Trainer, completion_logprobs, digest
 from r1fast.types import Sequence
 
 

@@ -1,19 +1,11 @@
-"""The GRPO loop: rollout -> rewards -> advantages -> packed mini-batches -> one optimizer step each.
-
-`Trainer` is what SFT and GRPO share: checkpoints and resume, the learning rate, the metrics.
-A step is a pure function of (weights, optimizer state, step number): data order, sampling and
-mini-batch split derive from the seed and the step, so a resumed run repeats what would have been.
-"""
+"""The GRPO loop: rollout -> rewards -> advantages -> packed mini-batches -> one optimizer step each."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import random
-import time
-from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,243 +13,17 @@ from torch import Tensor
 
 from r1fast import distributed
 from r1fast.batch import pack
-from r1fast.checkpoint import load_checkpoint, same_config, save_checkpoint
-from r1fast.config import Config, to_dict
+from r1fast.config import Config
 from r1fast.data import batch_indices
 from r1fast.grpo import grpo_objective, rollout_advantages, token_weights
-from r1fast.interrupt import StopRequest
-from r1fast.kernels.attention import PackedAttention
-from r1fast.kernels.linear_logprobs import linear_logprobs
-from r1fast.metrics import (
-    MetricsWriter,
-    Timer,
-    drop_rows,
-    finish_rollout_metrics,
-    progress,
-    rollout_extremes,
-    rollout_sums,
-    say,
-    warn,
-)
-from r1fast.model import Decoder
-from r1fast.optim import Optimizer, learning_rate
+from r1fast.metrics import finish_rollout_metrics, rollout_extremes, rollout_sums, warn
 from r1fast.policy import Policy
 from r1fast.rewards.score import RewardScorer
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams, sample_seed
 from r1fast.templates import encode_prompts
-from r1fast.types import PackedBatch, Problem, RolloutGroup, Sequence
-
-MAX_SKIPPED = 5  # non-finite gradients in a row before the run stops
-
-
-def completion_logprobs(
-    model: Decoder, batch: PackedBatch, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:  # (Tc,), (Tc,)
-    """Log-probability and entropy of every completion token; the head sees those rows only."""
-    attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen)
-    hidden = model(batch.input_ids, batch.position_ids, attend)
-    m = batch.completion_mask
-    return linear_logprobs(
-        hidden[m],
-        model.head_weight,
-        batch.target_ids[m],
-        temperature=temperature,
-        return_entropy=True,
-    )
-
-
-def digest(rows: Iterable[list[int]]) -> str:
-    """A short name for training data: another order or another token gives another one."""
-    hashed = hashlib.blake2b(digest_size=16)
-    for row in rows:
-        hashed.update(array("q", [len(row), *row]).tobytes())
-    return hashed.hexdigest()
-
-
-class Trainer:
-    """State, checkpoints and metrics of one training stage in `folder`."""
-
-    def __init__(
-        self,
-        policy: Policy,
-        config: Config,
-        folder: str | Path,
-        *,
-        stage: str,
-        num_steps: int,
-        num_optimizer_steps: int,
-        data: str,  # the digest of what is trained on
-        force: bool = False,
-    ):
-        self.data = data
-        self.policy, self.model, self.config = policy, policy.model, config
-        self.folder, self.stage = Path(folder), stage
-        self.num_steps, self.num_optimizer_steps = num_steps, num_optimizer_steps
-        self.rank, self.world_size = distributed.rank(), distributed.world_size()
-        self.optimizer = Optimizer(self.model.named_parameters(), config.optim)
-        self.step = self.optimizer_step = self.num_tokens = self.num_skipped = 0
-        self.timer = Timer(torch.cuda.synchronize if policy.device.type == "cuda" else None)
-        self._resume(force)
-
-    def _resume(self, force: bool) -> None:
-        saved = load_checkpoint(self.folder / "checkpoints")
-        if saved is None:
-            return
-        other = saved.state.get("stage", self.stage)
-        if other != self.stage:
-            raise ValueError(
-                f"{self.folder} holds a checkpoint of stage {other!r}, this is stage "
-                f"{self.stage!r}: take another output_dir"
-            )
-        changes = same_config(saved.state["config"], self._config_that_matters())
-        if saved.state.get("data", self.data) != self.data:
-            changes.append("the training data: other rows, or another order")
-        if changes and not force:
-            raise ValueError(
-                f"{self.folder} was begun with another config:\n  " + "\n  ".join(changes) + "\n"
-                "Take another output_dir, or --force to go on with the new values."
-            )
-        _fill(dict(self.model.named_parameters()), saved.tensors("model"))
-        self.optimizer.load_state_tensors(saved.tensors("optimizer"))
-        self.load_extra(saved)
-        self.step, self.optimizer_step = saved.step, saved.state["optimizer_step"]
-        self.num_tokens = saved.state["num_tokens"]
-
-    def load_extra(self, saved) -> None:
-        """For subclasses: tensors beyond model and optimizer."""
-
-    def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {}
-
-    def _config_that_matters(self) -> dict:
-        """What changes the weights of this stage: not where they go, what is shown or evaluated."""
-        config = to_dict(self.config)
-        for key in ("output_dir", "log", "checkpoint", "pipeline", "stages"):
-            del config[key]
-        for key in ("eval", "sample", "cold_start"):
-            del config[key]
-        for key in ("eval", "max_eval_problems"):
-            del config["data"][key]
-        return json.loads(json.dumps(config))
-
-    def save(self) -> None:
-        if distributed.is_main():
-            tensors = {
-                "model": {n: p.detach() for n, p in self.model.named_parameters()},
-                "optimizer": self.optimizer.state_tensors(),
-                **self.extra_tensors(),
-            }
-            state = {
-                "stage": self.stage,
-                "data": self.data,
-                "optimizer_step": self.optimizer_step,
-                "num_tokens": self.num_tokens,
-                "config": self._config_that_matters(),
-            }
-            try:
-                save_checkpoint(
-                    self.folder / "checkpoints",
-                    self.step,
-                    tensors,
-                    state,
-                    keep_last=self.config.checkpoint.keep_last,
-                )
-            except OSError as error:
-                warn(
-                    f"checkpoint of step {self.step} could not be written, training goes on: {error}"
-                )
-        distributed.barrier()
-
-    def optimize(self) -> tuple[float, float]:
-        """Sum gradients over ranks and step. Returns (gradient norm, learning rate)."""
-        self.optimizer.accumulate()
-        distributed.sum_gradients(self.optimizer.masters)
-        lr = learning_rate(self.config.optim, self.optimizer_step, self.num_optimizer_steps)
-        norm, applied = self.optimizer.step(lr)
-        self.optimizer_step += 1
-        self.num_skipped = 0 if applied else self.num_skipped + 1
-        if not applied:
-            warn(f"step {self.step + 1}: gradient is not finite, update skipped")
-        if self.num_skipped >= MAX_SKIPPED:
-            raise FloatingPointError(
-                f"{MAX_SKIPPED} gradients in a row were not finite; the last good weights are in "
-                f"{self.folder / 'checkpoints'}. Lower optim.lr or check the data."
-            )
-        return norm, lr
-
-    def run(self) -> None:
-        """Train to the end, from wherever the newest checkpoint stands; then save the model.
-
-        On Ctrl-C or SIGTERM the step is finished and saved, then KeyboardInterrupt raised.
-        """
-        if self.step < self.num_steps:
-            self._train()
-        elif self.step:
-            say(f"{self.stage}: all {self.num_steps} steps were trained before, none is repeated")
-        if distributed.is_main():
-            self.policy.save(self.folder / "model")
-        distributed.barrier()
-
-    def _train(self) -> None:
-        log = self.config.log
-        every = self.config.checkpoint.every_steps
-        if distributed.is_main():
-            drop_rows(self.folder / "completions.jsonl", self.step)  # of steps done again
-        notice = "stopping after this step, with a checkpoint; once more stops at once"
-        with (
-            (
-                MetricsWriter(
-                    self.folder,
-                    stage=self.stage,
-                    tensorboard=log.tensorboard and distributed.is_main(),
-                    wandb=log.wandb and distributed.is_main(),
-                    project=log.wandb_project,
-                    run_name=f"{Path(self.config.output_dir).name}-{self.stage}",
-                    config=to_dict(self.config),
-                    resume_step=self.step,
-                )
-                if distributed.is_main()
-                else _NoWriter()
-            ) as writer,
-            progress(
-                self.stage, total=self.num_steps, start=self.step, line_every=self.line_every()
-            ) as bar,
-            StopRequest(notice if distributed.is_main() else "") as stop,
-        ):
-            while self.step < self.num_steps:
-                began, tokens = time.perf_counter(), self.num_tokens
-                row = self.train_step(self.step)
-                self.step += 1
-                seconds = time.perf_counter() - began
-                row["num_tokens"] = self.num_tokens
-                row["step_time"] = seconds
-                row["tokens_per_second"] = (self.num_tokens - tokens) / seconds
-                row |= self.after_step()
-                row |= self.timer.take()
-                bar.update(writer.write(self.step, row))
-                stopping = self._any_rank(stop.received)
-                # the last step too: what follows may be stopped, and is not to train again
-                if stopping or self.step == self.num_steps or (every and self.step % every == 0):
-                    self.save()
-                if stopping:
-                    raise KeyboardInterrupt
-
-    def _any_rank(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank: ranks stop together."""
-        if self.world_size == 1:
-            return flag
-        value = torch.tensor(float(flag), device=self.policy.device)
-        return bool(distributed.all_reduce(value, "max"))
-
-    def line_every(self) -> int:
-        return 1
-
-    def train_step(self, step: int) -> dict[str, float]:
-        raise NotImplementedError
-
-    def after_step(self) -> dict[str, float]:
-        return {}
+from r1fast.training import Trainer, completion_logprobs, digest, fill
+from r1fast.types import Problem, RolloutGroup, Sequence
 
 
 class GRPOTrainer(Trainer):
@@ -346,7 +112,7 @@ class GRPOTrainer(Trainer):
 
     def load_extra(self, saved) -> None:
         if self.reference is not None:
-            _fill(dict(self.reference.named_parameters()), saved.tensors("reference"))
+            fill(dict(self.reference.named_parameters()), saved.tensors("reference"))
 
     def train_step(self, step: int) -> dict[str, float]:
         with self.timer("rollout"):
@@ -516,7 +282,7 @@ class GRPOTrainer(Trainer):
         every = self.config.grpo.ref_refresh_steps
         passed = every and self.optimizer_step // every > (self.optimizer_step - num_done) // every
         if self.reference is not None and passed:
-            _fill(dict(self.reference.named_parameters()), dict(self.model.named_parameters()))
+            fill(dict(self.reference.named_parameters()), dict(self.model.named_parameters()))
 
     def _store_samples(self, groups: list[RolloutGroup], step: int) -> None:
         """A few completions of every step, in full, for reading."""
@@ -545,23 +311,3 @@ class GRPOTrainer(Trainer):
         with self.timer("eval"):
             values = self.evaluate()
         return {f"eval/{key}": v for key, v in values.items() if isinstance(v, int | float)}
-
-
-class _NoWriter:
-    """Stands in for MetricsWriter on ranks other than 0."""
-
-    def write(self, step: int, row: dict) -> dict:
-        return {"step": step, **row}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc) -> None:
-        pass
-
-
-@torch.no_grad()
-def _fill(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
-    assert targets.keys() == sources.keys(), targets.keys() ^ sources.keys()
-    for name, target in targets.items():
-        target.copy_(sources[name])

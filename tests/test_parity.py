@@ -13,7 +13,7 @@ from r1fast.model import save_model
 from r1fast.rollout import engine as engine_module
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams, sample_seed
-from r1fast.trainer import completion_logprobs
+from r1fast.training import completion_logprobs
 from r1fast.types import Sequence
 
 EOS = 3

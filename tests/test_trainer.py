@@ -346,7 +346,7 @@ def test_a_failed_checkpoint_does_not_end_the_run(tmp_path, monkeypatch, capsys)
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("r1fast.trainer.save_checkpoint", full)
+    monkeypatch.setattr("r1fast.training.save_checkpoint", full)
     make_trainer(tmp_path, "--grpo.num_steps=2", "--checkpoint.every_steps=1").run()
     assert "No space left" in capsys.readouterr().err
     assert len(read_metrics(tmp_path)) == 2
