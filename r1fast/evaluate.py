@@ -18,11 +18,12 @@ from pathlib import Path
 from r1fast import distributed
 from r1fast.config import Config
 from r1fast.data import write_jsonl
-from r1fast.metrics import progress, wait_rate, warn
+from r1fast.metrics import progress, warn
 from r1fast.policy import Policy
 from r1fast.rewards.score import RewardScorer
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams, sample_seed
+from r1fast.rollout_metrics import wait_rate
 from r1fast.templates import encode_prompts
 from r1fast.types import Problem, RolloutGroup
 

@@ -16,11 +16,12 @@ from r1fast.batch import pack
 from r1fast.config import Config
 from r1fast.data import batch_indices
 from r1fast.grpo import grpo_objective, rollout_advantages, token_weights
-from r1fast.metrics import finish_rollout_metrics, rollout_extremes, rollout_sums, warn
+from r1fast.metrics import warn
 from r1fast.policy import Policy
 from r1fast.rewards.score import RewardScorer
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams, sample_seed
+from r1fast.rollout_metrics import finish_rollout_metrics, rollout_extremes, rollout_sums
 from r1fast.templates import encode_prompts
 from r1fast.training import Trainer, completion_logprobs, digest, fill
 from r1fast.types import Problem, RolloutGroup, Sequence

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = {  # bottom first; a module may import from layers below its own
-    "leaves": "types config metrics distributed protocol hf_folder interrupt",
+    "leaves": "types config metrics rollout_metrics distributed protocol hf_folder interrupt",
     "compute": "kernels _C",
     "model": "model policy",
     "stages": "rollout rewards batch grpo optim checkpoint data templates",

@@ -17,14 +17,16 @@ from r1fast.metrics import (
     MetricsWriter,
     Timer,
     duration,
-    finish_rollout_metrics,
     metric_help,
     progress,
     read_metrics,
+    step_line,
+)
+from r1fast.rollout_metrics import (
+    finish_rollout_metrics,
     rollout_extremes,
     rollout_metrics,
     rollout_sums,
-    step_line,
     wait_rate,
 )
 from r1fast.types import Completion, Problem, Reward, RolloutGroup

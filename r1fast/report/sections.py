@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from r1fast.metrics import duration, metric_help, reflection_pattern
+from r1fast.metrics import duration, metric_help
 from r1fast.report.charts import Series, curve_chart
 from r1fast.report.page import cell, details, keys, section, table, text
 from r1fast.report.run import Run, Stage, claim_rows, number, samples_note, shown
+from r1fast.rollout_metrics import reflection_pattern
 
 MAX_PROBLEMS = 4  # shown before and after
 MAX_TEXT = 1600  # characters of a completion that are shown
