@@ -146,10 +146,11 @@ def test_a_kill_in_the_evaluation_trains_nothing_again(copied, capsys):
     assert (copied / "small_rl" / "eval.json").is_file()
 
 
-def test_only_one_stage(copied):
+def test_only_one_stage(copied, monkeypatch):
     before = snapshot(copied)
+    monkeypatch.setattr("r1fast.pipeline.time.strftime", lambda *args: "20260101-000000")
     pipeline(copied).run(only="small_rl")
-    pipeline(copied).run(only="small_rl")  # perhaps in the same second
+    pipeline(copied).run(only="small_rl")  # in the same second
     assert touched(before, snapshot(copied)) == {"small_rl", "replaced"}
     aside = sorted((copied / "replaced").iterdir())
     assert len(aside) == 2
@@ -274,12 +275,15 @@ def test_rl_2_without_preference_data_uses_rule_rewards(copied, capsys):
     """No reward model anywhere: one warning, no general prompts, no error."""
     for name in ("helpfulness", "safety"):
         shutil.rmtree(copied / "reward_models" / name)
-    pipeline(copied).run(only="rl_2")
+    pipeline(copied, "--log.num_samples=4").run(only="rl_2")
     message = " ".join(capsys.readouterr().err.split())
     assert message.count("no model for rewards.helpfulness and rewards.safety: counted as 0") == 1
     rows = read_metrics(copied / "rl_2")
     assert len(rows) == 2
     assert not any("rewards/helpfulness/mean" in row for row in rows)
+    sampled = [row["problem_id"] for _, row in read_jsonl(copied / "rl_2" / "completions.jsonl")]
+    assert len(sampled) == 8
+    assert not any(name.startswith("general") for name in sampled)
     assert not (copied / "rl_2" / "general.json").exists()
 
 

@@ -312,6 +312,23 @@ def test_the_preference_is_read_from_the_data():
     assert evaluate_reward_model(model, pairs(100, 99))["accuracy"] < 0.1
 
 
+def test_every_micro_batch_is_added_up_by_the_optimizer(monkeypatch):
+    """In float32, and before the ranks' sum: a gradient left in the weights would miss both."""
+    left, real = [], reward_model.Optimizer.accumulate
+
+    def accumulate(self):
+        left.append(sum(p.grad is not None for p in model.parameters()))
+        real(self)
+
+    monkeypatch.setattr(reward_model.Optimizer, "accumulate", accumulate)
+    model = small()
+    model.to(torch.bfloat16)
+    train_reward_model(model, pairs(8, 3), max_steps=1, batch_size=8, optim=ADAMW, token_budget=40)
+    assert len(left) > 3
+    assert all(left[:-1])
+    assert left[-1] == 0  # the optimizer's own look before its step finds nothing
+
+
 def test_training_repeats_and_counts_its_steps():
     def run(**kwargs):
         model = small()
