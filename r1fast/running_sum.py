@@ -17,7 +17,7 @@ from pathlib import Path
 from r1fast.config import Config
 from r1fast.data import Example, write_jsonl
 from r1fast.model import Decoder, ModelSpec, load_tokenizer
-from r1fast.policy import Policy
+from r1fast.policy import Policy, pick_device
 from r1fast.protocol import join_completion
 from r1fast.types import Problem, Sequence
 
@@ -182,7 +182,10 @@ def new_policy(name: str, config: Config) -> Policy:
         tie_word_embeddings=True,
         max_position_embeddings=512,
     )
-    model = Decoder(spec, dtype=config.model.dtype, seed=config.seed, init_std=INIT_STD)
+    device = pick_device(config.model.device)
+    model = Decoder(
+        spec, dtype=config.model.dtype, device=device, seed=config.seed, init_std=INIT_STD
+    )
     with tempfile.TemporaryDirectory() as folder:
         build_tokenizer(Path(folder))
         tokenizer = load_tokenizer(folder)
