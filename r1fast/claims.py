@@ -12,6 +12,7 @@ from pathlib import Path
 from r1fast.config import Config
 
 HIGH = 0.95  # the demo's bar for pass@1 and language share
+DRIFT = 0.05  # a smaller change of the language share is no drift
 BAND = (0.2, 0.7)  # of the demo's base model: room to learn, and something to start from
 Evals = dict[str, dict]
 
@@ -61,8 +62,11 @@ def _wait_grows(base: dict, zero: dict, demo: bool) -> tuple[str, bool]:
 
 
 def _language_drifts(base: dict, zero: dict, demo: bool) -> tuple[str, bool | None]:
-    share = zero["language_share"]
-    return _change(base, zero, "language_share"), None if share is None else share < HIGH
+    a, b = base["language_share"], zero["language_share"]
+    if a is None or b is None:
+        return _change(base, zero, "language_share"), None
+    # nothing pays for it: it moves, either way, and does not end in the target language
+    return _change(base, zero, "language_share"), abs(b - a) > DRIFT and b < HIGH
 
 
 def _language_held(zero: dict, rl: dict, demo: bool) -> tuple[str, bool | None]:
@@ -85,7 +89,8 @@ def _distilled_accuracy(distilled: dict, rl: dict, demo: bool) -> tuple[str, boo
     a, b = distilled["pass@1"], rl["pass@1"]
     # "no lower": within the error of the difference of two measured means
     error = (distilled["pass@1_stderr"] ** 2 + rl["pass@1_stderr"] ** 2) ** 0.5
-    return f"{a:.3f} ±{distilled['pass@1_stderr']:.3f} against {b:.3f}", a >= b - 2 * error
+    errors = (distilled["pass@1_stderr"], rl["pass@1_stderr"])
+    return f"{a:.3f} ±{errors[0]:.3f} against {b:.3f} ±{errors[1]:.3f}", a >= b - 2 * error
 
 
 def _distilled_language(distilled: dict, rl: dict, demo: bool) -> tuple[str, bool | None]:
@@ -105,8 +110,8 @@ _CLAIMS = [
      _bar("longer", "longer"), _length_grows),
     ("it learns to re-check itself (wait rate)", ("base", "r1_zero"),
      _bar("higher", "higher"), _wait_grows),
-    ("its language drifts without the reward", ("base", "r1_zero"),
-     _bar(f"< {HIGH}", f"< {HIGH}"), _language_drifts),
+    ("its language drifts, nothing pays for it", ("base", "r1_zero"),
+     _bar(f"moves > {DRIFT}, stays < {HIGH}", f"moves > {DRIFT}, stays < {HIGH}"), _language_drifts),
     ("the language reward holds the language", ("r1_zero", "rl_1"),
      _bar(f">= {HIGH}", "higher"), _language_held),
     ("rejection-sampling SFT from base keeps pass@1", ("rl_1", "sft"),
@@ -114,7 +119,7 @@ _CLAIMS = [
     ("RL for all scenarios keeps pass@1", ("sft", "rl_2"),
      _bar(f">= {HIGH}", "no lower"), _rl_2_keeps),
     ("distilled small model: pass@1 against RL on it", ("distill", "small_rl"),
-     _bar("no lower", "no lower"), _distilled_accuracy),
+     _bar("no lower, within 2 errors", "no lower, within 2 errors"), _distilled_accuracy),
     ("distilled small model: language against RL on it", ("distill", "small_rl"),
      _bar("higher", "higher"), _distilled_language),
 ]  # fmt: skip
@@ -126,7 +131,7 @@ def _preference_claims(general: dict) -> list[dict]:
         before, after = general["before"].get(name), general["after"].get(name)
         if before is not None and after is not None:
             rows.append({
-                "claim": f"preference rewards raise {name}",
+                "claim": f"preference rewards raise {name} (their own models)",
                 "measured": f"{before:.2f} -> {after:.2f}",
                 "bar": "higher",
                 "ok": after > before,
