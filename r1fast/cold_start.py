@@ -7,19 +7,19 @@ as JSONL that a person can edit and that is read back: kept, edited and rejected
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from r1fast import distributed
 from r1fast.config import Config
 from r1fast.data import Example, load_examples
 from r1fast.evaluate import sample_groups
+from r1fast.hf_folder import write_json
 from r1fast.metrics import say
 from r1fast.policy import Policy
 from r1fast.protocol import join_completion, split_completion
-from r1fast.rejection import readability_fault, reason, write_examples
+from r1fast.rejection import most_common, readability_fault, reason, write_examples
 from r1fast.rewards.language import language_consistency
 from r1fast.rewards.score import RewardScorer
 from r1fast.rollout.sampler import SamplingParams
@@ -54,23 +54,22 @@ def collect(
             prompt_opens_think=scorer_of[method].prompt_opens_think,
         )
         sampled = sum(len(g.completions) for g in groups)
-        parts = distributed.gather_objects([[_plain(e) for e in kept], dict(dropped), sampled])
-        kept = [Example(**row) for part in parts for row in part[0]]
-        examples += kept
-        accounting["methods"][method] = len(kept)
-        for part in parts:
-            accounting["dropped"].update(part[1])
-            accounting["sampled"] += part[2]
+        rows = distributed.gather_problems([asdict(e) for e in kept], (p.id for p in problems))
+        examples += [Example(**row) for row in rows]
+        accounting["methods"][method] = len(rows)
+        for part, number in distributed.gather_objects([dict(dropped), sampled]):
+            accounting["dropped"].update(part)
+            accounting["sampled"] += number
     if c.max_kept and len(examples) > c.max_kept:
         accounting["dropped"]["enough kept"] += len(examples) - c.max_kept
         examples = examples[: c.max_kept]
     accounting["kept"] = len(examples)
-    accounting["dropped"] = dict(accounting["dropped"].most_common())
+    accounting["dropped"] = most_common(accounting["dropped"])
     if distributed.is_main():
         write_examples(folder / "collected.jsonl", examples)
         if not (folder / "cold_start.jsonl").exists():
             write_examples(folder / "cold_start.jsonl", examples)
-        (folder / "accounting.json").write_text(json.dumps(accounting, indent=2) + "\n")
+        write_json(folder / "accounting.json", accounting)
     distributed.barrier()
     if not examples:
         raise ValueError(
@@ -79,13 +78,6 @@ def collect(
         )
     say(f"cold start: kept {len(examples)} of {accounting['sampled']} samples")
     return examples
-
-
-def _plain(example: Example) -> dict:
-    return {
-        "prompt": example.prompt, "completion": example.completion, "id": example.id,
-        "problem_id": example.problem_id, "language": example.language, "meta": dict(example.meta),
-    }  # fmt: skip
 
 
 def _sample(

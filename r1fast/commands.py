@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from r1fast import distributed
@@ -10,6 +9,7 @@ from r1fast.assemble import general_problems, make_scorer, problem_sets
 from r1fast.config import Config, load_config, to_dict
 from r1fast.data import Example, detect_format, gsm8k_examples, load_examples
 from r1fast.evaluate import evaluate, sample_groups
+from r1fast.hf_folder import read_json, write_json
 from r1fast.metrics import say, table
 from r1fast.pipeline import Pipeline, provenance
 from r1fast.policy import Policy, load_policy
@@ -66,7 +66,7 @@ def _begin(config: Config, command: str) -> Path:
             "seed": config.seed,
             **provenance(),
         }
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        write_json(folder / "manifest.json", manifest)
     distributed.barrier()
     return folder
 
@@ -148,7 +148,7 @@ def _sample(config: Config, force: bool) -> None:
         folder = _begin(config, "sample")
         rejection_sample(policy, train, config, scorer, folder)
     if distributed.is_main():
-        accounting = json.loads((folder / "accounting.json").read_text())
+        accounting = read_json(folder / "accounting.json")
         rows = [["kept", accounting["kept"]], *accounting["dropped"].items()]
         table(f"{accounting['sampled']} completions", ["what became of them", "number"], rows)
     say(f"\nkept samples: {folder / 'sampled.jsonl'}")

@@ -162,6 +162,8 @@ def _answer(row: dict, name: str, where: str) -> str:
     value = row[name]
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"{where}: {name!r} must be a string or a number, got {value!r:.80}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: {name!r} must be a finite number, got {value!r}")
     text = value if isinstance(value, str) else str(value)
     _check_text(text, name, where)
     if not text.strip():

@@ -93,6 +93,16 @@ def gather_objects(value) -> list:
     ]
 
 
+def gather_problems(rows: list[dict], ids: Iterable[str], key: str = "problem_id") -> list[dict]:
+    """Rows of every rank in the order of their problems' `ids`: the same for any number of ranks.
+
+    All rows of one problem come from one rank and keep their order.
+    """
+    place = {name: i for i, name in enumerate(ids)}
+    rows = [row for part in gather_objects(rows) for row in part]
+    return sorted(rows, key=lambda row: place[row[key]])
+
+
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Sum every gradient over ranks in one flat all-reduce. A missing gradient counts as zero."""
     if not dist.is_initialized():

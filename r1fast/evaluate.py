@@ -9,7 +9,6 @@ recomputed from the file alone.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 from r1fast import distributed
 from r1fast.config import Config
 from r1fast.data import write_jsonl
+from r1fast.hf_folder import write_json
 from r1fast.metrics import progress, warn
 from r1fast.policy import Policy
 from r1fast.rewards.score import RewardScorer
@@ -96,13 +96,13 @@ def evaluate(
         policy, problems, config, sampling, num_samples, purpose="eval", title=title
     )
     scorer.score(groups)
-    rows = [row for part in distributed.gather_objects(_rows(groups, config)) for row in part]
+    rows = distributed.gather_problems(_rows(groups, config), (p.id for p in problems))
     result = summarise(rows, scorer.grader.equivalent)
     result |= {"temperature": e.temperature, "top_p": e.top_p, "seed": config.seed}
     if folder is not None and distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         write_jsonl(folder / "samples.jsonl", rows)
-        (folder / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_json(folder / "eval.json", result)
     return result
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face model folders on disk: find, read and write config.json and safetensors files."""
+"""Hugging Face model folders on disk: find, read and write JSON and safetensors files."""
 
 import json
 import os
@@ -50,12 +50,15 @@ def read_json(path: Path, default: dict | None = None) -> dict:
     """The JSON object in `path`; `default` where the file is absent, ValueError without one."""
     if not path.is_file():
         if default is None:
-            raise ValueError(f"no {path.name} in the model folder {str(path.parent)!r}")
+            raise ValueError(f"no {path.name} in the folder {str(path.parent)!r}")
         return default
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {value!r:.80}")
+    return value
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, "Callable[[], Tensor]", tuple[int, ...]]]:
@@ -118,6 +121,7 @@ def _some(names: list[str], limit: int = 8) -> str:
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
     """One safetensors file, or shards of at most `max_shard_bytes` (or one tensor) and an index."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     shards: list[list[str]] = [[]]
@@ -135,14 +139,26 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: 
         file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         shard = {name: tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format)
                  for name in names}  # fmt: skip
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).touch()  # with the mode of any new file; safetensors would make it private
+        mode = (folder / file).stat().st_mode & 0o777
+        try:
+            save_file(shard, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, for instance
+            raise OSError(f"could not write {folder / file}: {error}") from error
+        (folder / file).chmod(mode)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    """`value` as the whole of `path`, or the file as it was."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_folder(path: str | os.PathLike, write: Callable[[Path], None]) -> None:

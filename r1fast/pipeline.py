@@ -10,7 +10,6 @@ a manifest written last, so a second run continues where the first stopped.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import time
@@ -28,6 +27,7 @@ from r1fast.claims import claims
 from r1fast.config import STAGES, Config, stage_config, to_dict
 from r1fast.data import load_examples
 from r1fast.evaluate import evaluate
+from r1fast.hf_folder import read_json, write_json
 from r1fast.metrics import rule, say
 from r1fast.policy import Policy, load_policy
 from r1fast.preferences import score_general, train_reward_models
@@ -156,7 +156,7 @@ class Pipeline:
             "config": to_dict(config),
         }
         if distributed.is_main():
-            _write_json(self.path(name) / "manifest.json", manifest)
+            write_json(self.path(name) / "manifest.json", manifest)
         distributed.barrier()
 
     @staticmethod
@@ -178,8 +178,7 @@ class Pipeline:
         return bool(given.get(stage)) or bool(self._manifest(stage))
 
     def _manifest(self, name: str) -> dict:
-        path = self.path(name) / "manifest.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_json(self.path(name) / "manifest.json", default={})
 
     def _is_done(self, name: str, config: Config) -> bool:
         """Whether a stage is done with these values; where only its evaluation changed, redo that."""
@@ -244,7 +243,7 @@ class Pipeline:
             "seconds": round(sum(s["seconds"] or 0.0 for s in stages), 1),
             **provenance(),
         }
-        _write_json(self.folder / "manifest.json", manifest)
+        write_json(self.folder / "manifest.json", manifest)
 
 
 def _matters(name: str, key: str) -> bool:
@@ -262,12 +261,6 @@ def _is_under(key: str, sections: tuple[str, ...]) -> bool:
 
 def _asks_r1_zero(name: str, config: Config) -> bool:
     return name != "cold_start" or "r1_zero" in config.cold_start.methods
-
-
-def _write_json(path: Path, value: dict) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 def provenance() -> dict:
@@ -355,7 +348,7 @@ def _evaluate_general(
         for when, model in (("before", pipeline.policy("sft")), ("after", policy))
     }
     if distributed.is_main():
-        _write_json(folder / "general.json", result)
+        write_json(folder / "general.json", result)
     for name in sorted(result["before"].keys() & result["after"].keys()):
         say(
             f"{name} on general prompts: {result['before'][name]:.2f} -> {result['after'][name]:.2f}"
@@ -396,8 +389,8 @@ def _run_cold_start(pipeline: Pipeline, config: Config, folder: Path) -> None:
     edited = Path(c.edited_file) if c.edited_file else folder / "cold_start.jsonl"
     examples, counts = cold_start.read_back(folder / "collected.jsonl", edited)
     if distributed.is_main():
-        accounting = json.loads((folder / "accounting.json").read_text()) | counts
-        _write_json(folder / "accounting.json", accounting)
+        accounting = read_json(folder / "accounting.json") | counts
+        write_json(folder / "accounting.json", accounting)
     say("read back: " + ", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts.items()))
     _sft(pipeline, config, folder, examples, start="base")
 
@@ -415,9 +408,9 @@ def _run_rejection(pipeline: Pipeline, config: Config, folder: Path) -> None:
     mixed = rejection.mix(reasoning, general, config.seed)
     if distributed.is_main():
         rejection.write_examples(folder / "sft.jsonl", mixed)
-        accounting = json.loads((folder / "accounting.json").read_text())
+        accounting = read_json(folder / "accounting.json")
         accounting |= {"reasoning": len(reasoning), "general": len(general)}
-        _write_json(folder / "accounting.json", accounting)
+        write_json(folder / "accounting.json", accounting)
     distributed.barrier()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from r1fast import distributed, running_sum
 from r1fast.assemble import preference_rewards
 from r1fast.config import Config
 from r1fast.evaluate import sample_groups
+from r1fast.hf_folder import write_json
 from r1fast.metrics import say
 from r1fast.model import load_tokenizer
 from r1fast.policy import Policy, pick_device
@@ -83,7 +83,7 @@ def train_reward_models(config: Config, base: str, folder: Path) -> None:
     if not jobs and not (w.helpfulness_model or w.safety_model):
         say("no preference data and no reward models: RL stage 2 uses rule rewards only")
     if distributed.is_main():
-        (folder / "accounting.json").write_text(json.dumps(accounting, indent=2) + "\n")
+        write_json(folder / "accounting.json", accounting)
     distributed.barrier()
 
 

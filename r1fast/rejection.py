@@ -7,8 +7,8 @@ that is dropped is counted under its reason.
 
 from __future__ import annotations
 
-import json
 import random
+import re
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +17,7 @@ from r1fast import distributed
 from r1fast.config import Config
 from r1fast.data import Example, has_completions, load_examples, write_jsonl
 from r1fast.evaluate import sample_groups
+from r1fast.hf_folder import write_json
 from r1fast.metrics import say
 from r1fast.policy import Policy
 from r1fast.protocol import Parts, join_completion, split_completion, whole_completion
@@ -52,12 +53,15 @@ def rejection_sample(
     if judge is not None:
         _ask_judge(judge, groups)
     opens = scorer.prompt_opens_think
+    unknown = getattr(policy.tokenizer, "unk_token_id", None)
+    if unknown in policy.eos_ids:  # Qwen2 has one token for both
+        unknown = None
     kept, dropped = [], Counter()
     duplicates = filters.Duplicates()
     for group in groups:
         num_kept = 0
         for completion, reward in zip(group.completions, group.rewards, strict=True):
-            fault = _fault(group, completion, reward, config, opens, duplicates)
+            fault = _fault(group, completion, reward, config, opens, unknown, duplicates)
             if not fault and s.max_kept and num_kept >= s.max_kept:
                 fault = "enough kept"
             if fault:
@@ -71,21 +75,24 @@ def rejection_sample(
                 )
             kept.append(_example(group.problem, text, num_kept))
     sampled = sum(len(g.completions) for g in groups)
-    parts = distributed.gather_objects([[asdict(e) for e in kept], dict(dropped), sampled])
-    examples = [Example(**row) for part in parts for row in part[0]]
-    totals = sum((Counter(part[1]) for part in parts), Counter())
+    rows = distributed.gather_problems([asdict(e) for e in kept], (p.id for p in problems))
+    examples = [Example(**row) for row in rows]
+    parts = distributed.gather_objects([dict(dropped), sampled])
     accounting = {
         "problems": len(problems),
-        "sampled": sum(part[2] for part in parts),
+        "sampled": sum(part[1] for part in parts),
         "kept": len(examples),
         "problems_kept": len({e.problem_id for e in examples}),
-        "dropped": dict(totals.most_common()),
+        "dropped": most_common(sum((Counter(part[0]) for part in parts), Counter())),
     }
     if judge is not None:
-        accounting["judge"] = dict(judge.counts)
+        calls = Counter()
+        for part in distributed.gather_objects(dict(judge.counts)):
+            calls.update(part)
+        accounting["judge"] = dict(calls)
     if distributed.is_main():
         write_examples(folder / "sampled.jsonl", examples)
-        (folder / "accounting.json").write_text(json.dumps(accounting, indent=2) + "\n")
+        write_json(folder / "accounting.json", accounting)
     if not examples:
         raise ValueError(
             f"rejection sampling kept none of {accounting['sampled']} completions: "
@@ -129,6 +136,7 @@ def _fault(
     reward: Reward,
     config: Config,
     opens: bool,
+    unknown: int | None,
     duplicates: filters.Duplicates,
 ) -> str:
     """Why a completion is not kept; empty where it is."""
@@ -137,6 +145,8 @@ def _fault(
         return "cut off"
     if reward.verdict != "correct":
         return reward.verdict or "not verifiable"
+    if unknown in completion.token_ids:  # its text could not be learned as it was sampled
+        return "unknown token"
     parts = split_completion(
         completion.text, template.protocol, template.special_token, prompt_opens_think=opens
     )
@@ -151,6 +161,11 @@ def _fault(
 def reason(fault: str) -> str:
     """The kind of a fault, without its details: what is counted."""
     return fault.partition(":")[0]
+
+
+def most_common(counts: Counter) -> dict[str, int]:
+    """The counts, largest first and equal ones by name, whatever order they were made in."""
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _example(problem: Problem, text: str, number: int) -> Example:
@@ -227,11 +242,17 @@ COT_REQUEST = (
 )
 
 
+def _cot_request(prompt: str, answer: str) -> str:
+    """Both put in at once: a prompt may itself hold "{answer}"."""
+    values = {"{prompt}": prompt, "{answer}": answer}
+    return re.sub(r"\{(?:prompt|answer)\}", lambda match: values[match[0]], COT_REQUEST)
+
+
 def ask_reasoning(policy: Policy, examples: list[Example], config: Config) -> list[str]:
     """One chain of thought for each (prompt, answer), asked of a model; "" where it gave none."""
     requests = [
         Problem(
-            COT_REQUEST.replace("{prompt}", e.prompt).replace("{answer}", e.completion),
+            _cot_request(e.prompt, e.completion),
             kind="general",
             id=f"cot-{i}",
         )

@@ -27,6 +27,11 @@ from r1fast.training import Trainer, completion_logprobs, digest, fill
 from r1fast.types import Problem, RolloutGroup, Sequence
 
 
+def _scored_by(problem: Problem) -> list[int]:
+    """What of a problem decides its rewards, as numbers for the digest."""
+    return list(json.dumps([problem.answer, problem.language, problem.kind]).encode())
+
+
 class GRPOTrainer(Trainer):
     """Group relative policy optimisation with rule and preference rewards.
 
@@ -68,7 +73,9 @@ class GRPOTrainer(Trainer):
             stage=stage,
             num_steps=g.num_steps,
             num_optimizer_steps=g.num_steps * g.num_mini_batches * g.num_iterations,
-            data=digest([*self.prompt_ids, *self.general_ids]),
+            data=digest(
+                [*self.prompt_ids, *self.general_ids, *map(_scored_by, problems + self.general)]
+            ),
             force=force,
         )
         r = config.rollout

@@ -309,3 +309,11 @@ def test_general_prompts_with_and_without_replies(tmp_path):
     write_jsonl(path, [{"messages": [*talk, reply]}])
     (example,) = load_examples(path, kind="general")
     assert (example.prompt, example.completion) == ("Hello", "Hi!")
+
+
+def test_an_answer_is_a_finite_number(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "x", "answer": 1}\n{"prompt": "y", "answer": 1e999}\n'
+    )
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: 'answer' must be a finite number, got inf"):
+        load_problems(tmp_path / "a.jsonl")

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from test_evaluate import ParityScorer
 from tiny import random_groups, tiny_config, tiny_policy, tiny_problems
 
-from r1fast import distributed
+from r1fast import cold_start, distributed
 from r1fast.evaluate import evaluate
 from r1fast.metrics import read_metrics
+from r1fast.rejection import rejection_sample
 from r1fast.sft import SFTTrainer
 from r1fast.trainer import GRPOTrainer
 from r1fast.types import Sequence
@@ -64,6 +65,33 @@ def everything(out: Path) -> None:
     (out / f"evaluation-rank{distributed.rank()}.json").write_text(json.dumps([result, few]))
 
 
+class Right(ParityScorer):
+    """Calls every text right and well-formed, except that of every third problem."""
+
+    prompt_opens_think = False
+
+    def score(self, groups, step_from_end=None):
+        super().score(groups, step_from_end)
+        for group in groups:
+            wrong = int(group.problem.id[1:]) % 3 == 1
+            for j, (c, reward) in enumerate(zip(group.completions, group.rewards, strict=True)):
+                c.text = (
+                    f"<think> {'so ' * j}it is {c.text.split()[:1]} </think> <answer> 1 </answer>"
+                )
+                c.finish_reason, reward.verdict = "stop", "wrong" if wrong else "correct"
+
+
+def collect(out: Path) -> None:
+    """Rejection sampling and a cold start that keeps fewer than it has."""
+    config = tiny_config("--sample.max_kept=2", "--cold_start.max_kept=3", "--sample.num_samples=3",
+                         "--cold_start.num_samples=2", "--sample.min_language_share=0")  # fmt: skip
+    policy, problems = tiny_policy(), tiny_problems(7)
+    rejection_sample(policy, problems, config, Right(), out / "rejection")
+    policies, asked, scorers = ({"r1_zero": x} for x in (policy, config, Right()))
+    (out / "cold_start").mkdir(exist_ok=True)
+    cold_start.collect(policies, problems, asked, scorers, config, out / "cold_start")
+
+
 def collectives(out: Path) -> None:
     r = distributed.rank()
     model = torch.nn.Linear(2, 2)
@@ -91,6 +119,7 @@ def main(out: Path) -> None:
     distributed.start()
     collectives(out)
     everything(out)
+    collect(out)
     distributed.barrier()
     distributed.leave(0)
 
@@ -109,6 +138,7 @@ def both(tmp_path_factory) -> tuple[Path, Path]:
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     everything(one)  # meanwhile
+    collect(one)
     try:
         output, _ = process.communicate(timeout=300)
     finally:
@@ -152,7 +182,23 @@ def test_two_ranks_evaluate_as_one(both):
             assert a.pop("verdicts") == b["verdicts"]
             assert a == pytest.approx({k: v for k, v in b.items() if k != "verdicts"})
     stored = [(f / "evaluation" / "samples.jsonl").read_text().splitlines() for f in both]
-    assert sorted(stored[0]) == sorted(stored[1])
+    assert stored[0] == stored[1]  # in the same order
+
+
+def test_rows_come_in_the_order_of_their_problems(monkeypatch):
+    """Problems a b c d e on two ranks: a c e and b d."""
+    parts = [[{"problem_id": p, "n": n} for p in share for n in (0, 1)] for share in ("ace", "bd")]
+    monkeypatch.setattr(distributed, "gather_objects", lambda rows: parts)
+    rows = distributed.gather_problems(parts[0], "abcde")
+    assert [(r["problem_id"], r["n"]) for r in rows] == [(p, n) for p in "abcde" for n in (0, 1)]
+
+
+@pytest.mark.parametrize("name", ["rejection", "cold_start"])
+def test_two_ranks_collect_as_one(both, name):
+    files = [sorted((f / name).iterdir()) for f in both]
+    assert [f.name for f in files[0]] == [f.name for f in files[1]] != []
+    for a, b in zip(*files, strict=True):
+        assert a.read_text() == b.read_text(), a.name
 
 
 def test_collectives(both):

@@ -5,6 +5,7 @@ import os
 from fnmatch import fnmatch
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -432,3 +433,31 @@ def test_llama3_rope_of_the_test_has_all_three_ranges():
     assert ratio[0] == 1  # short wavelengths are kept
     assert ratio[-1] == pytest.approx(1 / 8)  # long ones are stretched
     assert ((ratio > 0.13) & (ratio < 0.99)).any()  # and some lie between
+
+
+def test_a_full_disk_is_an_os_error_and_weights_have_a_usual_mode(tmp_path, monkeypatch):
+    hf_folder.write_tensors(tmp_path, {"x": torch.ones(2)}, 1 << 20)
+    (tmp_path / "other").touch()
+    modes = {(tmp_path / n).stat().st_mode for n in ("model.safetensors", "other")}
+    assert len(modes) == 1
+
+    def full(*args, **kwargs):
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match=r"could not write .*model\.safetensors: No space"):
+        hf_folder.write_tensors(tmp_path, {"x": torch.ones(2)}, 1 << 20)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "accounting.json"
+    hf_folder.write_json(path, {"kept": 1})
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError("full")))
+        hf_folder.write_json(path, {"kept": 2})
+    assert hf_folder.read_json(path) == {"kept": 1}
+    assert list(tmp_path.iterdir()) == [path]
+    for text in ('{"kept": ', "[1]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"accounting\.json (is not valid JSON|must hold)"):
+            hf_folder.read_json(path)

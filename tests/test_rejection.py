@@ -50,7 +50,8 @@ def sample(monkeypatch, tmp_path, texts, *overrides, scorer=None):
     config = tiny_config(LEXICON, "--template.name=r1_zero", "--sample.max_kept=0",
                          "--sample.max_paragraph_words=30", *overrides)  # fmt: skip
     problems = [g.problem for g in groups]
-    kept = rejection_sample(None, problems, config, scorer or Scorer(), tmp_path)
+    policy = SimpleNamespace(tokenizer=SimpleNamespace(unk_token_id=5), eos_ids=[6])
+    kept = rejection_sample(policy, problems, config, scorer or Scorer(), tmp_path)
     return kept, json.loads((tmp_path / "accounting.json").read_text())
 
 
@@ -200,3 +201,19 @@ def test_written_examples_are_read_back(tmp_path):
     ]
     write_examples(tmp_path / "x" / "e.jsonl", examples)
     assert load_examples(tmp_path / "x" / "e.jsonl") == examples
+
+
+def test_a_request_for_reasoning_leaves_braces_in_the_prompt_alone():
+    text = rejection._cot_request("What is {answer}?", "a {prompt}")
+    assert text.startswith("What is {answer}?\n\nA good answer is:\na {prompt}\n")
+
+
+def test_an_unknown_token_is_dropped(monkeypatch, tmp_path):
+    groups = [RolloutGroup(Problem("3 + 5", "8", "p"), [1], [completion(SHORT), completion(LONG)])]
+    groups[0].completions[1].token_ids = [1, 5]
+    monkeypatch.setattr(rejection, "sample_groups", lambda *args, **kwargs: groups)
+    for eos_ids, dropped in (([6], {"unknown token": 1}), ([5, 6], {})):
+        policy = SimpleNamespace(tokenizer=SimpleNamespace(unk_token_id=5), eos_ids=eos_ids)
+        config = tiny_config(LEXICON, "--sample.max_kept=0")
+        rejection_sample(policy, [groups[0].problem], config, Scorer(), tmp_path)
+        assert json.loads((tmp_path / "accounting.json").read_text())["dropped"] == dropped

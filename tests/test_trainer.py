@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -351,3 +352,13 @@ def test_a_failed_checkpoint_does_not_end_the_run(tmp_path, monkeypatch, capsys)
     assert "No space left" in capsys.readouterr().err
     assert len(read_metrics(tmp_path)) == 2
     assert Path(tmp_path / "model").is_dir()
+
+
+@pytest.mark.parametrize("change", [{"answer": "77"}, {"language": "zh"}, {"kind": "general"}])
+def test_another_answer_is_other_data(tmp_path, change):
+    def data(problems):
+        trainer = GRPOTrainer(tiny_policy(), tiny_config(), tmp_path, problems, TokenScorer())
+        return trainer.data
+
+    problems = tiny_problems()
+    assert data(problems) != data([replace(problems[0], **change), *problems[1:]])
