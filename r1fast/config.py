@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -253,9 +254,12 @@ def _check(c: Config) -> None:
     )
     need(o.lr > 0, "optim.lr", o.lr, "above 0")
     need(0 <= o.min_lr_ratio <= 1, "optim.min_lr_ratio", o.min_lr_ratio, "in [0, 1]")
+    for name in ("warmup_steps", "weight_decay", "eps"):
+        need(getattr(o, name) >= 0, f"optim.{name}", getattr(o, name), "at least 0")
     need(o.max_grad_norm >= 0, "optim.max_grad_norm", o.max_grad_norm, "at least 0 (0 is off)")
     for name in ("beta1", "beta2"):
         need(0 <= getattr(o, name) < 1, f"optim.{name}", getattr(o, name), "in [0, 1)")
+    need(s.max_steps >= 0, "sft.max_steps", s.max_steps, "at least 0 (0 is by epochs)")
     need(s.epochs > 0 or s.max_steps > 0, "sft.epochs", s.epochs, "above 0 where max_steps is 0")
     for name in ("batch_size", "max_seq_tokens", "token_budget"):
         need(getattr(s, name) >= 1, f"sft.{name}", getattr(s, name), "at least 1")
@@ -263,17 +267,53 @@ def _check(c: Config) -> None:
         need(getattr(e, name) >= 1, f"eval.{name}", getattr(e, name), "at least 1")
     keep = c.checkpoint.keep_last
     need(keep >= 1, "checkpoint.keep_last", keep, "at least 1")
-    need(c.sample.num_samples >= 1, "sample.num_samples", c.sample.num_samples, "at least 1")
-    w = c.rewards
-    for name in ("accuracy", "format", "language", "overlong", "repetition"):
+    for key in (
+        "data.max_train_problems", "data.max_eval_problems", "eval.num_problems",
+        "eval.every_steps", "sample.num_problems", "sample.max_kept",
+        "sample.max_paragraph_words", "sample.simple_query_words", "cold_start.num_problems",
+        "cold_start.max_kept", "cold_start.num_few_shot", "checkpoint.every_steps",
+        "log.num_samples", "rewards.overlong_cache", "rewards.preference_last_steps",
+    ):  # fmt: skip
+        section, _, name = key.partition(".")
+        value = getattr(getattr(c, section), name)
+        need(value >= 0, key, value, "at least 0")
+    a, w = c.cold_start, c.rewards
+    for section, of in (("sample", c.sample), ("cold_start", a)):
+        need(of.num_samples >= 1, f"{section}.num_samples", of.num_samples, "at least 1")
+        share = of.min_language_share
+        need(0 <= share <= 1, f"{section}.min_language_share", share, "in [0, 1]")
+    need(c.sample.judge_timeout > 0, "sample.judge_timeout", c.sample.judge_timeout, "above 0")
+    for name in (
+        "accuracy",
+        "format",
+        "language",
+        "overlong",
+        "repetition",
+        "helpfulness",
+        "safety",
+    ):
         need(getattr(w, name) >= 0, f"rewards.{name}", getattr(w, name), "a weight of at least 0")
     need(0 <= w.general_share < 1, "rewards.general_share", w.general_share, "in [0, 1)")
     need(w.math_timeout > 0, "rewards.math_timeout", w.math_timeout, "above 0 seconds")
+    words = all(isinstance(v, list) and all(isinstance(x, str) for x in v)
+                for v in w.lexicon.values())  # fmt: skip
+    need(words, "rewards.lexicon", w.lexicon, "a table of language = [words]")
+    need("{prompt}" in c.template.prompt, "template.prompt", c.template.prompt,
+         "a text that holds {prompt}")  # fmt: skip
+    need("{answer}" in a.summary, "cold_start.summary", a.summary, "a text that holds {answer}")
+    for key, names in (("cold_start.methods", a.methods), ("pipeline.stages", c.pipeline.stages)):
+        strings = bool(names) and all(isinstance(n, str) for n in names)
+        need(strings and len(set(names)) == len(names), key, names, "a list of different names")
     known = {"few_shot", "reflection", "r1_zero"}
-    unknown = sorted(set(c.cold_start.methods) - known)
+    unknown = sorted(set(a.methods) - known)
     need(not unknown, "cold_start.methods", unknown, f"among {', '.join(sorted(known))}")
     if bad := sorted(set(c.stages) - set(STAGES)):
         raise ValueError(f"unknown stage {bad[0]!r} in [stages.*]; known: {', '.join(STAGES)}")
+    for stage, table in c.stages.items():
+        if not isinstance(table, dict):
+            raise ValueError(f"stages.{stage} is a section, got the value {table!r}")
+        for key in {"output_dir", "pipeline", "stages"} & table.keys():
+            raise ValueError(f"stages.{stage}.{key}: {key} is of the whole run, not of one stage")
     if bad := [s for s in c.pipeline.stages if s not in STAGES]:
         raise ValueError(f"unknown stage {bad[0]!r} in pipeline.stages; known: {', '.join(STAGES)}")
 
@@ -353,8 +393,8 @@ def _build(default: Any, values: dict, prefix: str = "") -> Any:
         value = float(value) if isinstance(old, float) and type(value) is int else value
         if type(value) is not type(old):
             raise ValueError(f"{key} must be {_kind(old, choices)}, got {value!r}")
-        if isinstance(value, float) and value != value:
-            raise ValueError(f"{key} must be a number, got nan")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key} must be a number, got {value}")
         if choices and value not in choices:
             shown = ", ".join(repr(c) for c in choices)
             raise ValueError(f"{key} must be one of {shown}, got {value!r}")
