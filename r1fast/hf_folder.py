@@ -61,12 +61,22 @@ def read_json(path: Path, default: dict | None = None) -> dict:
     return value
 
 
+def _shards(index: Path) -> list[str]:
+    """The files that an index names."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise ValueError(
+            f"{index}: 'weight_map' must be an object of file names, got {weight_map!r:.80}"
+        )
+    return sorted(set(weight_map.values()))
+
+
 def read_tensors(folder: Path) -> Iterator[tuple[str, "Callable[[], Tensor]", tuple[int, ...]]]:
     """(name, load, shape) of every tensor of the folder; `load()` reads it from disk."""
     from safetensors import SafetensorError, safe_open
 
     if (folder / INDEX).is_file():
-        files = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+        files = _shards(folder / INDEX)
     elif (folder / SINGLE).is_file():
         files = [SINGLE]
     else:
@@ -104,8 +114,15 @@ def fill_tensors(folder: Path, targets: Mapping[str, Tensor], ignored: Iterable[
             misshapen.append(f"{name} {shape}, not {tuple(targets[name].shape)}")
         else:
             missing.discard(name)
+            tensor = load()
+            if not tensor.is_floating_point():
+                raise ValueError(f"{str(folder)!r}: {name!r} must hold floats, not {tensor.dtype}")
             with torch.no_grad():
-                targets[name].copy_(load())
+                targets[name].copy_(tensor)
+            # a sum is one cheap pass; it is finite where all terms are, unless they are enormous
+            finite = tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all()
+            if not finite:
+                raise ValueError(f"{str(folder)!r}: {name!r} holds values that are not finite")
     problems = {"missing": sorted(missing), "unexpected": unexpected, "wrong shape": misshapen}
     if any(problems.values()):
         raise ValueError(

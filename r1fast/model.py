@@ -95,7 +95,7 @@ class ModelSpec:
             raise ValueError(
                 f"unsupported model_type {model_type!r}; supported: {', '.join(ARCHITECTURES)}"
             )
-        num_layers = _required(config, "num_hidden_layers")
+        num_layers = _size(config, "num_hidden_layers")
         if model_type != "llama" and _uses_sliding_window(config, num_layers):
             raise ValueError("sliding-window attention is unsupported; supported: full attention")
         activation = config.get("hidden_act", "silu")
@@ -105,21 +105,22 @@ class ModelSpec:
             raise ValueError("quantized weights are unsupported; supported: float32, bf16, fp16")
 
         hidden_size, num_heads = (
-            _required(config, key) for key in ("hidden_size", "num_attention_heads")
+            _size(config, key) for key in ("hidden_size", "num_attention_heads")
         )
         # Qwen2 has a bias on q, k, v alone; in the others attention_bias covers o too
         attention_bias = bool(config.get("attention_bias", False)) and model_type != "qwen2"
         rope_theta, rope_scaling = _read_rope(config)
         return cls(
             model_type=model_type,
-            vocab_size=_required(config, "vocab_size"),
+            vocab_size=_size(config, "vocab_size"),
             hidden_size=hidden_size,
-            intermediate_size=_required(config, "intermediate_size"),
+            intermediate_size=_size(config, "intermediate_size"),
             num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=config.get("num_key_value_heads") or num_heads,
-            head_dim=config.get("head_dim")
-            or (128 if model_type == "qwen3" else hidden_size // num_heads),
+            num_kv_heads=_size(config, "num_key_value_heads", num_heads),
+            head_dim=_size(
+                config, "head_dim", 128 if model_type == "qwen3" else hidden_size // num_heads
+            ),
             qkv_bias=attention_bias or model_type == "qwen2",
             o_bias=attention_bias,
             mlp_bias=bool(config.get("mlp_bias", False)) and model_type == "llama",
@@ -127,9 +128,9 @@ class ModelSpec:
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            max_position_embeddings=config.get(
-                "max_position_embeddings", 2048 if model_type == "llama" else 32768
+            rms_norm_eps=_positive(config, "rms_norm_eps", 1e-6),
+            max_position_embeddings=_size(
+                config, "max_position_embeddings", 2048 if model_type == "llama" else 32768
             ),
         )
 
@@ -165,10 +166,22 @@ class ModelSpec:
         return config
 
 
-def _required(config: Mapping[str, Any], key: str) -> Any:
-    if config.get(key) is None:
+def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number of at least 1; ValueError where it is absent and there is no `default`."""
+    value = config.get(key) or default if default else config.get(key)
+    if value is None:
         raise ValueError(f"config.json has no {key!r}")
-    return config[key]
+    if type(value) is not int or value < 1:
+        raise ValueError(f"config.json: {key!r} must be a whole number above 0, got {value!r:.80}")
+    return value
+
+
+def _positive(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A finite number above 0; ValueError where it is absent and there is no `default`."""
+    value = config.get(key, default)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"config.json: {key!r} must be a number above 0, got {value!r:.80}")
+    return value
 
 
 def _uses_sliding_window(config: Mapping[str, Any], num_layers: int) -> bool:
@@ -181,8 +194,13 @@ def _uses_sliding_window(config: Mapping[str, Any], num_layers: int) -> bool:
 
 def _read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """(theta, scaling or None) from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = config.get(key) or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"config.json: {key!r} must be an object, got {rope!r:.80}")
+    rope = dict(rope)
     theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+    theta = _positive({"rope_theta": theta}, "rope_theta")
     rope["rope_type"] = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)
     partial = rope.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
@@ -191,13 +209,16 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]
     if rope["rope_type"] == "default":
         return float(theta), None
     if rope["rope_type"] == "llama3" and "original_max_position_embeddings" not in rope:
-        rope["original_max_position_embeddings"] = _required(config, "max_position_embeddings")
-    for key in {
-        "linear": ["factor"],
-        "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
-    }.get(rope["rope_type"], []):
+        rope["original_max_position_embeddings"] = _size(config, "max_position_embeddings")
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise ValueError(
+            f"unsupported rope type {rope['rope_type']!r}; supported: {', '.join(ROPE_TYPES)}"
+        )
+    llama3 = ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    for key in ["factor", *(llama3 if rope["rope_type"] == "llama3" else [])]:
         if key not in rope:
             raise ValueError(f"{rope['rope_type']} rope scaling has no {key!r}")
+        _positive(rope, key)
     return float(theta), rope
 
 
@@ -426,7 +447,11 @@ def load_model(
     """
     folder = resolve_model_path(path)
     config = read_json(folder / "config.json")
-    model = Decoder(ModelSpec.from_hf_config(config), dtype=dtype, device=device)
+    try:
+        spec = ModelSpec.from_hf_config(config)
+    except ValueError as error:
+        raise ValueError(f"{str(folder)!r}: {error}") from None
+    model = Decoder(spec, dtype=dtype, device=device)
     # a tied head may be stored too; rotary buffers are of old files
     tied = ("lm_head.weight",) if model.spec.tie_word_embeddings else ()
     fill_tensors(folder, model.hf_tensors(), ignored=(".rotary_emb.inv_freq", *tied))

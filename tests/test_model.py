@@ -461,3 +461,50 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"accounting\.json (is not valid JSON|must hold)"):
             hf_folder.read_json(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "32"}, "'hidden_size' must be a whole number above 0, got '32'"),
+        ({"num_hidden_layers": 2.5}, "'num_hidden_layers' must be a whole number above 0, got 2.5"),
+        ({"vocab_size": -4}, "'vocab_size' must be a whole number above 0, got -4"),
+        ({"num_attention_heads": 0}, "'num_attention_heads' must be a whole number above 0"),
+        ({"head_dim": "8"}, "'head_dim' must be a whole number above 0, got '8'"),
+        ({"max_position_embeddings": [1]}, "'max_position_embeddings' must be a whole number"),
+        ({"rms_norm_eps": "1e-6"}, "'rms_norm_eps' must be a number above 0, got '1e-6'"),
+        ({"rope_theta": "x"}, "'rope_theta' must be a number above 0"),
+        ({"rope_scaling": 3}, "'rope_scaling' must be an object, got 3"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "'factor' must be a number above 0"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "'factor' must be a number above 0"),
+        ({"rope_scaling": LLAMA3_ROPE | {"factor": -1}}, "'factor' must be a number above 0"),
+        ({"rope_scaling": {"type": ["x"]}}, "unsupported rope type"),
+    ],
+)
+def test_a_config_of_wrong_types_names_the_key(tmp_path, change, message):
+    config = SHAPE | {"model_type": "llama"} | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{tmp_path.name}.*{message}"):
+        load_model(tmp_path)
+
+
+def test_weights_that_are_no_numbers_name_the_tensor(tmp_path):
+    spec = ModelSpec.from_hf_config(SHAPE | {"model_type": "llama"})
+    save_model(Decoder(spec, seed=0), tmp_path / "m")
+    file, name = tmp_path / "m" / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    good = load_file(file)
+    nan, infinite = good[name].clone(), good[name].clone()
+    nan[3, 4], infinite[0, 0] = float("nan"), float("inf")
+    for bad, message in (
+        (nan, "not finite"),
+        (infinite, "not finite"),
+        (nan.to(torch.int32), "floats"),
+    ):
+        save_file(good | {name: bad}, file)
+        with pytest.raises(ValueError, match=rf"{name}.*{message}"):
+            load_model(tmp_path / "m")
+    file.rename(tmp_path / "m" / "a.safetensors")
+    for text in ("{}", '{"weight_map": []}', '{"weight_map": {"x": 3}}'):
+        (tmp_path / "m" / hf_folder.INDEX).write_text(text)
+        with pytest.raises(ValueError, match=r"index\.json: 'weight_map' must be"):
+            load_model(tmp_path / "m")
