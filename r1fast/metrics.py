@@ -29,9 +29,10 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
     "completions/min_length": ("tokens", "shortest completion"),
     "completions/max_length": ("tokens", "longest completion"),
     "completions/mean_terminated_length": ("tokens", "mean length of completions that stopped"),
+    "completions/mean_verified_length": ("tokens", "mean length where an answer can be verified"),
     "completions/clipped_ratio": ("share", "completions cut off at max_completion_tokens"),
     "verdicts/<verdict>": ("share", "completions with this verdict, of those that can be verified"),
-    "wait_rate": ("share", "completions that hold a reflection word (wait, re-check, verify ...)"),
+    "wait_rate": ("share", "verified completions with a reflection word (wait, re-check ...)"),
     "language_share": ("share", "words of the reasoning that are in the target language"),
     "kl": ("nats", "k3 estimate of KL(policy, reference) per token"),
     "entropy": ("nats", "entropy of the policy per completion token"),
@@ -95,10 +96,21 @@ def _warn_once(text: str) -> None:
     _write(sys.stderr, f"warning: {text}" if rank == 0 else f"warning (rank {rank}): {text}")
 
 
+def note(text: str) -> None:
+    """One line on stderr that is no warning; silent on ranks other than 0."""
+    if _rank() == 0:
+        _write(sys.stderr, text)
+
+
+def line_width() -> int:
+    """Columns that lines and tables may take."""
+    return min(_console().width, LINE_WIDTH)
+
+
 def rule(title: str) -> None:
     """A line across the terminal with a title in it."""
     if _rank() == 0:
-        width = min(_console().width, LINE_WIDTH)
+        width = line_width()
         _write(sys.stdout, f"\n── {title} ".ljust(width + 1, "─"))
 
 
@@ -107,8 +119,13 @@ def table(
     columns: Sequence[str],
     rows: Sequence[Sequence[Any]],
     notes: Sequence[str] | str = (),
+    *,
+    whole: Sequence[str] = (),
 ) -> None:
-    """A table on stdout. Columns that hold only numbers, shares and marks are right-aligned."""
+    """A table on stdout. Columns that hold only numbers, shares and marks are right-aligned.
+
+    The cells of `whole` columns stay on one line.
+    """
     if _rank() != 0:
         return
     from rich import box
@@ -126,14 +143,14 @@ def table(
         grid.add_column(
             Text(name),
             justify="right" if numeric else "left",
-            no_wrap=numeric,
+            no_wrap=numeric or name in whole,
             overflow="fold",
         )
     for row in cells:
         grid.add_row(*(Text(cell) for cell in row))
     _write(sys.stdout, f"\n{title}\n" if title else "")
     with console.capture() as capture:
-        console.print(grid, width=min(console.width, LINE_WIDTH))
+        console.print(grid, width=line_width())
     _write(sys.stdout, "\n".join(line.rstrip() for line in capture.get().splitlines()))
     for note in [notes] if isinstance(notes, str) else notes:
         _write(sys.stdout, note)
@@ -185,7 +202,7 @@ def step_line(row: Mapping[str, Any], total: int | None = None, width: int = LIN
         accuracy = "verdicts/correct" if "verdicts/correct" in row else "rewards/accuracy/mean"
         std = _number(row.get("reward_std"))
         spread = "" if std is None else f"±{std:.2f}".replace("±0", "±")
-        add(0, "  reward ", "reward", lambda v: f"{v:4.2f}{spread}")
+        add(0, "  reward ", "reward", lambda v: f"{v:z4.2f}{spread}")
         add(0, "  acc ", accuracy, _share)
         add(1, " fmt ", "rewards/format/mean", _share)
         add(1, " lang ", "language_share", _share)
@@ -263,11 +280,11 @@ class Progress:
     def __enter__(self) -> Self:
         self.began = self._said_at = self.clock()
         if self.enabled and sys.stdout.isatty():
-            self._width = min(_console().width, LINE_WIDTH)
+            self._width = line_width()
             self._bar = self._live_bar()
             self._bar.start()
             self._task = self._bar.add_task(
-                self.title, total=self.total, completed=self.done, info=f"{self.done} {self.unit}"
+                self.title, total=self.total, completed=self.done, info=self._info()
             )
         return self
 

@@ -32,6 +32,7 @@ def rollout_sums(
     """
     names = ["groups", "zero_std_groups", "scored_groups", "group_std", "completions", "scored"]
     names += ["reward", "length", "clipped", "terminated_length", "wait", "verified"]
+    names += ["verified_length", "verified_wait"]
     names += [f"verdict/{verdict}" for verdict in VERDICTS]
     names += [f"part/{name}/{kind}" for name in part_names for kind in ("count", "sum", "square")]
     sums = dict.fromkeys(names, 0.0)
@@ -51,11 +52,13 @@ def rollout_sums(
             sums["scored_groups"] += 1
             sums["zero_std_groups"] += max(totals) - min(totals) < 1e-8
             sums["group_std"] += _sample_std(len(totals), sum(totals), sum(t * t for t in totals))
-        for reward in group.rewards:
+        for completion, reward in zip(group.completions, group.rewards, strict=False):
             sums["scored"] += 1
             sums["reward"] += reward.total
             if reward.verdict is not None:
                 sums["verified"] += 1
+                sums["verified_length"] += len(completion.token_ids)
+                sums["verified_wait"] += pattern.search(completion.text) is not None
                 sums[f"verdict/{reward.verdict}"] += 1
             for name, value in reward.parts.items():
                 if value is not None:
@@ -101,7 +104,10 @@ def finish_rollout_metrics(
     mean("completions/clipped_ratio", "clipped", "completions")
     for verdict in VERDICTS:
         mean(f"verdicts/{verdict}", f"verdict/{verdict}", "verified")
+    mean("completions/mean_verified_length", "verified_length", "verified")
+    # answers to general prompts would dilute it; where nothing is verified, of all completions
     mean("wait_rate", "wait", "completions")
+    mean("wait_rate", "verified_wait", "verified")
     return row
 
 

@@ -92,6 +92,10 @@ def test_step_lines_of_a_stage_align():
     assert first.index("kl") == last.index("kl")
 
 
+def test_step_line_has_no_minus_zero():
+    assert "reward 0.00±.00" in step_line(ROW | {"reward": -0.001, "reward_std": 0.001}, 60)
+
+
 def test_step_line_of_sft_and_of_missing_values():
     line = step_line({"step": 3, "stage": "sft", "loss": 1.25, "learning_rate": 5e-5}, 10)
     assert line == "sft  3/10  loss 1.2500  lr 5.00e-05"
@@ -228,6 +232,7 @@ def test_live_bar_on_a_terminal_keeps_lines_above_it(encoding):
     assert f"row 0 {mark}\r\n" in text
     assert f"row 2 {mark}\r\n" in text
     assert "Outer  3 steps in" in text
+    assert "0/3 step" in text, "how many there will be is said from the start"
 
 
 def test_timer_adds_up_and_starts_again():
@@ -360,10 +365,13 @@ def test_a_reward_that_does_not_apply_is_not_counted_as_zero():
     general = group([1.0, 1.0], [3, 3])
     for reward in general.rewards:
         reward.verdict, reward.parts = None, {"accuracy": None, "helpfulness": 2.0}
-    row = rollout_metrics([general, group([1.0, 0.0], [3, 3], language=None)])
+    row = rollout_metrics([general, group([1.0, 0.0], [3, 5], ["wait", ""], language=None)])
     assert row["rewards/accuracy/mean"] == 0.5
     assert row["verdicts/correct"] == 0.5
     assert row["rewards/helpfulness/mean"] == 2.0
+    assert row["wait_rate"] == 0.5, "small talk does not dilute it"
+    assert (row["completions/mean_length"], row["completions/mean_verified_length"]) == (3.5, 4)
+    assert rollout_metrics([general])["wait_rate"] == 0
     assert "language_share" not in row
 
 

@@ -28,7 +28,10 @@ def write_report(run_folder: str | Path) -> Path:
 
 
 def print_stage_table(run_folder: str | Path) -> None:
-    """The stage table and the claims on the terminal, in at most 100 columns."""
+    """The stage table and the claims on the terminal, in at most 100 columns.
+
+    Where a table is too wide its least telling columns go; names are never broken.
+    """
     run = load_run(run_folder)
     rows = []
     for s in run.stages:
@@ -39,18 +42,30 @@ def print_stage_table(run_folder: str | Path) -> None:
         ]
         length, seconds = number(e.get("mean_length")), s.seconds
         rows.append([
-            _cut(s.title, 20),
-            _cut(s.starts_from, 14),
-            "-" if score is None else _terse(score) + (f" ±{_terse(error)}" if error else ""),
+            _cut(s.title, 30),
+            _cut(s.starts_from, 30),
+            "-" if score is None else _terse(score) + ("" if error is None else f" ±{_terse(error)}"),
             *shares,
             "-" if length is None else f"{length:.0f}",
             _terse(e.get("clip_rate")),
             _cut(s.status, 8) if seconds is None else duration(seconds),
         ])  # fmt: skip
-    columns = ["stage", "starts from", "pass@1", "cons@k", "format", "lang", "wait", "length"]
-    metrics.table(run.name, [*columns, "clip", "time"], rows, samples_note(run))
+    columns = ["stage", "starts from", "pass@1", "cons@k", "fmt", "lang", "wait", "len"]
+    columns, rows = _narrowed([*columns, "clip", "time"], rows)
+    metrics.table(run.name, columns, rows, samples_note(run), whole=("stage", "starts from"))
     if claims := claim_rows(run):
         metrics.table("Claims", ["claim", "measured", "bar", ""], claims)
+
+
+def _narrowed(columns: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """The columns that fit the line."""
+    for name in ("starts from", "clip", "cons@k", "fmt"):
+        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+        if sum(widths) + 2 * (len(widths) - 1) <= metrics.line_width():
+            break
+        i = columns.index(name)
+        columns, rows = columns[:i] + columns[i + 1 :], [row[:i] + row[i + 1 :] for row in rows]
+    return columns, rows
 
 
 def _terse(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -12,6 +13,7 @@ MAX_POINTS = 240  # a line; longer ones are averaged in equal pieces
 
 WIDTH, HEIGHT = 360, 214
 LEFT, RIGHT, TOP, BOTTOM = 38, 8, 12, 36
+LINE = 12  # between the lines of a label
 CHAR = 5.6  # mean width of a letter at the size of the labels
 
 
@@ -20,7 +22,6 @@ class Series:
     """One stage in one chart. A y of None is a gap; `points` are marked with dots."""
 
     label: str
-    short: str  # where the label does not fit
     color: int
     xs: list[float]
     ys: list[float | None]
@@ -31,39 +32,52 @@ class Series:
 
 
 def curve_chart(
-    name: str, series: Sequence[Series], *, share: bool = False, from_zero: bool = False
+    name: str,
+    series: Sequence[Series],
+    *,
+    share: bool = False,
+    from_zero: bool = False,
+    log: bool = False,
 ) -> str:
     """The stages one after the other on one axis of steps: raw values thin, rolling mean bold."""
     series = [s for s in series if s.values()]
     values = [y for s in series for y in s.values()]
+    log = log and min(values) > 0
     if share:
         ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
+    elif log:
+        ticks = decades(min(values), max(values))
     else:
         ticks = nice_ticks(min([*values, 0.0] if from_zero else values), max(values))
-    low, high = ticks[0], ticks[-1]
+    scale = math.log10 if log else float
+    low, high = scale(ticks[0]), scale(ticks[-1])
 
     def at_y(y: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - (y - low) / (high - low))
+        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - (scale(y) - low) / (high - low))
 
+    widths = segment_widths([max(s.xs, default=1) for s in series], WIDTH - LEFT - RIGHT)
+    labels = [label_lines(s.label, w) for s, w in zip(series, widths, strict=True)]
+    num_lines = max(map(len, labels), default=1)
+    height = HEIGHT + LINE * (num_lines - 1)
     label = escape(describe(name, series), quote=True)
-    out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">']
+    out = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">']
     for tick in ticks:
         y = at_y(tick)
         out.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         out.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}">{tick_label(tick)}</text>')
-    widths = segment_widths([max(s.xs, default=1) for s in series], WIDTH - LEFT - RIGHT)
     left = float(LEFT)
     for i, (one, width) in enumerate(zip(series, widths, strict=True)):
         if i:
             out.append(f'<path class="edge" d="M{left:.1f} {TOP}V{HEIGHT - BOTTOM + 6}"/>')
-        out += _segment(one, left, width, at_y, ticks[1] - ticks[0])
+        out += _segment(one, left, width, at_y, 0.0 if log else ticks[1] - ticks[0])
+        out += _names(one, labels[i], num_lines, left, width)
         left += width
     out.append("</svg>")
     return "".join(out)
 
 
 def _segment(one: Series, left: float, width: float, at_y, step: float) -> list[str]:
-    """The line of one stage with its name, its steps and its last value."""
+    """The line of one stage with its last value, one digit finer than `step`."""
     pad = min(5.0, width / 6)
     first, last = min(one.xs), max(one.xs)
     scale = (width - 2 * pad) / max(last - first, 1)
@@ -94,15 +108,29 @@ def _segment(one: Series, left: float, width: float, at_y, step: float) -> list[
         out.append(
             f'<text class="value" x="{cx:.1f}" y="{place:.1f}">{value_label(y, step)}</text>'
         )
-    middle = left + width / 2
-    text = fit([one.label, one.short], width)
-    steps = f"{last:g} steps" if width > 48 else f"{last:g}"
-    out.append(
-        f'<text class="stage" x="{middle:.1f}" y="{HEIGHT - BOTTOM + 17}">{escape(text)}'
-        f"<title>{escape(one.label)}</title></text>"
-        f'<text class="steps" x="{middle:.1f}" y="{HEIGHT - BOTTOM + 30}">{steps}</text></g>'
+    return [*out, "</g>"]
+
+
+def _names(one: Series, lines: list[str], num_lines: int, left: float, width: float) -> list[str]:
+    """The name of a stage and its steps, below its line."""
+    middle, y = f"{left + width / 2:.1f}", HEIGHT - BOTTOM + 17
+    last = max(one.xs)
+    spans = "".join(
+        f'<tspan x="{middle}" y="{y + LINE * i}">{escape(text)}</tspan>'
+        for i, text in enumerate(lines)
     )
-    return out
+    steps = f"{last:g} steps" if width > 48 else f"{last:g}"
+    return [
+        f'<g style="--c:var(--c{one.color % NUM_COLORS})">'
+        f'<text class="stage">{spans}<title>{escape(one.label)}</title></text>'
+        f'<text class="steps" x="{middle}" y="{y + LINE * num_lines + 1}">{steps}</text></g>'
+    ]
+
+
+def label_lines(label: str, width: float) -> list[str]:
+    """The label broken between words where it is too long; a word too long is cut."""
+    room = max(int((width - 4) / CHAR), 2)
+    return [fit([text], width) for text in textwrap.wrap(label, room, break_long_words=False)]
 
 
 def line(xs: Sequence[float], ys: Sequence[float | None], at) -> str:
@@ -130,8 +158,8 @@ def describe(name: str, series: Sequence[Series]) -> str:
 
 
 def segment_widths(sizes: Sequence[float], total: float) -> list[float]:
-    """Shares of `total` in proportion to `sizes`, none below 0.7 of an even share."""
-    floor = 0.7 / max(len(sizes), 1)
+    """Shares of `total` in proportion to `sizes`, none below 0.9 of an even share."""
+    floor = 0.9 / max(len(sizes), 1)
     whole = sum(sizes) or 1.0
     small = [size / whole < floor for size in sizes]
     rest = sum(size for size, tiny in zip(sizes, small, strict=True) if not tiny) or 1.0
@@ -180,6 +208,12 @@ def nice_ticks(low: float, high: float, num: int = 4) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
+def decades(low: float, high: float) -> list[float]:
+    """Powers of ten that enclose low ... high."""
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+    return [10.0**i for i in range(first, max(last, first + 1) + 1)]
+
+
 def tick_label(value: float) -> str:
     if value == 0:
         return "0"
@@ -189,7 +223,9 @@ def tick_label(value: float) -> str:
 
 
 def value_label(value: float, step: float) -> str:
-    """One digit finer than the ticks; two where they are whole."""
+    """One digit finer than the ticks; two where they are whole; by its size on a log scale (0)."""
+    if step == 0:
+        return f"{value:.2g}"
     digits = 2 if step == 1 else max(1 - math.floor(math.log10(step) + 1e-9), 0)
     return f"{value:.{digits}f}"
 

@@ -22,7 +22,7 @@ SMALL_STAGES = ("small_base", "distill", "small_rl")  # another model than the m
 CHARTS = [
     ("Reward", "reward", "", False, False),
     ("Accuracy and pass@1", "verdicts/correct", "pass@1", True, True),
-    ("Completion length", "completions/mean_length", "mean_length", False, True),
+    ("Completion length", "completions/mean_verified_length", "mean_length", False, True),
     ("Re-check rate", "wait_rate", "wait_rate", True, True),
     ("Target language", "language_share", "language_share", True, True),
     ("Format", "rewards/format/mean", "format_rate", True, True),
@@ -34,6 +34,12 @@ CAPTIONS = {
     "rewards/format/mean": "share of the completions in the asked format",
 }
 SFT_CHARTS = [("SFT loss", "loss", "", False, False)]
+LOG_SCALE = ("loss",)
+# where the first was never written: runs whose answers nothing verifies, and older ones
+INSTEAD = {
+    "verdicts/correct": "rewards/accuracy/mean",
+    "completions/mean_verified_length": "completions/mean_length",
+}
 
 
 def body(run: Run, title: str) -> str:
@@ -167,13 +173,17 @@ def _curves(run: Run) -> list[str]:
     figures, plotted = [], []
     for stages, charts in ((reward, CHARTS), (sft, SFT_CHARTS)):
         for title, name, judged, share, from_zero in charts:
+            log = name in LOG_SCALE
+            used = (
+                name if any(name in r for s in stages for r in s.rows) else INSTEAD.get(name, name)
+            )
             series = [one for s in stages if (one := _series(s, name, judged)).values()]
             if not series:
                 continue
-            unit, help_text = metric_help(name)
-            help_text = CAPTIONS.get(name, help_text)
+            unit, help_text = metric_help(used)
+            help_text = CAPTIONS.get(name, help_text) + (", log scale" if log else "")
             label = title + (f", {unit}" if unit not in ("", "share") else "")
-            svg = curve_chart(title, series, share=share, from_zero=from_zero)
+            svg = curve_chart(title, series, share=share, from_zero=from_zero, log=log)
             figures.append(
                 f"<figure><figcaption><h3>{escape(label)}</h3>"
                 f'<span class="help">{escape(help_text)}</span></figcaption>{svg}</figure>'
@@ -202,8 +212,8 @@ def _curves(run: Run) -> list[str]:
 
 def _series(stage: Stage, name: str, judged: str) -> Series:
     """The values of one metric over a stage; evaluations as points."""
-    if name == "verdicts/correct" and not any(name in row for row in stage.rows):
-        name = "rewards/accuracy/mean"
+    if name in INSTEAD and not any(name in row for row in stage.rows):
+        name = INSTEAD[name]
     rows = [row for row in stage.rows if name in row and number(row.get("step")) is not None]
     xs = [float(row["step"]) for row in rows]
     points = [
@@ -215,7 +225,7 @@ def _series(stage: Stage, name: str, judged: str) -> Series:
     if final is not None and xs and (not points or points[-1][0] < xs[-1]):
         points.append((xs[-1], final))
     ys = [number(row[name]) for row in rows]
-    return Series(stage.title, stage.name, stage.color, xs or [x for x, _ in points], ys, points)
+    return Series(stage.title, stage.color, xs or [x for x, _ in points], ys, points)
 
 
 def _first_last(one: Series | None) -> str:
