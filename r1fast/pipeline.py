@@ -28,7 +28,7 @@ from r1fast.config import STAGES, Config, stage_config, to_dict
 from r1fast.data import load_examples
 from r1fast.evaluate import evaluate
 from r1fast.hf_folder import read_json, write_json
-from r1fast.metrics import rule, say
+from r1fast.metrics import duration, rule, say
 from r1fast.policy import Policy, load_policy
 from r1fast.preferences import score_general, train_reward_models
 from r1fast.report import print_stage_table, write_report
@@ -120,6 +120,9 @@ class Pipeline:
             report = write_report(self.folder)
             print_stage_table(self.folder)
             say(f"\nreport: {report}")
+            spent = [m["seconds"] for name in self.order if (m := self._manifest(name))]
+            stages = f"{len(spent)} stage{'s' * (len(spent) != 1)}"
+            say(f"{stages} in {duration(sum(spent))}; this call {duration(time.time() - began)}")
         distributed.barrier()
 
     def _run_stage(self, name: str) -> None:

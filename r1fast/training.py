@@ -103,6 +103,8 @@ class Trainer:
         self.load_extra(saved)
         self.step, self.optimizer_step = saved.step, saved.state["optimizer_step"]
         self.num_tokens = saved.state["num_tokens"]
+        if self.step < self.num_steps:
+            say(f"{self.stage}: goes on after step {self.step} of {self.num_steps}")
 
     def load_extra(self, saved) -> None:
         """For subclasses: tensors beyond model and optimizer."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -122,7 +123,9 @@ def test_a_second_run_keeps_everything(copied, capsys):
     before = snapshot(copied)
     pipeline(copied).run()
     assert touched(before, snapshot(copied)) == set()
-    assert capsys.readouterr().out.count("done before, kept") == len(RECIPE)
+    out = capsys.readouterr().out
+    assert out.count("done before, kept") == len(RECIPE)
+    assert re.search(rf"\nreport: .+\n{len(RECIPE)} stages in \w.+; this call .+s\n$", out)
 
 
 def test_a_stage_without_its_manifest_runs_again_alone(copied):

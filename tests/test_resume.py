@@ -55,6 +55,7 @@ def test_a_signal_ends_the_step_saves_and_stops(tmp_path, number, capfd):
     assert not (tmp_path / "parts" / "model").exists()
     parts = grpo(tmp_path / "parts")
     assert parts.step == 2
+    assert "goes on after step 2 of 4\n" in capfd.readouterr().out
     parts.run()
     whole = grpo(tmp_path / "whole")
     whole.run()
@@ -118,6 +119,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path, make, capsys):
     weights = (tmp_path / "model" / "model.safetensors").read_bytes()
     again = make(tmp_path)
     assert again.step == again.num_steps == 4
+    assert "goes on after step" not in capsys.readouterr().out
     again.train_step = None  # would raise
     capsys.readouterr()
     again.run()
