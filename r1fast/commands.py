@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from r1fast import distributed
@@ -10,7 +11,7 @@ from r1fast.config import Config, load_config, to_dict
 from r1fast.data import Example, detect_format, gsm8k_examples, load_examples
 from r1fast.evaluate import evaluate, sample_groups
 from r1fast.hf_folder import read_json, write_json
-from r1fast.metrics import say, table
+from r1fast.metrics import note, say, table
 from r1fast.pipeline import Pipeline, provenance
 from r1fast.policy import Policy, load_policy
 from r1fast.rejection import rejection_sample
@@ -198,7 +199,10 @@ def _finish(folder: Path) -> None:
 
 
 def _generate(target: str, overrides: list[str], options: dict[str, str]) -> None:
-    """Sample `--num` completions of `--prompt` from a config's model or from a model folder."""
+    """Sample `--num` completions of `--prompt` from a config's model or from a model folder.
+
+    A model named by itself gets its own chat template, or none, unless --template.* says more.
+    """
     if "prompt" not in options:
         raise ValueError("generate needs --prompt TEXT")
     num = options.get("num", "1")
@@ -210,6 +214,10 @@ def _generate(target: str, overrides: list[str], options: dict[str, str]) -> Non
     if not path:
         raise ValueError(f"{target} names no model.path")
     policy = load_policy(path, dtype=config.model.dtype, device=config.model.device)
+    if not is_config and not any(word.startswith("--template.") for word in overrides):
+        name = "chat" if getattr(policy.tokenizer, "chat_template", None) else "raw"
+        config = replace(config, template=replace(config.template, name=name))
+    note(f"template: {config.template.name}")
     sampling = SamplingParams(
         config.eval.temperature,
         config.eval.top_p,

@@ -1,6 +1,7 @@
 """The commands on a tiny checkpoint: what they write, what they say, and their exit codes."""
 
 import json
+import shutil
 
 import pytest
 from tiny import CONFIG as TINY
@@ -133,7 +134,7 @@ def test_sample(files, tmp_path, capsys, monkeypatch):
     assert run("distill", files, out, f"--data.sft={tmp_path / 'sampled.jsonl'}") == 0
 
 
-def test_generate_from_a_folder_and_from_a_config(files, capsys):
+def test_generate_from_a_folder_and_from_a_config(files, tmp_path, capsys):
     model = str(files / "model")
     words = ["--prompt", "What is 1 + 1?", "--num=2", "--template.name=raw",
              "--rollout.max_completion_tokens=5"]  # fmt: skip
@@ -146,6 +147,22 @@ def test_generate_from_a_folder_and_from_a_config(files, capsys):
     config = str(files / "c.toml")
     assert main(["generate", config, f"--model.path={model}", *words]) == 0
     assert capsys.readouterr().out == first
+    asked = words[:3] + words[4:]
+    assert main(["generate", model, *asked]) == 0
+    by_itself = capsys.readouterr()
+    assert by_itself.err.endswith("template: chat\n"), "the model brings a chat template"
+    assert main(["generate", model, *asked, "--template.name=chat"]) == 0
+    assert capsys.readouterr().out == by_itself.out != first
+    plain = shutil.copytree(model, tmp_path / "plain")
+    for path in (*plain.glob("chat_template*"), plain / "tokenizer_config.json"):
+        if path.name == "tokenizer_config.json":
+            kept = json.loads(path.read_text())
+            kept.pop("chat_template", None)
+            path.write_text(json.dumps(kept))
+        else:
+            path.unlink()
+    assert main(["generate", str(plain), *asked]) == 0
+    assert capsys.readouterr() == (first, "template: raw\n")
     for wrong, message in (
         ([model], "generate needs --prompt TEXT"),
         ([config, *words], "names no model.path"),
