@@ -7,6 +7,7 @@ as JSONL that a person can edit and that is read back: kept, edited and rejected
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from r1fast import distributed
 from r1fast.config import Config
 from r1fast.data import Example, load_examples
 from r1fast.evaluate import sample_groups
-from r1fast.hf_folder import write_json
+from r1fast.hf_folder import read_json, write_json
 from r1fast.metrics import say
 from r1fast.policy import Policy
 from r1fast.protocol import join_completion, split_completion
@@ -25,6 +26,7 @@ from r1fast.rewards.score import RewardScorer
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.types import Problem, RolloutGroup
 
+READ_BACK = ("kept_by_hand", "edited", "rejected", "added")  # counted from a person's edit
 SEPARATOR = "\n\n###\n\n"  # between few-shot examples
 
 
@@ -174,6 +176,35 @@ def clean(
             )
         )
     return kept, dropped
+
+
+def was_edited(folder: Path, config: Config) -> bool:
+    """Whether the file to edit holds other examples than those that were trained on."""
+    if not (folder / "trained.jsonl").exists():
+        return False
+    edited = Path(config.cold_start.edited_file or folder / "cold_start.jsonl")
+    try:
+        now = load_examples(edited)
+    except ValueError:  # half edited; training says what is wrong with it
+        return True
+    then = load_examples(folder / "trained.jsonl")
+    return [(e.prompt, e.completion) for e in now] != [(e.prompt, e.completion) for e in then]
+
+
+def reuse(earlier: Path, folder: Path) -> None:
+    """Begin `folder` with the collection of an earlier run and its edit, so nothing is sampled."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("collected.jsonl", "cold_start.jsonl"):
+        if (earlier / name).exists():
+            shutil.copy2(earlier / name, folder / name)
+    accounting = read_json(earlier / "accounting.json")
+    write_json(
+        folder / "accounting.json", {k: v for k, v in accounting.items() if k not in READ_BACK}
+    )
+    say(
+        "cold start: the earlier collection is used again, nothing is sampled; to sample anew, "
+        f"remove {folder} first"
+    )
 
 
 def read_back(collected: Path, edited: Path) -> tuple[list[Example], dict[str, int]]:

@@ -54,6 +54,7 @@ OF_EVALUATION = (
     "data.max_eval_problems", "rollout.max_prompt_tokens", "rollout.max_completion_tokens",
     "rewards.lexicon", "rewards.math_timeout",
 )  # fmt: skip
+DATA_FILES = ("train", "eval", "general", "sft", "preference", "safety")
 SMALL = ("small_base", "distill", "small_rl")
 
 
@@ -105,6 +106,7 @@ class Pipeline:
                     f"stage {name!r} is not in this pipeline{why}; its stages: "
                     f"{', '.join(self.order)}"
                 )
+        self._check_files(start, only)
         began = time.time()
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.skipped:
@@ -124,6 +126,36 @@ class Pipeline:
             stages = f"{len(spent)} stage{'s' * (len(spent) != 1)}"
             say(f"{stages} in {duration(sum(spent))}; this call {duration(time.time() - began)}")
         distributed.barrier()
+
+    def _check_files(self, start: str, only: str) -> None:
+        """Every file that a stage to come will read is there: an error now, not in a week."""
+        first = self.order.index(start) if start else len(self.order)
+        ahead = [n for i, n in enumerate(self.order) if i >= first or not self._manifest(n)]
+        missing: dict[str, str] = {}
+        for name in [only] if only else ahead:
+            config = stage_config(self.config, name)
+            d, c, w, p = config.data, config.cold_start, config.rewards, config.pipeline
+            files = {f"data.{key}": getattr(d, key) for key in DATA_FILES}
+            models = {
+                "rewards.helpfulness_model": w.helpfulness_model,
+                "rewards.safety_model": w.safety_model,
+                "pipeline.base": p.base,
+                "pipeline.small_base": p.small_base,
+            }
+            if name == "cold_start":
+                files["cold_start.few_shot_file"] = c.few_shot_file
+                files["cold_start.edited_file"] = c.edited_file
+                models["cold_start.collector"] = c.collector
+            missing |= {k: v for k, v in files.items() if v and not Path(v).is_file()}
+            missing |= {
+                key: model
+                for key, model in models.items()  # "org/name" may be one of the Hub
+                if (model.startswith(("/", ".", "~")) or model.count("/") > 1)
+                and not Path(model).expanduser().exists()
+            }
+        if missing:
+            lines = "".join(f"\n  {key} = {value!r}" for key, value in missing.items())
+            raise ValueError(f"these files or folders do not exist:{lines}")
 
     def _run_stage(self, name: str) -> None:
         stage, folder = RECIPE[name], self.path(name)
@@ -200,6 +232,9 @@ class Pipeline:
         asked = [line for line, key in keys.items() if _is_under(key, OF_EVALUATION)]
         if trained or not asked or not (self.path(name) / "eval.json").exists():
             say(f"{title}: done before, kept")
+            if name == "cold_start" and cold_start.was_edited(self.path(name), config):
+                edited = Path(config.cold_start.edited_file or "cold_start.jsonl").name
+                say(f"{edited} was edited since; --from cold_start trains on it")
             return True
         say(f"{title}: done before, kept; evaluated again for {', '.join(asked)}")
         policy = self.policy(name)
@@ -219,10 +254,32 @@ class Pipeline:
                 number += 1
                 aside = self.folder / "replaced" / f"{now}-{number}"
             aside.mkdir(parents=True)
+            reused = names[0] == "cold_start" and self._may_reuse_collection()
             for name in existing:
                 self.path(name).rename(aside / name)
+            if reused:
+                cold_start.reuse(aside / "cold_start", self.path("cold_start"))
             say(f"earlier {', '.join(existing)}: moved to {aside}")
         distributed.barrier()
+
+    def _may_reuse_collection(self) -> bool:
+        """Whether sampling for the cold start would ask the same models for the same again."""
+        folder, manifest = self.path("cold_start"), self._manifest("cold_start")
+        if not all((folder / name).exists() for name in ("collected.jsonl", "accounting.json")):
+            return False
+        now = to_dict(stage_config(self.config, "cold_start"))
+        changes = same_config(manifest["config"], now) if manifest else []
+        keys = [line.partition(":")[0] for line in changes]
+        changed = [
+            key
+            for key in keys
+            if _matters("cold_start", key)
+            and not _is_under(key, ("sft", "optim", "cold_start.edited_file"))
+        ]
+        collected = (folder / "collected.jsonl").stat().st_mtime_ns
+        models = (self.path(name) / "model" / "config.json" for name in ("base", "r1_zero"))
+        newer = any(m.stat().st_mtime_ns > collected for m in models if m.exists())
+        return not changed and not newer
 
     def _write_manifest(self, began: float) -> None:
         if not distributed.is_main():
@@ -394,6 +451,7 @@ def _run_cold_start(pipeline: Pipeline, config: Config, folder: Path) -> None:
     if distributed.is_main():
         accounting = read_json(folder / "accounting.json") | counts
         write_json(folder / "accounting.json", accounting)
+        rejection.write_examples(folder / "trained.jsonl", examples)
     say("read back: " + ", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts.items()))
     _sft(pipeline, config, folder, examples, start="base")
 

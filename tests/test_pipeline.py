@@ -240,6 +240,49 @@ def test_an_edited_collection_is_read_back_and_counted(copied, tmp_path):
     assert accounting["sampled"] == 160  # not sampled again
 
 
+def test_an_edit_in_place_is_noticed_and_trained_on(copied, capsys):
+    folder = copied / "cold_start"
+    rows = [row for _, row in read_jsonl(folder / "cold_start.jsonl")]
+    rows[0]["completion"] = rows[0]["completion"].replace("answer", "so answer")
+    write_jsonl(folder / "cold_start.jsonl", rows)
+    said = "cold_start.jsonl was edited since; --from cold_start trains on it"
+    pipeline(copied).run()
+    assert said in capsys.readouterr().out
+    runner = pipeline(copied)
+    runner.order = runner.order[: runner.order.index("cold_start") + 1]
+    runner.run(start="cold_start")
+    assert "nothing is sampled" in " ".join(capsys.readouterr().out.split())
+    accounting = json.loads((folder / "accounting.json").read_text())
+    assert (accounting["sampled"], accounting["edited"], accounting["rejected"]) == (160, 1, 0)
+    trained = [row["completion"] for _, row in read_jsonl(folder / "trained.jsonl")]
+    assert trained == [row["completion"] for row in rows]
+    runner.run()
+    assert said not in capsys.readouterr().out
+
+
+def test_the_collection_is_used_again_only_where_it_would_be_the_same(copied):
+    assert pipeline(copied)._may_reuse_collection()
+    assert pipeline(copied, "--cold_start.edited_file=x", "--sft.epochs=3")._may_reuse_collection()
+    assert not pipeline(copied, "--cold_start.num_samples=9")._may_reuse_collection()
+    os.utime(copied / "r1_zero" / "model" / "config.json")  # another R1-Zero
+    assert not pipeline(copied)._may_reuse_collection()
+
+
+def test_all_missing_files_are_named_before_the_first_stage(tmp_path):
+    runner = pipeline(
+        tmp_path / "run", "--data.task=", "--data.train=no/train.jsonl", "--data.eval=no.jsonl",
+        "--cold_start.edited_file=edit.jsonl", "--rewards.safety_model=./no/model",
+        "--pipeline.base=org/name",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="do not exist") as error:
+        runner.run()
+    assert str(error.value).splitlines()[1:] == [
+        "  data.train = 'no/train.jsonl'", "  data.eval = 'no.jsonl'",
+        "  rewards.safety_model = './no/model'", "  cold_start.edited_file = 'edit.jsonl'",
+    ]  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("option", ["start", "only"])
 def test_an_unknown_stage(tmp_path, option):
     with pytest.raises(ValueError, match=r"stage 'rl_9' is not in .* its stages: base, small_base"):
