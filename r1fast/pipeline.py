@@ -13,40 +13,22 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from r1fast import cold_start, distributed, rejection, running_sum
-from r1fast.assemble import general_problems, make_scorer, problem_sets
+from r1fast import cold_start, distributed
+from r1fast.assemble import make_scorer, problem_sets
 from r1fast.checkpoint import same_config
 from r1fast.claims import claims
 from r1fast.config import STAGES, Config, stage_config, to_dict
-from r1fast.data import load_examples
 from r1fast.evaluate import evaluate
 from r1fast.hf_folder import read_json, write_json
 from r1fast.metrics import duration, rule, say
 from r1fast.policy import Policy, load_policy
-from r1fast.preferences import score_general, train_reward_models
+from r1fast.recipe import RECIPE, asks_r1_zero, evaluate_general
 from r1fast.report import print_stage_table, write_report
-from r1fast.sft import SFTTrainer, encode_examples
-from r1fast.trainer import GRPOTrainer
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One step of the recipe."""
-
-    title: str
-    kind: str  # sft | grpo | data
-    starts_from: str  # the stage whose model it starts from, or whose output it reads
-    needs: tuple[str, ...]  # the stages that must be done
-    sections: tuple[str, ...]  # of the config, beside ALL_STAGES: a change makes it another stage
-    run: Callable[[Pipeline, Config, Path], None]
-
 
 ALL_STAGES = ("seed", "model", "data", "template")
 OF_EVALUATION = (
@@ -68,8 +50,6 @@ class Pipeline:
         if not (config.pipeline.small_base or config.data.task):
             self.skipped = [s for s in self.order if s in SMALL]
             self.order = [s for s in self.order if s not in SMALL]
-
-    # --- models and data -------------------------------------------------------------------------
 
     def path(self, stage: str) -> Path:
         return self.folder / stage
@@ -94,8 +74,6 @@ class Pipeline:
                 folder=self.path(stage),
                 title=f"{stage}: evaluation",
             )
-
-    # --- running ---------------------------------------------------------------------------------
 
     def run(self, *, start: str = "", only: str = "") -> None:
         """Every stage that is not done; from `start` on, or `only` one, again."""
@@ -162,7 +140,7 @@ class Pipeline:
         config = stage_config(self.config, name)
         if self._is_done(name, config):
             return
-        needs = [n for n in stage.needs if n != "r1_zero" or _asks_r1_zero(name, config)]
+        needs = [n for n in stage.needs if n != "r1_zero" or asks_r1_zero(name, config)]
         missing = [n for n in needs if n in self.order and not self._manifest(n)]
         missing += [n for n in needs if n not in self.order and not self._given(n)]
         if missing:
@@ -240,7 +218,7 @@ class Pipeline:
         policy = self.policy(name)
         self.evaluate(policy, config, name)
         if (self.path(name) / "general.json").exists():
-            _evaluate_general(self, policy, config, self.path(name), self.path("reward_models"))
+            evaluate_general(self, policy, config, self.path(name), self.path("reward_models"))
         self._close_stage(name, config, manifest["seconds"])
         return True
 
@@ -319,10 +297,6 @@ def _is_under(key: str, sections: tuple[str, ...]) -> bool:
     return any(key == section or key.startswith(section + ".") for section in sections)
 
 
-def _asks_r1_zero(name: str, config: Config) -> bool:
-    return name != "cold_start" or "r1_zero" in config.cold_start.methods
-
-
 def provenance() -> dict:
     """What a number depends on besides the config."""
     root = Path(__file__).resolve().parent.parent
@@ -334,185 +308,6 @@ def provenance() -> dict:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
-        device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        n = torch.get_num_threads()
+        device = f"{platform.processor() or platform.machine()}, {n} thread{'s' * (n != 1)}"
     return {"commit": commit, "device": device, "torch": torch.__version__}
-
-
-# --- the stages ------------------------------------------------------------------------------------
-
-
-def _run_base(pipeline: Pipeline, config: Config, folder: Path) -> None:
-    """The base model: given, or trained from scratch on the embedded task's corpus."""
-    name = folder.name
-    given = config.pipeline.base if name == "base" else config.pipeline.small_base
-    if given:
-        policy = load_policy(given, dtype=config.model.dtype, device=config.model.device)
-    elif config.data.task:
-        policy = running_sum.new_policy(name, config)
-        num_documents = config.sft.max_steps * config.sft.batch_size
-        corpus = running_sum.base_corpus(num_documents, config.seed, running_sum.GUESSES[name])
-        sequences = running_sum.encode_corpus(corpus, policy)
-        SFTTrainer(
-            policy, config, folder, sequences, stage=name, in_order=True, force=pipeline.force
-        ).run()
-    else:
-        raise ValueError(f"pipeline.{name} is empty: name a Hugging Face folder or model id")
-    pipeline.evaluate(policy, config, name)
-
-
-def _run_grpo(pipeline: Pipeline, config: Config, folder: Path, start: str) -> None:
-    name = folder.name
-    policy = pipeline.policy(start)
-    train, held_out = problem_sets(config)
-    general = general_problems(config)
-    reward_models, tokenizer = pipeline.path("reward_models"), policy.tokenizer
-    rules_only = not general or name != "rl_2"
-    with (
-        make_scorer(config, reward_models, tokenizer=tokenizer, rules_only=rules_only) as scorer,
-        make_scorer(config, tokenizer=tokenizer, rules_only=True) as eval_scorer,
-    ):
-        preferred = scorer.preference is not None
-
-        def quick_eval() -> dict:
-            return evaluate(
-                policy,
-                held_out[: config.eval.every_num_problems],
-                config,
-                eval_scorer,
-                num_samples=config.eval.every_num_samples,
-            )
-
-        GRPOTrainer(
-            policy,
-            config,
-            folder,
-            train,
-            scorer,
-            stage=name,
-            general=general if preferred else None,
-            evaluate=quick_eval,
-            force=pipeline.force,
-        ).run()
-    pipeline.evaluate(policy, config, name)
-    if preferred:
-        _evaluate_general(pipeline, policy, config, folder, reward_models)
-
-
-def _evaluate_general(
-    pipeline: Pipeline, policy: Policy, config: Config, folder: Path, preference: Path
-) -> None:
-    """Preference scores on general prompts before and after RL stage 2, in general.json."""
-    problems = general_problems(config)
-    result = {
-        when: score_general(model, problems, config, preference, config.eval.num_samples)
-        for when, model in (("before", pipeline.policy("sft")), ("after", policy))
-    }
-    if distributed.is_main():
-        write_json(folder / "general.json", result)
-    for name in sorted(result["before"].keys() & result["after"].keys()):
-        say(
-            f"{name} on general prompts: {result['before'][name]:.2f} -> {result['after'][name]:.2f}"
-        )
-
-
-def _collect(pipeline: Pipeline, config: Config, folder: Path) -> None:
-    """Ask a model for long chains of thought, by each of the configured methods."""
-    c, m = config.cold_start, config.model
-    train, _ = problem_sets(config)
-    asked, policies = {}, {}
-    for method in c.methods:
-        asked[method] = stage_config(pipeline.config, "r1_zero") if method == "r1_zero" else config
-        if method == "r1_zero":
-            policies[method] = pipeline.policy("r1_zero")
-        elif c.collector:
-            policies[method] = load_policy(c.collector, dtype=m.dtype, device=m.device)
-        else:
-            policies[method] = pipeline.policy("base")
-        if method == "reflection":  # its prompt asks for these tags
-            asked[method] = replace(
-                config, template=replace(config.template, protocol="think_answer")
-            )
-    with ExitStack() as stack:
-        scorers = {
-            method: stack.enter_context(
-                make_scorer(asked[method], tokenizer=policies[method].tokenizer, rules_only=True)
-            )
-            for method in c.methods
-        }
-        cold_start.collect(policies, train, asked, scorers, config, folder)
-
-
-def _run_cold_start(pipeline: Pipeline, config: Config, folder: Path) -> None:
-    if not (folder / "accounting.json").exists():
-        _collect(pipeline, config, folder)
-    c = config.cold_start
-    edited = Path(c.edited_file) if c.edited_file else folder / "cold_start.jsonl"
-    examples, counts = cold_start.read_back(folder / "collected.jsonl", edited)
-    if distributed.is_main():
-        accounting = read_json(folder / "accounting.json") | counts
-        write_json(folder / "accounting.json", accounting)
-        rejection.write_examples(folder / "trained.jsonl", examples)
-    say("read back: " + ", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts.items()))
-    _sft(pipeline, config, folder, examples, start="base")
-
-
-def _run_rejection(pipeline: Pipeline, config: Config, folder: Path) -> None:
-    train, _ = problem_sets(config)
-    policy = pipeline.policy("rl_1")
-    with make_scorer(config, tokenizer=policy.tokenizer, rules_only=True) as scorer:
-        reasoning = rejection.rejection_sample(policy, train, config, scorer, folder)
-    general = []
-    if config.data.general:
-        general = rejection.general_examples(config.data.general, config, policy)
-    elif config.data.task:
-        general = running_sum.general_examples(config)
-    mixed = rejection.mix(reasoning, general, config.seed)
-    if distributed.is_main():
-        rejection.write_examples(folder / "sft.jsonl", mixed)
-        accounting = read_json(folder / "accounting.json")
-        accounting |= {"reasoning": len(reasoning), "general": len(general)}
-        write_json(folder / "accounting.json", accounting)
-    distributed.barrier()
-
-
-def _sft(pipeline: Pipeline, config: Config, folder: Path, examples: list, start: str) -> None:
-    policy = pipeline.policy(start)
-    sequences = encode_examples(examples, policy, config)
-    SFTTrainer(policy, config, folder, sequences, stage=folder.name, force=pipeline.force).run()
-    pipeline.evaluate(policy, config, folder.name)
-
-
-def _run_sft(pipeline: Pipeline, config: Config, folder: Path) -> None:
-    examples = load_examples(pipeline.path("rejection") / "sft.jsonl")
-    _sft(pipeline, config, folder, examples, start="base")
-
-
-def _run_distill(pipeline: Pipeline, config: Config, folder: Path) -> None:
-    examples = load_examples(pipeline.path("rejection") / "sft.jsonl")
-    _sft(pipeline, config, folder, examples, start="small_base")
-
-
-def _run_reward_models(pipeline: Pipeline, config: Config, folder: Path) -> None:
-    train_reward_models(config, pipeline.model_path("base"), folder)
-
-
-def _grpo_from(start: str) -> Callable[[Pipeline, Config, Path], None]:
-    return lambda pipeline, config, folder: _run_grpo(pipeline, config, folder, start)
-
-
-_SFT = ("sft", "optim")
-_GRPO = ("rollout", "grpo", "rewards", "optim")
-_SAMPLED = ("rollout", "rewards", "sample")
-RECIPE = {
-    "base": Stage("Base model", "sft", "scratch", (), _SFT, _run_base),
-    "small_base": Stage("Small base model", "sft", "scratch", (), _SFT, _run_base),
-    "r1_zero": Stage("R1-Zero", "grpo", "base", ("base",), _GRPO, _grpo_from("base")),
-    "cold_start": Stage("Cold start", "sft", "base", ("base", "r1_zero"), (*_SFT, *_SAMPLED, "cold_start"), _run_cold_start),
-    "rl_1": Stage("RL + language reward", "grpo", "cold_start", ("cold_start",), _GRPO, _grpo_from("cold_start")),
-    "rejection": Stage("Rejection sampling", "data", "rl_1", ("rl_1",), _SAMPLED, _run_rejection),
-    "sft": Stage("SFT from base", "sft", "base", ("base", "rejection"), _SFT, _run_sft),
-    "reward_models": Stage("Reward models", "data", "base", ("base",), _SFT, _run_reward_models),
-    "rl_2": Stage("RL, all scenarios", "grpo", "sft", ("sft",), _GRPO, _grpo_from("sft")),
-    "distill": Stage("Distilled small model", "sft", "small_base", ("small_base", "rejection"), _SFT, _run_distill),
-    "small_rl": Stage("RL on the small base", "grpo", "small_base", ("small_base",), _GRPO, _grpo_from("small_base")),
-}  # fmt: skip
