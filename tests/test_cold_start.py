@@ -230,7 +230,7 @@ def test_few_shot_and_reflection_ask_a_real_model(tmp_path, monkeypatch):
 
 
 def test_the_pipeline_picks_the_model_and_the_tags_of_each_method(tmp_path, monkeypatch):
-    from r1fast import pipeline as module
+    from r1fast import recipe as module
     from r1fast.pipeline import Pipeline
 
     seen = {}
