@@ -62,8 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help", "help") or "--help" in argv or "-h" in argv:
         sys.stdout.write(__doc__)
         return 0 if argv else EXIT_USAGE
-    # before torch: spinning threads slow a shared machine down 20-fold, waiting ones by nothing
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # before torch: idle threads that spin for long take the core another program is using
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         command, target, overrides, options = parse(argv)
         if command in CONFIG_COMMANDS:
