@@ -233,13 +233,14 @@ def test_gathering_makes_no_object_a_byte(tmp_path):
     """Megabytes of samples are gathered in evaluations; a list of small ints is 8 times as large."""
     code = (
         "import tracemalloc, torch.distributed as dist\n"
-        "from r1fast.distributed import gather_objects\n"
+        "from r1fast.distributed import gather_objects, leave\n"
         f"dist.init_process_group('gloo', init_method='file://{tmp_path}/store', rank=0, world_size=1)\n"
         "text = 'x' * 4_000_000\n"
         "tracemalloc.start()\n"
         "assert gather_objects(text) == [text]\n"
         "peak = tracemalloc.get_traced_memory()[1]\n"
         "assert peak < 6 * len(text), peak\n"
+        "leave(0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
