@@ -9,7 +9,7 @@ from r1fast import distributed
 from r1fast.assemble import general_problems, make_scorer, problem_sets
 from r1fast.config import Config, load_config, to_dict
 from r1fast.data import Example, detect_format, gsm8k_examples, load_examples
-from r1fast.evaluate import evaluate, sample_groups
+from r1fast.evaluate import evaluate, sample_groups, short_evaluation
 from r1fast.hf_folder import read_json, write_json
 from r1fast.metrics import note, say, table
 from r1fast.pipeline import Pipeline, provenance
@@ -76,16 +76,6 @@ def _grpo(config: Config, force: bool) -> None:
     policy = _policy(config)
     train, held_out = problem_sets(config)
     with make_scorer(config, tokenizer=policy.tokenizer) as scorer:
-
-        def quick_eval() -> dict:
-            return evaluate(
-                policy,
-                held_out[: config.eval.every_num_problems],
-                config,
-                scorer,
-                num_samples=config.eval.every_num_samples,
-            )
-
         trainer = GRPOTrainer(
             policy,
             config,
@@ -93,7 +83,7 @@ def _grpo(config: Config, force: bool) -> None:
             train,
             scorer,
             general=general_problems(config) if scorer.preference is not None else None,
-            evaluate=quick_eval if held_out else None,
+            evaluate=short_evaluation(policy, held_out, config, scorer) if held_out else None,
             force=force,
         )
         folder = _begin(config, "grpo")

@@ -106,6 +106,16 @@ def evaluate(
     return result
 
 
+def short_evaluation(
+    policy: Policy, problems: list[Problem], config: Config, scorer: RewardScorer
+) -> Callable[[], dict]:
+    """What a trainer calls every `eval.every_steps` steps: few problems, few samples."""
+    e = config.eval
+    return lambda: evaluate(
+        policy, problems[: e.every_num_problems], config, scorer, num_samples=e.every_num_samples
+    )
+
+
 def _rows(groups: list[RolloutGroup], config: Config) -> list[dict]:
     """One stored row a sample."""
     return [

@@ -12,7 +12,7 @@ from r1fast import cold_start, distributed, rejection, running_sum
 from r1fast.assemble import general_problems, make_scorer, problem_sets
 from r1fast.config import Config, stage_config
 from r1fast.data import load_examples
-from r1fast.evaluate import evaluate
+from r1fast.evaluate import short_evaluation
 from r1fast.hf_folder import read_json, write_json
 from r1fast.metrics import say
 from r1fast.policy import Policy, load_policy
@@ -71,16 +71,6 @@ def _run_grpo(pipeline: Pipeline, config: Config, folder: Path, start: str) -> N
         make_scorer(config, tokenizer=tokenizer, rules_only=True) as eval_scorer,
     ):
         preferred = scorer.preference is not None
-
-        def quick_eval() -> dict:
-            return evaluate(
-                policy,
-                held_out[: config.eval.every_num_problems],
-                config,
-                eval_scorer,
-                num_samples=config.eval.every_num_samples,
-            )
-
         GRPOTrainer(
             policy,
             config,
@@ -89,7 +79,7 @@ def _run_grpo(pipeline: Pipeline, config: Config, folder: Path, start: str) -> N
             scorer,
             stage=name,
             general=general if preferred else None,
-            evaluate=quick_eval,
+            evaluate=short_evaluation(policy, held_out, config, eval_scorer),
             force=pipeline.force,
         ).run()
     pipeline.evaluate(policy, config, name)
