@@ -47,10 +47,7 @@ def build_tokenizer(path: Path) -> None:
 
 
 def make_problems(num: int, seed: int, *, held_out: bool = False) -> list[Problem]:
-    """Distinct sums. Held-out problems have an even digit total, training ones an odd or even rest.
-
-    The two sets never meet: a hash of the digits decides where a problem belongs.
-    """
+    """Distinct sums. Training and held-out ones never meet: `is_held_out` decides by the digits."""
     rng = random.Random(f"running_sum/{seed}/{held_out}")
     seen, problems = set(), []
     while len(problems) < num:
