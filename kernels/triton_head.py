@@ -30,36 +30,36 @@ SLAB = 16384  # vocabulary rows of W cast at a time where its dtype is not E's
 
 @dataclass(frozen=True)
 class Config:
-    """One tile shape. `halves` splits the tile's columns in the epilogue: fewer live registers."""
+    """One tile shape. The epilogue takes the columns in `splits` pieces: fewer live registers."""
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
     num_warps: int
     num_stages: int
-    halves: int = 1
+    splits: int = 1  # twice as many with a soft-cap
     tma: bool = False
 
 
 # (compute capability, bits of the input). tests/test_aot.py compiles each: no spills, memory fits
 CONFIGS: dict[tuple[int, int], list[Config]] = {
-    (80, 16): [Config(128, 256, 32, num_warps=8, num_stages=3, halves=2)],
-    (80, 32): [Config(128, 64, 32, num_warps=4, num_stages=3)],
+    (80, 16): [Config(128, 256, 32, num_warps=8, num_stages=3, splits=4)],
+    (80, 32): [Config(128, 64, 32, num_warps=8, num_stages=3)],
     (90, 16): [
-        Config(128, 256, 64, num_warps=8, num_stages=3, halves=2, tma=True),
-        Config(128, 256, 64, num_warps=8, num_stages=3, halves=2),
+        Config(128, 256, 64, num_warps=8, num_stages=4, splits=4, tma=True),
+        Config(128, 128, 64, num_warps=8, num_stages=4, splits=4),
     ],
     (90, 32): [
-        Config(128, 64, 32, num_warps=4, num_stages=3, tma=True),
-        Config(128, 64, 32, num_warps=4, num_stages=3),
+        Config(128, 128, 32, num_warps=8, num_stages=3, splits=2, tma=True),
+        Config(128, 128, 32, num_warps=8, num_stages=3, splits=2),
     ],
     (100, 16): [
-        Config(128, 256, 64, num_warps=8, num_stages=3, halves=2, tma=True),
-        Config(128, 256, 64, num_warps=8, num_stages=3, halves=2),
+        Config(128, 256, 64, num_warps=8, num_stages=4, splits=4, tma=True),
+        Config(128, 256, 64, num_warps=8, num_stages=4, splits=4),
     ],
     (100, 32): [
-        Config(128, 64, 32, num_warps=4, num_stages=3, tma=True),
-        Config(128, 64, 32, num_warps=4, num_stages=3),
+        Config(128, 64, 32, num_warps=8, num_stages=3, tma=True),
+        Config(128, 64, 32, num_warps=8, num_stages=3),
     ],
 }
 
@@ -91,24 +91,24 @@ def _tile(num_m, num_n, group_m):
 
 @triton.jit
 def _columns(
-    u, first: tl.constexpr, c, y, bias_ptr, E_ptr, R, V, stride_e, inv_temperature, softcap,
+    u, first: tl.constexpr, c, y, bias_ptr, E_ptr, R, V, padded, stride_e,
+    inv_temperature, softcap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, KEEP: tl.constexpr, WANT_SZ: tl.constexpr,
 ):  # fmt: skip
     """Scores (BLOCK_M, columns) -> E, stored, and these columns' part of s and sz (BLOCK_M,).
 
-    Pointers, `R`, `V` and `y` are relative to the tile: 32-bit indices take half the registers.
+    Pointers, `R`, `V`, `padded` and `y` are relative to the tile: 32-bit indices take half the registers.
     """
     rows, cols = tl.arange(0, u.shape[0]), first + tl.arange(0, u.shape[1])
     in_vocab = cols < V
     if HAS_BIAS:
         u += tl.load(bias_ptr + cols, mask=in_vocab, other=0.0).to(tl.float32)[None, :]
     if SOFTCAP:
-        x = u * (1.0 / softcap)
-        q = tl.exp(-2 * tl.abs(x))
-        r = 1 / (1 + q)
-        u = tl.where(x < 0, -softcap, softcap) * ((1 - q) * r)
-        slope = 4 * q * r * r  # 1 - tanh^2, without cancellation
-    d = u * inv_temperature - c[:, None]
+        r = 1 / (1 + tl.exp(u * (2 / softcap)))  # tanh = 1 - 2 r, 1 - tanh^2 = 4 r (1 - r)
+        top = softcap * inv_temperature
+        d = (top - c)[:, None] - 2 * top * r
+    else:
+        d = u * inv_temperature - c[:, None]
     e = tl.where(in_vocab[None, :] & (cols[None, :] != y[:, None]), tl.exp(d), 0.0)
     s = tl.sum(e, 1)
     sz = s
@@ -116,10 +116,39 @@ def _columns(
         sz = tl.sum(tl.where(e != 0, e * d, 0.0), 1)  # d is -inf where a bias of -inf bans a token
     if KEEP:
         if SOFTCAP:
-            e *= slope
+            e *= 4 * r * (1 - r)
         at = E_ptr + rows[:, None] * stride_e + cols[None, :]
-        tl.store(at, e.to(E_ptr.dtype.element_ty), mask=(rows < R)[:, None] & in_vocab[None, :])
+        # the padding is stored too, as 0: its end is a multiple of PAD, so stores are 16 bytes wide
+        stored = (rows < R)[:, None] & (cols < padded)[None, :]
+        tl.store(at, e.to(E_ptr.dtype.element_ty), mask=stored)
     return s, sz
+
+
+@triton.jit
+def _halves(x):
+    """(M, N) -> two of (M, N / 2), left and right."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _quarters(x):
+    left, right = _halves(x)
+    return _halves(left) + _halves(right)
+
+
+@triton.jit
+def _split(x, SPLITS: tl.constexpr):
+    """(M, N) -> a tuple of 1, 2, 4 or 8 pieces side by side."""
+    if SPLITS == 1:
+        pieces = (x,)
+    elif SPLITS == 2:
+        pieces = _halves(x)
+    elif SPLITS == 4:
+        pieces = _quarters(x)
+    else:
+        left, right = _halves(x)
+        pieces = _quarters(left) + _quarters(right)
+    return pieces
 
 
 @triton.jit
@@ -127,7 +156,7 @@ def _epilogue(
     acc, pid_m, pid_n, bias_ptr, target_ptr, anchor_ptr, E_ptr, s_ptr, sz_ptr,
     R, V, stride_e, inv_temperature, softcap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, KEEP: tl.constexpr, WANT_SZ: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     row, col = pid_m * BLOCK_M, pid_n * BLOCK_N  # int64
     E_ptr += row * stride_e + col
@@ -135,27 +164,19 @@ def _epilogue(
     s_ptr += pid_n * R + row
     sz_ptr += pid_n * R + row
     R, V = (R - row).to(tl.int32), (V - col).to(tl.int32)  # what is left from here on
+    padded = tl.multiple_of((stride_e - col).to(tl.int32), 16)
     rows = tl.arange(0, BLOCK_M)
     c = tl.load(anchor_ptr + row + rows, mask=rows < R, other=0.0)
     y = (tl.load(target_ptr + row + rows, mask=rows < R, other=-1) - col).to(tl.int32)
-    if HALVES == 2:
-        halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-        left, right = tl.split(halves)
-        s, sz = _columns(
-            left, 0, c, y, bias_ptr, E_ptr, R, V, stride_e, inv_temperature, softcap,
-            HAS_BIAS, SOFTCAP, KEEP, WANT_SZ,
+    s, sz = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    pieces = _split(acc, SPLITS)
+    for i in tl.static_range(SPLITS):
+        s_piece, sz_piece = _columns(
+            pieces[i], i * (BLOCK_N // SPLITS), c, y, bias_ptr, E_ptr, R, V, padded, stride_e,
+            inv_temperature, softcap, HAS_BIAS, SOFTCAP, KEEP, WANT_SZ,
         )  # fmt: skip
-        s_right, sz_right = _columns(
-            right, BLOCK_N // 2, c, y, bias_ptr, E_ptr, R, V, stride_e, inv_temperature, softcap,
-            HAS_BIAS, SOFTCAP, KEEP, WANT_SZ,
-        )  # fmt: skip
-        s += s_right
-        sz += sz_right
-    else:
-        s, sz = _columns(
-            acc, 0, c, y, bias_ptr, E_ptr, R, V, stride_e, inv_temperature, softcap,
-            HAS_BIAS, SOFTCAP, KEEP, WANT_SZ,
-        )  # fmt: skip
+        s += s_piece
+        sz += sz_piece
     tl.store(s_ptr + rows, s, mask=rows < R)
     if WANT_SZ:
         tl.store(sz_ptr + rows, sz, mask=rows < R)
@@ -166,7 +187,7 @@ def _head_fwd_kernel(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, anchor_ptr, E_ptr, s_ptr, sz_ptr,
     R, V, D, stride_h, stride_wv, stride_wd, stride_e, group_m, inv_temperature, softcap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, KEEP: tl.constexpr, WANT_SZ: tl.constexpr,
-    EVEN_D: tl.constexpr, PRECISION: tl.constexpr, HALVES: tl.constexpr,
+    EVEN_D: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = _tile(tl.cdiv(R, BLOCK_M), tl.cdiv(V, BLOCK_N), group_m)
@@ -190,7 +211,7 @@ def _head_fwd_kernel(
     _epilogue(
         acc, pid_m, pid_n, bias_ptr, target_ptr, anchor_ptr, E_ptr, s_ptr, sz_ptr,
         R, V, stride_e, inv_temperature, softcap,
-        HAS_BIAS, SOFTCAP, KEEP, WANT_SZ, BLOCK_M, BLOCK_N, HALVES,
+        HAS_BIAS, SOFTCAP, KEEP, WANT_SZ, BLOCK_M, BLOCK_N, SPLITS,
     )  # fmt: skip
 
 
@@ -199,7 +220,7 @@ def _head_fwd_tma_kernel(
     hidden_desc, weight_desc, bias_ptr, target_ptr, anchor_ptr, E_ptr, s_ptr, sz_ptr,
     R, V, D, stride_e, group_m, inv_temperature, softcap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, KEEP: tl.constexpr, WANT_SZ: tl.constexpr,
-    PRECISION: tl.constexpr, HALVES: tl.constexpr,
+    PRECISION: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """As `_head_fwd_kernel`; the tensor memory accelerator (sm_90 on) loads the tiles, 0 outside."""
@@ -213,7 +234,7 @@ def _head_fwd_tma_kernel(
     _epilogue(
         acc, pid_m, pid_n, bias_ptr, target_ptr, anchor_ptr, E_ptr, s_ptr, sz_ptr,
         R, V, stride_e, inv_temperature, softcap,
-        HAS_BIAS, SOFTCAP, KEEP, WANT_SZ, BLOCK_M, BLOCK_N, HALVES,
+        HAS_BIAS, SOFTCAP, KEEP, WANT_SZ, BLOCK_M, BLOCK_N, SPLITS,
     )  # fmt: skip
 
 
@@ -442,7 +463,7 @@ def forward(
         scalars = (stride_e, min(group_m, num_m), float(inv_temperature), float(softcap or 1.0))
         options = {
             "HAS_BIAS": bias is not None, "SOFTCAP": bool(softcap), "KEEP": keep,
-            "WANT_SZ": want_sz, "HALVES": config.halves, "PRECISION": precision(hidden.dtype),
+            "WANT_SZ": want_sz, "SPLITS": config.splits * (2 if softcap else 1), "PRECISION": precision(hidden.dtype),
             "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K,
             "num_warps": config.num_warps, "num_stages": config.num_stages,
         }  # fmt: skip
