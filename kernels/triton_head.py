@@ -301,27 +301,23 @@ def _dbias_kernel(
 
 
 class Exponentials:
-    """E (R, V) of one chunk, in a workspace that the caller may use again once it is done."""
+    """E of one chunk: what its backward needs. Lives in the workspace given to `forward`."""
 
     def __init__(self, E: Tensor):  # (R, V), rows PAD-aligned
         self.E = E
-
-    @property
-    def num_rows(self) -> int:
-        return self.E.shape[0]
 
     def dense(self) -> Tensor:  # (R, V), a view
         return self.E
 
     def compact(self, idx: Tensor) -> None:  # (R',) int64, increasing
         """Keep the rows `idx` and no others, in place. Raises ValueError for a wrong dtype."""
-        if idx.dim() != 1 or idx.dtype != torch.int64 or len(idx) > self.num_rows:
+        if idx.dim() != 1 or idx.dtype != torch.int64 or len(idx) > len(self.E):
             raise ValueError(
-                f"idx must be at most {self.num_rows} increasing int64 row numbers, got "
+                f"idx must be at most {len(self.E)} increasing int64 row numbers, got "
                 f"{tuple(idx.shape)} of {idx.dtype}"
             )
         num_kept, (_, V) = len(idx), self.E.shape
-        if 0 < num_kept < self.num_rows:  # all rows: nothing to move
+        if 0 < num_kept < len(self.E):  # all rows: nothing to move
             BLOCK_V = 256
             _compact_kernel[(triton.cdiv(V, BLOCK_V),)](
                 self.E, idx.contiguous(), num_kept, V, self.E.stride(0),
@@ -378,18 +374,17 @@ class Exponentials:
 
     def _check_rows(self, **tensors: Tensor) -> None:
         for name, x in tensors.items():
-            if len(x) != self.num_rows:
-                raise ValueError(
-                    f"{name} must have E's {self.num_rows} rows, got {tuple(x.shape)}"
-                )
+            if len(x) != len(self.E):
+                raise ValueError(f"{name} must have E's {len(self.E)} rows, got {tuple(x.shape)}")
 
 
+@torch.no_grad()  # `out=` refuses a weight that requires a gradient
 def _mm_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-    """out = a @ b, or += : float32 out whatever the inputs' dtype, and no temporary of out's size."""
+    """out = a @ b, or +=, in float32 whatever the inputs' dtype; no temporary of out's size."""
     if not a.shape[1]:  # an empty sum; cuBLAS is not asked
         if not accumulate:
             out.zero_()
-    elif a.dtype == torch.float32 or not a.is_cuda:  # CPU: the interpreter's tests
+    elif a.dtype == torch.float32 or a.is_cpu:  # the CPU (interpreter) has no out_dtype
         a, b = a.float(), b.float()
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
     elif accumulate:
@@ -415,6 +410,7 @@ def choose_config(hidden: Tensor, weight: Tensor) -> Config:
 def _tma_fits(*tensors: Tensor) -> bool:
     return all(
         x.stride(1) == 1
+        and x.stride(0) >= x.shape[1]
         and x.stride(0) * x.element_size() % 16 == 0
         and x.data_ptr() % 16 == 0
         for x in tensors
@@ -455,7 +451,7 @@ def forward(
     parts = hidden.new_empty(1 + want_sz, num_n, R, dtype=torch.float32)
     sums = hidden.new_zeros(1 + want_sz, R, dtype=torch.float32)
     if R and V:
-        group_m = max(1, GROUP_BYTES // (config.BLOCK_M * D * hidden.element_size()))
+        group_m = max(1, GROUP_BYTES // max(1, config.BLOCK_M * D * hidden.element_size()))
         args = (
             hidden if bias is None else bias.contiguous(), target_ids.contiguous(),
             anchor.contiguous(), E if keep else parts, parts[0], parts[-1], R, V, D,
