@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
+from numerics import assert_accurate
 
-from r1fast.kernels.advantages import group_advantages
+from r1fast.kernels.advantages import group_advantages, has_signal
 
 
 def advantages(rewards, **kwargs):
@@ -81,6 +82,10 @@ def test_equals_trl_and_numpy():
         ([[math.inf, 0.0]], {}, "group 0 are not finite"),
         ([[1.0]], {"scale": "token"}, "scale must be group, batch or none, got 'token'"),
         ([[1.0]], {"std": "biased"}, "std must be population or sample, got 'biased'"),
+        ([[1.0]], {"baseline": "none"}, "baseline must be mean or leave_one_out, got 'none'"),
+        ([[1.0]], {"backend": "cuda"}, "backend must be .*, got 'cuda'"),
+        ([[1.0]], {"verdicts": torch.tensor([1])}, r"the rewards' shape \(1, 1\), got \(1,\)"),
+        ([[1.0]], {"verdicts": torch.tensor([[1.0]])}, "must be integers, .* got torch.float32"),
     ],
 )
 def test_bad_input(rewards, kwargs, message):
@@ -96,3 +101,97 @@ def test_a_constant_group_is_zero_without_eps(scale):
     assert advantages.isfinite().all()
     assert advantages[1].abs().min() > 0
     assert group_advantages(rewards[:1], scale=scale, eps=0.0).tolist() == [[0, 0, 0]]
+
+
+def test_rewards_must_be_float():
+    with pytest.raises(ValueError, match=r"rewards must be float, got torch\.int64"):
+        group_advantages(torch.tensor([[1, 2]]))
+
+
+def test_leave_one_out_compares_with_the_mean_of_the_others():
+    result = advantages([[0.0, 2.0, 2.0, 4.0]], baseline="leave_one_out", scale="none")
+    assert result[0] == pytest.approx([0 - 8 / 3, 2 - 2, 2 - 2, 4 - 4 / 3])
+    assert advantages([[3.0], [5.0]], baseline="leave_one_out") == [[0.0], [0.0]]
+    scaled = advantages([[0.0, 2.0]], baseline="leave_one_out", eps=0.0)  # std 1
+    assert scaled == [[-2.0, 2.0]]
+
+
+BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
+
+
+@BACKENDS
+def test_equal_verdicts_hide_float_noise(backend, device):
+    noisy, clear, large = 0.1 + 0.2, 0.3001, 3e6
+    rewards = torch.tensor(
+        [[0.3, noisy, 0.3], [0.3, noisy, 0.3], [0.3, clear, 0.3], [large, large + 1, large],
+         [0.1, 0.1, 0.1]],
+        dtype=torch.float64, device=device,
+    )  # fmt: skip
+    same, mixed = [1, 1, 1], [1, 0, 1]
+    verdicts = torch.tensor([same, mixed, same, same, mixed], device=device)
+    expected = [False, True, True, False, False]
+    kwargs = {"eps": 0.0, "backend": backend}
+    for kind in (torch.int64, torch.int32, torch.int8):
+        result = group_advantages(rewards, verdicts=verdicts.to(kind), **kwargs)
+        assert (result != 0).any(1).tolist() == expected
+        assert has_signal(rewards, verdicts.to(kind)).tolist() == expected
+    # without verdicts only equal rewards are without signal
+    assert has_signal(rewards).tolist() == [True, True, True, True, False]
+    assert (group_advantages(rewards, **kwargs) != 0).any(1).tolist() == has_signal(
+        rewards
+    ).tolist()
+
+
+@pytest.mark.parametrize("N", [1, 5, 33])
+@pytest.mark.parametrize("G", [1, 2, 3, 8, 16, 64])
+def test_kernel_equals_reference(N, G, device):
+    generator = torch.Generator().manual_seed(100 * N + G)
+    exact = torch.randint(5, (N, G), generator=generator).double() / 10
+    exact[::3] = exact[::3, :1]  # groups without signal
+    verdicts = (exact > 0.15).long().to(device)
+    exact = exact.to(device)
+    for n, (scale, baseline) in enumerate(
+        [(s, b) for s in ("group", "batch", "none") for b in ("mean", "leave_one_out")]
+    ):
+        kwargs = {
+            "scale": scale, "baseline": baseline, "std": ["population", "sample"][(n + G) % 2],
+            "eps": [1e-4, 1e-6][n % 2], "verdicts": verdicts if n % 3 == 0 else None,
+        }  # fmt: skip
+        truth = group_advantages(exact, backend="torch", **kwargs)
+        double = group_advantages(exact, backend="triton", **kwargs)
+        torch.testing.assert_close(double, truth, rtol=1e-12, atol=1e-12)
+        assert ((double == 0).all(1) == (truth == 0).all(1)).all()
+        single = group_advantages(exact.float(), backend="triton", **kwargs)
+        plain = group_advantages(exact.float(), backend="torch", **kwargs)
+        assert single.dtype == torch.float32
+        truth = group_advantages(exact.float().double(), backend="torch", **kwargs)
+        assert_accurate(str(kwargs), single, plain, truth, floor=2e-6)
+
+
+@BACKENDS
+def test_any_layout_and_dtype(backend, device):
+    rewards = torch.rand(6, 5, generator=torch.Generator().manual_seed(0)).to(device)
+    expected = group_advantages(rewards.contiguous(), backend="torch")
+    transposed = rewards.t().contiguous().t()
+    torch.testing.assert_close(group_advantages(transposed, backend=backend), expected)
+    half = group_advantages(rewards.bfloat16(), backend=backend)
+    assert half.dtype == torch.bfloat16
+    expected = group_advantages(rewards.bfloat16().double(), backend="torch")
+    torch.testing.assert_close(half.double(), expected, rtol=0.01, atol=0.01)
+    assert group_advantages(rewards[:0], backend=backend).shape == (0, 5)
+
+
+@BACKENDS
+def test_a_given_batch_std_is_taken(backend, device):
+    rewards = torch.tensor([[0.0, 1.0], [2.0, 5.0]], dtype=torch.float64, device=device)
+    for sigma in (torch.tensor(2.0), torch.tensor(2.0, dtype=torch.float64)):
+        given = group_advantages(rewards, scale="batch", eps=0.0, batch_std=sigma, backend=backend)
+        assert given.tolist() == [[-0.25, 0.25], [-0.75, 0.75]]
+
+
+@BACKENDS
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_rewards_are_exactly_zero_on_either_backend(scale, backend, device):
+    rewards = torch.tensor([[0.1] * 3, [0.7] * 3], device=device)
+    result = group_advantages(rewards, scale=scale, eps=0.0, backend=backend)
+    assert result.tolist() == [[0.0] * 3] * 2
