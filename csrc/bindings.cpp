@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "epilogue.hpp"
+#include "head.hpp"
 #include "packing.hpp"
 
 namespace py = pybind11;
@@ -77,10 +79,185 @@ r1fast::FlatBins pack(const py::object& lengths, const py::object& token_budget)
   return r1fast::pack(values, budget);
 }
 
+// An address from Tensor.data_ptr(), or 0. The caller, kernels/cpu_head.py, has checked dtypes, shapes and strides.
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Calls body with an element type of the given dtype.
+template <class Body>
+void with_dtype(bool bf16, const Body& body) {
+  py::gil_scoped_release release;
+  if (bf16) {
+    body(r1fast::Bf16{});
+  } else {
+    body(0.0f);
+  }
+}
+
+// The head. The native_ functions are compiled for x86-64 alone, and run where `head_native` says so.
+void bind_head(py::module_& m) {
+  using r1fast::Bf16;
+  using Address = uintptr_t;
+
+  m.def(
+      "head_native",
+      [](bool bf16) {
+#if defined(__x86_64__)
+        return r1fast::native_supported(bf16);
+#else
+        return false && bf16;
+#endif
+      },
+      py::arg("bf16"), "Whether this CPU runs the native_ functions.");
+
+  m.def("head_ld", &r1fast::head_ld, py::arg("num_rows"), "Words between two rows of the transposed E.");
+
+  m.def("head_words", &r1fast::head_words, py::arg("num_rows"), py::arg("vocab_size"), py::arg("bf16"),
+        "Words of 32 bits that hold the transposed E.");
+
+  m.def(
+      "epilogue",
+      [](Address z, int64_t ld, bool bf16, int64_t num_rows, int64_t vocab_size, Address bias, Address target_ids,
+         Address anchor, float inv_temperature, float softcap, Address s, Address sz, const std::string& level,
+         int64_t num_threads) {
+        const r1fast::LogitMap map{at<float>(bias), at<int64_t>(target_ids), at<float>(anchor), inv_temperature,
+                                   softcap};
+        with_dtype(bf16, [&](auto kind) {
+          r1fast::epilogue(at<decltype(kind)>(z), ld, num_rows, vocab_size, map, at<float>(s), at<float>(sz), level,
+                           num_threads);
+        });
+      },
+      py::arg("z"), py::arg("ld"), py::arg("bf16"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("bias"),
+      py::arg("target_ids"), py::arg("anchor"), py::arg("inv_temperature"), py::arg("softcap"), py::arg("s"),
+      py::arg("sz"), py::arg("level"), py::arg("num_threads"), "z (R, V) becomes E in place; s and sz are written.");
+
+  m.def(
+      "affine_rows",
+      [](Address e, int64_t ld, bool bf16, int64_t num_rows, int64_t vocab_size, Address a, Address b,
+         const std::string& level, int64_t num_threads) {
+        with_dtype(bf16, [&](auto kind) {
+          r1fast::affine_rows(at<decltype(kind)>(e), ld, num_rows, vocab_size, at<float>(a), at<float>(b), level,
+                              num_threads);
+        });
+      },
+      py::arg("e"), py::arg("ld"), py::arg("bf16"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("a"),
+      py::arg("b"), py::arg("level"), py::arg("num_threads"), "E (R, V) becomes E (a + b log E) in place.");
+
+  m.def(
+      "compact_rows",
+      [](Address e, int64_t ld, bool bf16, int64_t vocab_size, Address kept, int64_t num_kept, int64_t num_threads) {
+        with_dtype(bf16, [&](auto kind) {
+          r1fast::compact_rows(at<decltype(kind)>(e), ld, vocab_size, at<int64_t>(kept), num_kept, num_threads);
+        });
+      },
+      py::arg("e"), py::arg("ld"), py::arg("bf16"), py::arg("vocab_size"), py::arg("kept"), py::arg("num_kept"),
+      py::arg("num_threads"), "Moves the kept rows of E (R, V) to its head.");
+
+#if defined(__x86_64__)
+  using r1fast::HeadView;
+  using r1fast::Word;
+
+  m.def(
+      "native_forward",
+      [](Address hidden, int64_t ld_hidden, Address weight, int64_t ld_weight, int64_t width, bool bf16, Address bias,
+         Address target_ids, Address anchor, float inv_temperature, float softcap, Address e, int64_t ld,
+         int64_t num_rows, int64_t vocab_size, Address s, Address sz, int64_t num_threads) {
+        const r1fast::LogitMap map{at<float>(bias), at<int64_t>(target_ids), at<float>(anchor), inv_temperature,
+                                   softcap};
+        const HeadView view{at<Word>(e), ld, num_rows, vocab_size};
+        with_dtype(bf16, [&](auto kind) {
+          using T = decltype(kind);
+          r1fast::head_forward(at<const T>(hidden), ld_hidden, at<const T>(weight), ld_weight, width, map, view,
+                               at<float>(s), at<float>(sz), num_threads);
+        });
+      },
+      py::arg("hidden"), py::arg("ld_hidden"), py::arg("weight"), py::arg("ld_weight"), py::arg("width"),
+      py::arg("bf16"), py::arg("bias"), py::arg("target_ids"), py::arg("anchor"), py::arg("inv_temperature"),
+      py::arg("softcap"), py::arg("e"), py::arg("ld"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("s"),
+      py::arg("sz"), py::arg("num_threads"), "Writes E, transposed (or not, if e is 0), s and sz (if not 0).");
+
+  m.def(
+      "native_dhidden",
+      [](Address e, int64_t ld, int64_t num_rows, int64_t vocab_size, Address weight, int64_t ld_weight,
+         int64_t width, bool bf16, Address dhidden, int64_t num_threads) {
+        const HeadView view{at<Word>(e), ld, num_rows, vocab_size};
+        with_dtype(bf16, [&](auto kind) {
+          r1fast::head_dhidden(view, at<const decltype(kind)>(weight), ld_weight, width, at<float>(dhidden),
+                               num_threads);
+        });
+      },
+      py::arg("e"), py::arg("ld"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("weight"),
+      py::arg("ld_weight"), py::arg("width"), py::arg("bf16"), py::arg("dhidden"), py::arg("num_threads"),
+      "dhidden = E @ W.");
+
+  m.def(
+      "native_dweight",
+      [](Address e, int64_t ld, int64_t num_rows, int64_t vocab_size, bool bf16, Address x, int64_t ld_x,
+         bool x_bf16, int64_t width, Address dweight, int64_t ld_dweight, bool accumulate, int64_t num_threads) {
+        if (x_bf16 && !bf16) throw std::invalid_argument("an fp32 E takes an fp32 x");
+        const HeadView view{at<Word>(e), ld, num_rows, vocab_size};
+        with_dtype(x_bf16, [&](auto kind) {
+          const auto* rows = at<const decltype(kind)>(x);
+          if constexpr (sizeof kind == sizeof(float)) {
+            if (!bf16) {
+              return r1fast::head_dweight<false>(view, rows, ld_x, width, at<float>(dweight), ld_dweight, accumulate,
+                                                 num_threads);
+            }
+          }
+          r1fast::head_dweight<true>(view, rows, ld_x, width, at<float>(dweight), ld_dweight, accumulate,
+                                     num_threads);
+        });
+      },
+      py::arg("e"), py::arg("ld"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("bf16"), py::arg("x"),
+      py::arg("ld_x"), py::arg("x_bf16"), py::arg("width"), py::arg("dweight"), py::arg("ld_dweight"),
+      py::arg("accumulate"), py::arg("num_threads"), "dweight = or += E^T @ x, x (R, D).");
+
+  m.def(
+      "native_dbias",
+      [](Address e, int64_t ld, int64_t num_rows, int64_t vocab_size, bool bf16, Address x, Address dbias,
+         bool accumulate, int64_t num_threads) {
+        const HeadView view{at<Word>(e), ld, num_rows, vocab_size};
+        with_dtype(bf16, [&](auto kind) {
+          r1fast::head_dbias<sizeof kind == sizeof(Bf16)>(view, at<float>(x), at<float>(dbias), accumulate,
+                                                          num_threads);
+        });
+      },
+      py::arg("e"), py::arg("ld"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("bf16"), py::arg("x"),
+      py::arg("dbias"), py::arg("accumulate"), py::arg("num_threads"), "dbias = or += E^T @ x, x (R).");
+
+  m.def(
+      "native_affine",
+      [](Address e, int64_t ld, int64_t num_rows, int64_t vocab_size, bool bf16, Address a, Address b,
+         int64_t num_threads) {
+        const HeadView view{at<Word>(e), ld, num_rows, vocab_size};
+        with_dtype(bf16, [&](auto kind) {
+          r1fast::head_affine<sizeof kind == sizeof(Bf16)>(view, at<float>(a), at<float>(b), num_threads);
+        });
+      },
+      py::arg("e"), py::arg("ld"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("bf16"), py::arg("a"),
+      py::arg("b"), py::arg("num_threads"), "E becomes E (a + b log E) in place.");
+
+  m.def(
+      "native_compact",
+      [](Address e, int64_t ld, int64_t num_rows, int64_t vocab_size, bool bf16, Address kept, int64_t num_kept,
+         int64_t num_threads) {
+        const HeadView view{at<Word>(e), ld, num_rows, vocab_size};
+        py::gil_scoped_release release;
+        r1fast::head_compact(view, bf16, at<int64_t>(kept), num_kept, num_threads);
+      },
+      py::arg("e"), py::arg("ld"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("bf16"), py::arg("kept"),
+      py::arg("num_kept"), py::arg("num_threads"), "Moves the kept rows' columns of the transposed E to its head.");
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU-side hot loops of r1fast. Signatures and shapes are in _C.pyi.";
+
+  bind_head(m);
 
   m.def(
       "pack",

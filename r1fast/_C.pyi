@@ -30,3 +30,131 @@ def pack_balanced(
 
 def lower_bound(lengths: Lengths, token_budget: int) -> int:
     """No packing uses fewer micro-batches (Martello and Toth's L2; at least ceil(sum / token_budget))."""
+
+# What follows is called by kernels/cpu_head.py alone, which knows the layouts: an address is Tensor.data_ptr(), 0 for an
+# absent tensor; strides and sizes count elements. Results are the same bits for any `num_threads`. The GIL is released.
+Address: TypeAlias = int
+
+def head_native(bf16: bool) -> bool:
+    """Whether this CPU runs the native_ functions, for float32 or bfloat16."""
+
+def head_ld(num_rows: int) -> int:
+    """Words of 32 bits between two rows of the transposed E of `num_rows` rows of hidden."""
+
+def head_words(num_rows: int, vocab_size: int, bf16: bool) -> int:
+    """Words of 32 bits that hold the transposed E."""
+
+def epilogue(
+    z: Address,  # (R, V) float32 or bfloat16, becomes E
+    ld: int,
+    bf16: bool,
+    num_rows: int,
+    vocab_size: int,
+    bias: Address,  # (V,) or 0
+    target_ids: Address,  # (R,) int64
+    anchor: Address,  # (R,)
+    inv_temperature: float,
+    softcap: float,  # 0: none
+    s: Address,  # (R,), written
+    sz: Address,  # (R,), written, or 0
+    level: str,  # auto, baseline, avx2, avx512; ValueError for one that this CPU does not have
+    num_threads: int,
+) -> None: ...
+def affine_rows(
+    e: Address,  # (R, V)
+    ld: int,
+    bf16: bool,
+    num_rows: int,
+    vocab_size: int,
+    a: Address,  # (R,)
+    b: Address,  # (R,)
+    level: str,
+    num_threads: int,
+) -> None: ...
+def compact_rows(
+    e: Address,  # (R, V)
+    ld: int,
+    bf16: bool,
+    vocab_size: int,
+    kept: Address,  # (num_kept,) int64, increasing
+    num_kept: int,
+    num_threads: int,
+) -> None: ...
+def native_forward(
+    hidden: Address,  # (R, D)
+    ld_hidden: int,
+    weight: Address,  # (V, D)
+    ld_weight: int,
+    width: int,
+    bf16: bool,
+    bias: Address,
+    target_ids: Address,
+    anchor: Address,
+    inv_temperature: float,
+    softcap: float,
+    e: Address,  # head_words(...) words, or 0
+    ld: int,
+    num_rows: int,
+    vocab_size: int,
+    s: Address,
+    sz: Address,
+    num_threads: int,
+) -> None: ...
+def native_dhidden(
+    e: Address,
+    ld: int,
+    num_rows: int,
+    vocab_size: int,
+    weight: Address,
+    ld_weight: int,
+    width: int,
+    bf16: bool,
+    dhidden: Address,  # (R, D) float32, contiguous
+    num_threads: int,
+) -> None: ...
+def native_dweight(
+    e: Address,
+    ld: int,
+    num_rows: int,
+    vocab_size: int,
+    bf16: bool,
+    x: Address,  # (R, D)
+    ld_x: int,
+    x_bf16: bool,
+    width: int,
+    dweight: Address,  # (V, D) float32
+    ld_dweight: int,
+    accumulate: bool,
+    num_threads: int,
+) -> None: ...
+def native_dbias(
+    e: Address,
+    ld: int,
+    num_rows: int,
+    vocab_size: int,
+    bf16: bool,
+    x: Address,  # (R,)
+    dbias: Address,  # (V,)
+    accumulate: bool,
+    num_threads: int,
+) -> None: ...
+def native_affine(
+    e: Address,
+    ld: int,
+    num_rows: int,
+    vocab_size: int,
+    bf16: bool,
+    a: Address,  # (R,)
+    b: Address,  # (R,)
+    num_threads: int,
+) -> None: ...
+def native_compact(
+    e: Address,
+    ld: int,
+    num_rows: int,
+    vocab_size: int,
+    bf16: bool,
+    kept: Address,  # (num_kept,) int64, increasing
+    num_kept: int,
+    num_threads: int,
+) -> None: ...

@@ -1,0 +1,347 @@
+// A language-model head on AVX-512: z = h W^T with its epilogue (epilogue.hpp) in one pass, then E @ W and E^T @ X.
+//
+// E is stored transposed, in words [vocabulary][ld]: the vector lanes are rows of h, so the sums over the vocabulary
+// need no horizontal additions. bf16 keeps two vocabulary entries in a word. Work is shared out in blocks of the
+// vocabulary (forward, dweight) or of the result (dhidden): the number of threads changes no bit of the results.
+#pragma once
+
+#include "epilogue.hpp"
+#include "gemm.hpp"
+
+namespace r1fast {
+
+constexpr int64_t kVocabPadding = 8;
+
+// Words from one row of the transposed E to the next: an odd number of cache lines, so that a column of it does not
+// fall into a few sets of the cache.
+inline int64_t head_ld(int64_t num_rows) { return 16 * (ceil_div(num_rows, 16) | 1); }
+inline int64_t head_words(int64_t num_rows, int64_t vocab_size, bool bf16) {
+  return head_ld(num_rows) * round_up(vocab_size, kVocabPadding) / (bf16 ? 2 : 1);
+}
+
+#if defined(__x86_64__)
+
+// The transposed E of `num_rows` rows of h.
+struct HeadView {
+  Word* words;
+  int64_t ld;
+  int64_t num_rows;
+  int64_t vocab_size;
+};
+
+// Vocabulary entries whose sums are taken apart: part of the result, unlike the other block sizes.
+constexpr int64_t kVocabBlock = 256;
+constexpr int64_t kDweightBlock = 128;   // entries a task
+constexpr int64_t kDhiddenBlock = 256;   // words of E a step
+constexpr int64_t kCopyBytes = 1 << 18;  // of W, in the second-level cache beside a panel of h
+
+template <class T>
+struct Forward {
+  const T* weight;
+  int64_t ld_weight;
+  int64_t width;  // D
+  LogitMap map;
+  HeadView e;           // words may be null: sums only
+  const Word* panels;   // h packed
+  const int32_t* target_ids;  // (padded R)
+  const float* anchor;        // (padded R)
+  int64_t padded_rows;
+  float* s_blocks;   // (blocks, padded R)
+  float* sz_blocks;  // null: not asked for
+};
+
+// The epilogue of one tile: rows are vocabulary entries from `v` on, lanes are rows of h from `t` on.
+template <bool kBf16, bool kSoftcap, bool kWantSz, class T>
+R1FAST_AVX512 void tile_epilogue(const Forward<T>& f, float (&tile)[kTileRows][kLanes * kTileVectors],
+                                 int64_t num_vectors, int64_t v, int64_t t, int64_t block) {
+  float slope[kTileRows][kLanes * kTileVectors];
+  float bias[kTileRows] = {};
+  if (f.map.bias != nullptr) {
+    for (int i = 0; i < kTileRows && v + i < f.e.vocab_size; ++i) bias[i] = f.map.bias[v + i];
+  }
+  if (kSoftcap) {
+    const float inv_softcap = 1 / f.map.softcap;
+    for (int i = 0; i < kTileRows; ++i) {
+      for (int64_t l = 0; l < kLanes * num_vectors; ++l) {
+        const Tanh tanh = tanh_and_slope((tile[i][l] + bias[i]) * inv_softcap);
+        tile[i][l] = f.map.softcap * tanh.value;
+        slope[i][l] = tanh.slope;
+      }
+      bias[i] = 0;
+    }
+  }
+  const __m512 inv_temperature = _mm512_set1_ps(f.map.inv_temperature);
+  for (int64_t j = 0; j < num_vectors; ++j, t += kLanes) {
+    const __mmask16 valid = column_mask(t, f.e.num_rows);
+    const __m512i target = _mm512_loadu_si512(f.target_ids + t);
+    const __m512 anchor = _mm512_loadu_ps(f.anchor + t);
+    float* const s_at = f.s_blocks + block * f.padded_rows + t;
+    float* const sz_at = kWantSz ? f.sz_blocks + block * f.padded_rows + t : nullptr;
+    __m512 s = _mm512_loadu_ps(s_at);
+    __m512 sz = kWantSz ? _mm512_loadu_ps(sz_at) : s;
+    Word* const to = f.e.words == nullptr ? nullptr : f.e.words + v / (kBf16 ? 2 : 1) * f.e.ld + t;
+    __m512 e[kTileRows];
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+      const __m512 u = _mm512_add_ps(_mm512_loadu_ps(&tile[i][kLanes * j]), _mm512_set1_ps(bias[i]));
+      const __m512 x = _mm512_fmsub_ps(u, inv_temperature, anchor);
+      const __mmask16 counted = v + i < f.e.vocab_size
+                                    ? _mm512_mask_cmpneq_epi32_mask(valid, target, _mm512_set1_epi32(int32_t(v + i)))
+                                    : __mmask16{0};
+      e[i] = _mm512_maskz_mov_ps(counted, exp_vector(x));
+      s = _mm512_add_ps(s, e[i]);
+      // where e is 0, x may be minus infinity
+      if (kWantSz) sz = _mm512_mask3_fmadd_ps(e[i], _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(kMinExp), x), sz, counted);
+      if (kSoftcap) e[i] = _mm512_maskz_mul_ps(counted, e[i], _mm512_loadu_ps(&slope[i][kLanes * j]));
+      if (!kBf16 && to != nullptr) _mm512_storeu_ps(to + i * f.e.ld, e[i]);
+    }
+    if (kBf16 && to != nullptr) {
+      for (int i = 0; i < kTileRows; i += 2) {
+        _mm512_storeu_si512(to + i / 2 * f.e.ld, interleave_bf16(e[i], e[i + 1]));
+      }
+    }
+    _mm512_storeu_ps(s_at, s);
+    if (kWantSz) _mm512_storeu_ps(sz_at, sz);
+  }
+}
+
+template <bool kBf16, class T>
+void forward_block(const Forward<T>& f, int64_t block, int64_t copy_rows, int64_t ld_copy, Word* copy) {
+  const bool softcap = f.map.softcap != 0, want_sz = f.sz_blocks != nullptr;
+  const auto finish = softcap ? (want_sz ? &tile_epilogue<kBf16, true, true, T> : &tile_epilogue<kBf16, true, false, T>)
+                              : (want_sz ? &tile_epilogue<kBf16, false, true, T> : &tile_epilogue<kBf16, false, false, T>);
+  const int64_t num_k = ceil_div(f.width, kBf16 ? 2 : 1), num_vectors = f.padded_rows / kLanes;
+  const int64_t end = std::min(f.e.vocab_size, (block + 1) * kVocabBlock);
+  std::fill_n(f.s_blocks + block * f.padded_rows, f.padded_rows, 0.0f);
+  if (want_sz) std::fill_n(f.sz_blocks + block * f.padded_rows, f.padded_rows, 0.0f);
+  for (int64_t begin = block * kVocabBlock; begin < end; begin += copy_rows) {
+    // A copy: rows of W may be unaligned, of odd width, and a power of two apart, all in one set of the cache.
+    const int64_t count = std::min(copy_rows, end - begin);
+    for (int64_t i = 0; i < round_up(count, kTileRows); ++i) {
+      Word* const row = copy + i * ld_copy;
+      row[num_k - 1] = 0;
+      if (i < count) {
+        std::memcpy(static_cast<void*>(row), f.weight + (begin + i) * f.ld_weight,
+                    static_cast<size_t>(f.width) * sizeof(T));
+      } else {
+        std::fill_n(row, num_k, 0.0f);
+      }
+    }
+    for (int64_t p = 0, n; p < num_vectors; p += n) {
+      n = panel_vectors(num_vectors - p);
+      for (int64_t i = 0; i < count; i += kTileRows) {
+        float tile[kTileRows][kLanes * kTileVectors];
+        tile_into<kBf16, false>(n, num_k, copy + i * ld_copy, ld_copy, f.panels + p * kLanes * num_k, &tile[0][0],
+                                kLanes * kTileVectors, kTileRows, kLanes * n, false);
+        finish(f, tile, n, begin + i, p * kLanes, block);
+      }
+    }
+  }
+}
+
+// s and sz are (R); sz and e.words may be null.
+template <class T>
+void head_forward(const T* hidden, int64_t ld_hidden, const T* weight, int64_t ld_weight, int64_t width,
+                  const LogitMap& map, const HeadView& e, float* s, float* sz, int64_t num_threads) {
+  constexpr bool kBf16 = sizeof(T) == sizeof(Bf16);
+  const int64_t num_rows = e.num_rows, padded_rows = round_up(num_rows, kLanes);
+  const int64_t num_k = ceil_div(width, kBf16 ? 2 : 1), num_blocks = ceil_div(e.vocab_size, kVocabBlock);
+  const int64_t ld_copy = 16 * (ceil_div(num_k, 16) | 1);
+  const int64_t copy_rows =
+      std::clamp(kCopyBytes / (4 * ld_copy) / kTileRows * kTileRows, int64_t{kTileRows}, kVocabBlock);
+  const int64_t threads = worthwhile_threads(num_threads, 0.1 * num_rows * width * e.vocab_size);
+
+  const AlignedBuffer<float> panels(padded_rows * num_k), copies(threads * copy_rows * ld_copy), anchor(padded_rows);
+  const AlignedBuffer<float> partial((sz == nullptr ? 1 : 2) * num_blocks * padded_rows);
+  const AlignedBuffer<int32_t> targets(padded_rows);
+  for (int64_t t = 0; t < padded_rows; ++t) {
+    anchor.data()[t] = t < num_rows ? map.anchor[t] : 0.0f;
+    targets.data()[t] = t < num_rows ? static_cast<int32_t>(map.target_ids[t]) : -1;
+  }
+  for (int64_t p = 0, n; p < padded_rows / kLanes; p += n) {
+    n = panel_vectors(padded_rows / kLanes - p);
+    pack_lanes(hidden, ld_hidden, p * kLanes, num_rows, width, n * kLanes, panels.data() + p * kLanes * num_k);
+  }
+  const Forward<T> f{weight,      ld_weight,    width,         map,         e,
+                     panels.data(), targets.data(), anchor.data(), padded_rows, partial.data(),
+                     sz == nullptr ? nullptr : partial.data() + num_blocks * padded_rows};
+  parallel_for(num_blocks, threads, [&](int64_t block, int64_t thread) {
+    forward_block<kBf16>(f, block, copy_rows, ld_copy, copies.data() + thread * copy_rows * ld_copy);
+  });
+  for (int64_t t = 0; t < num_rows; ++t) {
+    double sum = 0, sum_z = 0;
+    for (int64_t b = 0; b < num_blocks; ++b) {
+      sum += f.s_blocks[b * padded_rows + t];
+      if (sz != nullptr) sum_z += f.sz_blocks[b * padded_rows + t];
+    }
+    s[t] = static_cast<float>(sum);
+    if (sz != nullptr) sz[t] = static_cast<float>(sum_z);
+  }
+}
+
+// dhidden (R, D) = E @ W. A task owns a part of the result and goes through the whole vocabulary.
+template <class T>
+void head_dhidden(const HeadView& e, const T* weight, int64_t ld_weight, int64_t width, float* dhidden,
+                  int64_t num_threads) {
+  constexpr bool kBf16 = sizeof(T) == sizeof(Bf16);
+  constexpr int64_t kEntries = kDhiddenBlock * (kBf16 ? 2 : 1);
+  const int64_t num_vectors = ceil_div(width, kLanes), num_tiles = ceil_div(e.num_rows, kTileRows);
+  const int64_t threads = worthwhile_threads(num_threads, 0.1 * e.num_rows * width * e.vocab_size);
+  const int64_t column_parts = std::min(threads, ceil_div(num_vectors, kTileVectors));
+  const int64_t row_parts = std::min(ceil_div(threads, column_parts), num_tiles);
+  constexpr int64_t kPanelWords = kDhiddenBlock * kLanes * kTileVectors;
+  const AlignedBuffer<float> panels(threads * kPanelWords);
+
+  parallel_for(column_parts * row_parts, threads, [&](int64_t task, int64_t thread) {
+    Word* const panel = panels.data() + thread * kPanelWords;
+    const int64_t column_part = task % column_parts, row_part = task / column_parts;
+    const int64_t first_vector = num_vectors * column_part / column_parts;
+    const int64_t last_vector = num_vectors * (column_part + 1) / column_parts;
+    const int64_t first_tile = num_tiles * row_part / row_parts, last_tile = num_tiles * (row_part + 1) / row_parts;
+    for (int64_t v = 0; v < e.vocab_size; v += kEntries) {
+      const int64_t last = std::min(v + kEntries, e.vocab_size), num_k = ceil_div(last - v, kBf16 ? 2 : 1);
+      const Word* const rows = e.words + v / (kBf16 ? 2 : 1) * e.ld;
+      for (int64_t d = first_vector, n; d < last_vector; d += n) {
+        n = panel_vectors(last_vector - d);
+        pack_columns<kBf16>(weight, ld_weight, v, last, d * kLanes, width, n, panel);
+        for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+          const int64_t t = tile * kTileRows;
+          tile_into<kBf16, true>(n, num_k, rows + t, e.ld, panel, dhidden + t * width + d * kLanes, width,
+                                 std::min<int64_t>(kTileRows, e.num_rows - t), width - d * kLanes, v > 0);
+        }
+      }
+    }
+  });
+}
+
+// Rows of words (v, v + 1) by t become rows of words (t, t + 1), one for each v.
+R1FAST_AVX512 inline void pair_rows(const Word* pairs, int64_t ld, int64_t num_pairs, int64_t num_words, Word* rows,
+                                    int64_t ld_rows) {
+  const __m512i order = _mm512_set_epi32(0x0f0e0b0a, 0x0d0c0908, 0x07060302, 0x05040100, 0x0f0e0b0a, 0x0d0c0908,
+                                         0x07060302, 0x05040100, 0x0f0e0b0a, 0x0d0c0908, 0x07060302, 0x05040100,
+                                         0x0f0e0b0a, 0x0d0c0908, 0x07060302, 0x05040100);
+  const __m512i even = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odd = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 15, 13, 11, 9, 7, 5, 3, 1);
+  for (int64_t p = 0; p < num_pairs; ++p) {
+    for (int64_t k = 0; k < num_words; k += 8) {  // E has whole lines of 16 words
+      const __m512i words = _mm512_shuffle_epi8(_mm512_loadu_si512(pairs + p * ld + 2 * k), order);
+      Word* const to = rows + 2 * p * ld_rows + k;
+      _mm512_mask_storeu_epi32(to, 0x00ff, _mm512_maskz_permutexvar_epi32(0x00ff, even, words));
+      _mm512_mask_storeu_epi32(to + ld_rows, 0x00ff, _mm512_maskz_permutexvar_epi32(0x00ff, odd, words));
+    }
+  }
+}
+
+// dweight (V, D) = or += E^T @ x, x (R, D) in fp32 or bf16.
+template <bool kBf16, class X>
+void head_dweight(const HeadView& e, const X* x, int64_t ld_x, int64_t width, float* dweight, int64_t ld_dweight,
+                  bool accumulate, int64_t num_threads) {
+  const int64_t num_k = ceil_div(e.num_rows, kBf16 ? 2 : 1), num_vectors = ceil_div(width, kLanes);
+  const int64_t ld_pairs = 16 * (ceil_div(num_k, 16) | 1);
+  const int64_t threads = worthwhile_threads(num_threads, 0.1 * e.num_rows * width * e.vocab_size);
+  const AlignedBuffer<float> panels(num_vectors * kLanes * num_k);
+  const AlignedBuffer<float> pairs(kBf16 ? threads * kDweightBlock * ld_pairs : 1);
+  for (int64_t d = 0, n; d < num_vectors; d += n) {
+    n = panel_vectors(num_vectors - d);
+    pack_columns<kBf16>(x, ld_x, 0, e.num_rows, d * kLanes, width, n, panels.data() + d * kLanes * num_k);
+  }
+  parallel_for(ceil_div(e.vocab_size, kDweightBlock), threads, [&](int64_t task, int64_t thread) {
+    const int64_t v = task * kDweightBlock, count = std::min(kDweightBlock, e.vocab_size - v);
+    const Word* rows = e.words + v * e.ld;
+    int64_t ld = e.ld;
+    if (kBf16) {
+      Word* const mine = pairs.data() + thread * kDweightBlock * ld_pairs;
+      pair_rows(e.words + v / 2 * e.ld, e.ld, round_up(count, kVocabPadding) / 2, num_k, mine, ld_pairs);
+      rows = mine;
+      ld = ld_pairs;
+    }
+    for (int64_t d = 0, n; d < num_vectors; d += n) {
+      n = panel_vectors(num_vectors - d);
+      for (int64_t i = 0; i < count; i += kTileRows) {
+        tile_into<kBf16, false>(n, num_k, rows + i * ld, ld, panels.data() + d * kLanes * num_k,
+                                dweight + (v + i) * ld_dweight + d * kLanes, ld_dweight,
+                                std::min<int64_t>(kTileRows, count - i), width - d * kLanes, accumulate);
+      }
+    }
+  });
+}
+
+template <bool kBf16>
+R1FAST_AVX512 void dbias_rows(const HeadView& e, const float* x, float* dbias, bool accumulate, int64_t v) {
+  const Word* const row = e.words + v / (kBf16 ? 2 : 1) * e.ld;
+  __m512 low = _mm512_setzero_ps(), high = low;
+  for (int64_t t = 0; t < e.num_rows; t += kLanes) {
+    const __mmask16 mask = column_mask(t, e.num_rows);
+    const __m512 scale = _mm512_maskz_loadu_ps(mask, x + t), words = _mm512_maskz_loadu_ps(mask, row + t);
+    if (kBf16) {
+      const __m512i bits = _mm512_castps_si512(words);
+      low = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, bits, 16)), scale, low);
+      const __m512i top = _mm512_and_si512(bits, _mm512_set1_epi32(int32_t(0xffff0000u)));
+      high = _mm512_fmadd_ps(_mm512_castsi512_ps(top), scale, high);
+    } else {
+      low = _mm512_fmadd_ps(words, scale, low);
+    }
+  }
+  float lanes[2][kLanes];
+  _mm512_storeu_ps(lanes[0], low);
+  _mm512_storeu_ps(lanes[1], high);
+  for (int i = 0; i < (kBf16 ? 2 : 1) && v + i < e.vocab_size; ++i) {
+    float sum = 0;
+    for (float lane : lanes[i]) sum += lane;
+    dbias[v + i] = (accumulate ? dbias[v + i] : 0.0f) + sum;
+  }
+}
+
+// Runs over the rows of words in blocks.
+template <class Body>
+void for_word_rows(const HeadView& e, bool bf16, int64_t num_threads, const Body& body) {
+  constexpr int64_t kBlock = 256;
+  const int64_t num_rows = round_up(e.vocab_size, kVocabPadding) / (bf16 ? 2 : 1);
+  parallel_for(ceil_div(num_rows, kBlock), worthwhile_threads(num_threads, 2.0 * num_rows * e.num_rows),
+               [&](int64_t task, int64_t) {
+                 const int64_t end = std::min(num_rows, (task + 1) * kBlock);
+                 for (int64_t row = task * kBlock; row < end; ++row) body(row);
+               });
+}
+
+// dbias (V) = or += E^T @ x, x (R).
+template <bool kBf16>
+void head_dbias(const HeadView& e, const float* x, float* dbias, bool accumulate, int64_t num_threads) {
+  for_word_rows(e, kBf16, num_threads, [&](int64_t row) {
+    const int64_t v = row * (kBf16 ? 2 : 1);
+    if (v < e.vocab_size) dbias_rows<kBf16>(e, x, dbias, accumulate, v);
+  });
+}
+
+// Keeps the rows kept[0] < kept[1] < ... of h; the lanes up to the next whole line become zero.
+inline void head_compact(const HeadView& e, bool bf16, const int64_t* kept, int64_t num_kept, int64_t num_threads) {
+  for_word_rows(e, bf16, num_threads, [&](int64_t row) {
+    Word* const words = e.words + row * e.ld;
+    for (int64_t j = 0; j < num_kept; ++j) words[j] = words[kept[j]];
+    std::fill(words + num_kept, words + round_up(num_kept, kLanes), 0.0f);
+  });
+}
+
+template <bool kBf16>
+R1FAST_AVX512 void affine_words(Word* words, const float* a, const float* b, int64_t num_rows) {
+  for (int64_t t = 0; t < num_rows; ++t) {
+    if (kBf16) {
+      const uint32_t bits = bits_of(words[t]);
+      const uint32_t low = bf16_bits(affine_in_log(float_of(bits << 16), a[t], b[t]));
+      const uint32_t high = bf16_bits(affine_in_log(float_of(bits & 0xffff0000u), a[t], b[t]));
+      words[t] = float_of(low | high << 16);
+    } else {
+      words[t] = affine_in_log(words[t], a[t], b[t]);
+    }
+  }
+}
+
+// E (a[r] + b[r] log E) in place.
+template <bool kBf16>
+void head_affine(const HeadView& e, const float* a, const float* b, int64_t num_threads) {
+  for_word_rows(e, kBf16, num_threads, [&](int64_t row) { affine_words<kBf16>(e.words + row * e.ld, a, b, e.num_rows); });
+}
+
+#endif
+
+}  // namespace r1fast

@@ -1,0 +1,60 @@
+// Threads and aligned memory for the CPU kernels. Threads are started per call: the work of a call is milliseconds,
+// and a pool of its own would fight with PyTorch's over the cores.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace r1fast {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Calls body(task, thread) once for every task in [0, num_tasks), tasks handed out as threads come free: a core that
+// another process uses takes fewer. So what a task writes must not depend on the thread that runs it.
+template <class Body>
+void parallel_for(int64_t num_tasks, int64_t num_threads, const Body& body) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t thread) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) body(task, thread);
+  };
+  std::vector<std::thread> threads;
+  const int64_t num_helpers = std::min(num_threads, num_tasks) - 1;
+  threads.reserve(static_cast<size_t>(std::max<int64_t>(num_helpers, 0)));
+  try {
+    for (int64_t i = 0; i < num_helpers; ++i) threads.emplace_back(work, i + 1);
+  } catch (const std::system_error&) {  // no more threads to be had: those that started do the work
+  }
+  work(0);
+  for (std::thread& thread : threads) thread.join();
+}
+
+// Threads worth starting for a number of multiply-adds, or of similar steps: a start costs tens of microseconds.
+inline int64_t worthwhile_threads(int64_t num_threads, double steps) {
+  return steps < 2e6 ? 1 : std::max<int64_t>(num_threads, 1);
+}
+
+// Uninitialised, on a cache line's boundary.
+template <class T>
+class AlignedBuffer {
+ public:
+  explicit AlignedBuffer(int64_t size)
+      : data_(static_cast<T*>(::operator new(static_cast<size_t>(size) * sizeof(T), kLine))) {}
+  ~AlignedBuffer() { ::operator delete(data_, kLine); }
+  AlignedBuffer(const AlignedBuffer&) = delete;
+  AlignedBuffer& operator=(const AlignedBuffer&) = delete;
+
+  T* data() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  T* data_;
+};
+
+}  // namespace r1fast
