@@ -295,19 +295,24 @@ def test_products_have_a_float32_overload():
         assert "ScalarType out_dtype" in str(overload._schema)
 
 
-def test_tma_needs_aligned_rows():
-    def fits(D, dtype, offset=0):
-        return triton_head._tma_fits(torch.empty(4, D + offset, dtype=dtype)[:, offset:])
+def test_tma_needs_aligned_rows(monkeypatch):
+    def chosen(D, dtype, offset=0, W=None):
+        h = torch.empty(4, D + offset, dtype=dtype)[:, offset:]
+        return triton_head.choose_config(h, torch.empty(4, D, dtype=dtype) if W is None else W)
 
-    assert fits(64, torch.bfloat16)
-    assert fits(4, torch.float32)
-    assert not fits(65, torch.bfloat16)
-    assert not fits(60, torch.bfloat16)  # 120 bytes a row
-    assert not fits(56, torch.bfloat16, offset=1)
-    assert not triton_head._tma_fits(torch.empty(8, 64).t())
-    assert not triton_head._tma_fits(torch.empty(1, 64).expand(8, 64))
-    assert not any(c.tma for c in triton_head.CONFIGS[80, 16] + triton_head.CONFIGS[80, 32])
-    assert not any(configs[-1].tma for configs in triton_head.CONFIGS.values())
+    large, small = triton_head.CONFIGS[80, 16]  # the CPU takes what every chip can do
+    assert chosen(64, torch.bfloat16) == chosen(64, torch.float16) == large
+    assert chosen(65, torch.bfloat16) == chosen(40, torch.bfloat16) == small
+    assert [chosen(65, torch.float32)] == triton_head.CONFIGS[80, 32]
+    for arch in (90, 100):
+        monkeypatch.setitem(triton_head.CONFIGS, (80, 16), triton_head.CONFIGS[arch, 16])
+        assert chosen(64, torch.bfloat16).tma
+        assert chosen(40, torch.bfloat16).tma
+        assert not chosen(60, torch.bfloat16).tma  # 120 bytes a row
+        assert not chosen(56, torch.bfloat16, offset=1).tma
+        for W in (torch.empty(64, 8).t(), torch.empty(1, 64).expand(8, 64)):
+            assert not chosen(64, torch.bfloat16, W=W.bfloat16()).tma
+    assert not any(c.tma for bits in (16, 32) for c in triton_head.CONFIGS[80, bits][-1:])
 
 
 BAD = {
@@ -357,7 +362,7 @@ def test_bad_rows():
 def test_large_on_the_gpu(R, D, V, dtype):
     h, W, y = case(R, D, V, dtype, "cuda", missing=True)
     E, exact = check(h, W, rand(V, device="cuda"), y, softcap=20.0)
-    check(h, W, None, y, config=triton_head.CONFIGS[80, 8 * h.element_size()][0])
+    check(h, W, None, y, config=triton_head.CONFIGS[80, 8 * h.element_size()][-1])
     plain = E.dense().float() @ W.to(E.dense().dtype).float()
     assert_accurate("dhidden", E.dhidden(W), plain, exact @ W.double(), floor=1e-4)
     X = rand(R, D, device="cuda")

@@ -1,0 +1,210 @@
+"""Compiles the Triton kernels of kernels/ ahead of time, with no GPU, and prints what came out.
+
+`cases()` is the table of what ships. Run as a program it compiles all of it and writes one JSON
+object to stdout: case id -> registers, stack, local and shared memory, instructions. That has to be a process
+of its own: where TRITON_INTERPRET is set, @triton.jit makes no compilable kernel.
+"""
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+KERNELS = Path(__file__).parent.parent / "kernels"
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
+TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}  # in the PTX
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with its constants, on one chip. Arguments that are not named are int32."""
+
+    module: str
+    kernel: str
+    variant: str
+    arch: int
+    types: dict[str, str]
+    constants: dict[str, object]
+    multiples_of_16: tuple[str, ...] = ()  # integers; every pointer is one
+    options: dict[str, int] = field(default_factory=dict)  # num_warps, num_stages
+    is_gemm: bool = False
+
+    @property
+    def id(self) -> str:
+        return f"{self.kernel.strip('_')}-{self.variant}-sm_{self.arch}"
+
+
+def on_every_chip(*args, **kwargs) -> list[Case]:
+    return [Case(*args[:3], arch, *args[3:], **kwargs) for arch in SHARED_LIMIT]
+
+
+def cases() -> list[Case]:
+    return [*head_cases(), *head_helper_cases(), *advantages_cases(), *loss_cases()]
+
+
+def head_cases() -> list[Case]:
+    """Every tile shape, as it usually runs and with all that it can do at once."""
+    from r1fast.kernels import triton_head
+
+    found = []
+    for (arch, bits), configs in triton_head.CONFIGS.items():
+        for config in configs:
+            dtype, other = ("fp32", "fp32") if bits == 32 else ("bf16", "fp16")
+            found.append(head_case(config, arch, "usual", dtype))
+            if config == configs[0]:
+                found.append(head_case(config, arch, "entropy", dtype, want_sz=True))
+                found.append(head_case(config, arch, "all", other, everything=True))
+            if config == configs[-1]:
+                found.append(head_case(config, arch, "odd", dtype, everything=True, aligned=False))
+    return found
+
+
+def head_case(config, arch, name, dtype, *, everything=False, want_sz=False, aligned=True) -> Case:
+    types = dict.fromkeys(("s_ptr", "sz_ptr", "anchor_ptr"), "*fp32")
+    types |= {"target_ptr": "*i64", "inv_temperature": "fp32", "softcap": "fp32"}
+    types |= {"bias_ptr": f"*{dtype}", "E_ptr": "*fp32" if dtype == "fp32" else "*bf16"}
+    constants = {
+        "HAS_BIAS": everything, "SOFTCAP": everything, "KEEP": True,
+        "WANT_SZ": want_sz or everything,
+        "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
+        "SPLITS": config.splits * (2 if everything else 1),
+        "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K,
+    }  # fmt: skip
+    multiples = ("stride_e",)
+    if config.tma:
+        types["hidden_desc"] = f"tensordesc<{dtype}[{config.BLOCK_M}, {config.BLOCK_K}]>"
+        types["weight_desc"] = f"tensordesc<{dtype}[{config.BLOCK_N}, {config.BLOCK_K}]>"
+    else:
+        types |= dict.fromkeys(("hidden_ptr", "weight_ptr"), f"*{dtype}")
+        constants |= {"stride_wd": 1, "EVEN_D": aligned}
+        multiples += ("stride_h", "stride_wv", "D") if aligned else ()
+    shape = f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K}"
+    return Case(
+        "triton_head", "_head_fwd_tma_kernel" if config.tma else "_head_fwd_kernel",
+        f"{dtype}-{shape}-{name}", arch, types, constants, multiples,
+        {"num_warps": config.num_warps, "num_stages": config.num_stages}, is_gemm=True,
+    )  # fmt: skip
+
+
+def head_helper_cases() -> list[Case]:
+    found = on_every_chip(
+        "triton_head", "_sum_tiles_kernel", "fp32",
+        {"parts_ptr": "*fp32", "out_ptr": "*fp32"}, {"BLOCK_R": 32, "BLOCK_T": 64},
+    )  # fmt: skip
+    for dtype in ("bf16", "fp32"):
+        found += on_every_chip(
+            "triton_head", "_compact_kernel", dtype, {"E_ptr": f"*{dtype}", "idx_ptr": "*i64"},
+            {"BLOCK_R": 8, "BLOCK_V": 256}, ("stride_e",), {"num_warps": 1},
+        )  # fmt: skip
+        found += on_every_chip(
+            "triton_head", "_affine_kernel", dtype,
+            {"E_ptr": f"*{dtype}", "a_ptr": "*fp32", "b_ptr": "*fp32"},
+            {"BLOCK_V": 1024}, ("stride_e",),
+        )  # fmt: skip
+        found += on_every_chip(
+            "triton_head", "_dbias_kernel", dtype,
+            {"E_ptr": f"*{dtype}", "x_ptr": "*fp32", "dbias_ptr": "*fp32"},
+            {"ACCUMULATE": True, "BLOCK_R": 32, "BLOCK_V": 128}, ("stride_e",),
+        )  # fmt: skip
+    return found
+
+
+def advantages_cases() -> list[Case]:
+    found = []
+    for dtype, G, scale in (("fp64", 16, "group"), ("fp32", 1024, "group"), ("bf16", 8, "batch")):
+        found += on_every_chip(
+            "advantages", "_group_advantages_kernel", f"{dtype}-{G}-{scale}",
+            {"rewards_ptr": f"*{dtype}", "verdicts_ptr": "*i64", "batch_std_ptr": f"*{dtype}",
+             "advantages_ptr": f"*{dtype}"},
+            {"SCALE": scale, "SAMPLE": True, "LEAVE_ONE_OUT": True, "HAS_VERDICTS": True,
+             "EPS": 1e-4, "BLOCK_N": 1024 // G, "BLOCK_G": G},
+        )  # fmt: skip
+    return found
+
+
+def loss_cases() -> list[Case]:
+    floats = "logp log_is ref A policy kl dpolicy dpolicy_logp dkl dkl_logp".split()
+    types = {f"{name}_ptr": "*fp32" for name in floats} | {"low_ptr": "*i8", "high_ptr": "*i8"}
+    numbers = "clip_low clip_high delta dual_clip tau_pos tau_neg".split()
+    found = []
+    for policy, kl in (("clip", "k3"), ("cispo", "k2"), ("sapo", "k3_unbiased")):
+        found += on_every_chip(
+            "policy_loss", "_token_loss_kernel", f"{policy}-{kl}",
+            types | dict.fromkeys(numbers, "fp32"),
+            {"POLICY": policy, "KL": kl, "BLOCK_T": 1024},
+        )  # fmt: skip
+    return found
+
+
+def shipped_kernels(folder: Path = KERNELS) -> set[tuple[str, str]]:
+    """(module, name) of every @triton.jit function that no other one calls."""
+    found = set()
+    for path in folder.glob("*.py"):
+        functions = [
+            f for f in ast.walk(ast.parse(path.read_text(), str(path)))
+            if isinstance(f, ast.FunctionDef)
+            and any("jit" in ast.unparse(d) for d in f.decorator_list)
+        ]  # fmt: skip
+        called = {
+            call.func.id
+            for f in functions
+            for call in ast.walk(f)
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+        }
+        found |= {(path.stem, f.name) for f in functions if f.name not in called}
+    return found
+
+
+def compile_case(case: Case) -> dict[str, object]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(f"r1fast.kernels.{case.module}"), case.kernel)
+    unknown = (case.types.keys() | case.constants.keys()) - set(kernel.arg_names)
+    assert not unknown, f"{case.id}: the kernel has no {unknown}, but {kernel.arg_names}"
+    signature = {
+        name: "constexpr" if name in case.constants else case.types.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    aligned = {
+        (n,): [["tt.divisibility", 16]]
+        for n, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name in case.multiples_of_16
+    }
+    compiled = triton.compile(
+        ASTSource(kernel, signature, case.constants, aligned),
+        target=GPUTarget("cuda", case.arch, 32),
+        options=case.options,
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = dict(part.split(":") for part in usage.split("\n")[-2].split() if ":" in part)
+    ptx = compiled.asm["ptx"]
+    return {
+        "registers": int(numbers["REG"]), "stack": int(numbers["STACK"]),
+        "local": int(numbers["LOCAL"]), "shared": compiled.metadata.shared,
+        "tensor_core": ptx.count(TENSOR_CORE[case.arch]),
+        "wide_stores": ptx.count("st.global.v4"),
+    }  # fmt: skip
+
+
+def main() -> None:
+    results = {}
+    for case in cases():
+        try:
+            results[case.id] = compile_case(case)
+        except Exception as error:
+            results[case.id] = {"error": f"{type(error).__name__}: {error}"[:2000]}
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
