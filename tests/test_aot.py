@@ -26,7 +26,8 @@ def compiled(tmp_path_factory):
 def test_fits_the_chip(compiled, case):
     result = compiled[case.id]
     assert "error" not in result, result["error"]
-    assert result["stack"] == result["local"] == 0, f"spills: {result}"
+    assert result["stack"] <= case.stack, f"spills: {result}"
+    assert result["local"] == 0, result
     assert result["registers"] <= 255, result
     assert result["shared"] <= aot.SHARED_LIMIT[case.arch], result
     if case.is_gemm:
