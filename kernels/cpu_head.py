@@ -25,6 +25,11 @@ def supported(dtype: torch.dtype) -> bool:
     return _C.head_native(dtype == torch.bfloat16)
 
 
+def workspace_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the memory that holds E, whatever the dtype of the hidden states."""
+    return torch.float32
+
+
 def workspace_numel(num_rows: int, vocab_size: int, dtype: torch.dtype) -> int:
     """Elements of a float32 workspace that holds E for up to `num_rows` rows."""
     from r1fast import _C

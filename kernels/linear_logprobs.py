@@ -1,21 +1,27 @@
 """Log-probability (and entropy) of given tokens from hidden states, without keeping the logits.
 
-    z = (h W^T + b) / temperature        logprob = z_y - logsumexp(z)
-    H = logsumexp(z) - sum_j p_j z_j     p = softmax(z)
+    z = cap tanh((h W^T + b) / cap) / temperature      logprob = z_y - logsumexp(z)
+    H = logsumexp(z) - sum_j p_j z_j                   p = softmax(z)
 
-    dlogprob/dz_j = [j = y] - p_j        dH/dz_j = -p_j (log p_j + H)
+    dlogprob/dz_j = [j = y] - p_j                      dH/dz_j = -p_j (log p_j + H)
 
-Rows are taken in chunks of at most `chunk_elements` logits. The forward is one GEMM pass (2 T D V
-FLOP); the backward recomputes the logits and is three more. When all logits fit in one chunk they
-are kept as log-probabilities and the recomputation is saved. Sums are in float32 (float64 for
-float64 input).
+vocab_head.py does it in chunks of rows. The forward is one GEMM pass (2 T D V FLOP). The backward
+takes two more for chunks whose exponentials fit in `workspace_bytes`, three for the others, whose
+logits it computes again; one less where the weight is frozen.
 Shapes: T tokens, D model width, V vocabulary.
 """
 
+import math
+from dataclasses import replace
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32
+from r1fast.kernels.dispatch import Backend
+from r1fast.kernels.vocab_head import VocabHead, to_grad_dtype
+
+WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 5 << 28}  # 1.25 GiB on a GPU
 
 
 def linear_logprobs_ref(
@@ -25,68 +31,73 @@ def linear_logprobs_ref(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # (T,)
     """What `linear_logprobs` computes, in plain PyTorch with the logits in memory."""
-    logprobs = _all_logprobs(hidden, weight, bias, temperature)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logprobs = torch.log_softmax(logits / temperature, dim=1)
     chosen = logprobs.gather(1, target_ids[:, None])[:, 0]
     return (chosen, -(logprobs.exp() * logprobs).sum(1)) if return_entropy else chosen
 
 
-def _all_logprobs(hidden, weight, bias, temperature) -> Tensor:  # (T, V)
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    return torch.log_softmax(logits / temperature, dim=1)
-
-
 class LinearLogprobsFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target_ids, temperature, chunk_elements):
-        rows = max(1, chunk_elements // weight.shape[0])
-        parts, kept = [], None
-        for h, y in zip(hidden.split(rows), target_ids.split(rows), strict=True):
-            kept = _all_logprobs(h, weight, bias, temperature)
-            entropy = -(kept.exp() * kept).sum(1)
-            parts.append((kept.gather(1, y[:, None])[:, 0], entropy))
-        logprobs, entropy = (torch.cat(p) for p in zip(*parts, strict=True))
-        ctx.save_for_backward(
-            hidden, weight, bias, target_ids, kept if len(parts) == 1 else None, entropy
-        )
-        ctx.temperature, ctx.rows = temperature, rows
-        ctx.set_materialize_grads(False)  # an unused entropy costs no pass over the logits
-        return logprobs, entropy
+    def forward(
+        ctx, hidden, weight, bias, target_ids, temperature, softcap, want_entropy,
+        backend, workspace_bytes, process_group,
+    ):  # fmt: skip
+        needs = (*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2])
+        head = VocabHead(
+            hidden, weight, target_ids,
+            bias=bias, temperature=temperature, softcap=softcap,
+            backend=backend, process_group=process_group, needs=needs,
+        )  # fmt: skip
+        T, chunks = len(hidden), []
+        left = WORKSPACE_BYTES[hidden.device.type] if workspace_bytes is None else workspace_bytes
+        rows = min(head.rows_per_chunk(T, None), head.rows_per_chunk(T, left))
+        if head.bytes_of(T) > left:
+            left -= head.bytes_of(rows)  # for the chunk that is computed again
+        for start in range(0, T, rows):
+            part = slice(start, min(start + rows, T))
+            room = head.bytes_of(part.stop - start)
+            keep = any(needs) and room <= left
+            stats = head.forward(part, keep=keep, want_entropy=want_entropy, own_workspace=True)
+            left -= room * keep
+            chunks.append((part, stats))
+        ctx.head, ctx.chunks, ctx.want_entropy = head, chunks, want_entropy
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.set_materialize_grads(False)  # an unused entropy costs no pass over E
+        logprobs = torch.cat([stats.logprobs for _, stats in chunks])
+        if not want_entropy:
+            return logprobs
+        return logprobs, torch.cat([stats.entropy for _, stats in chunks])
 
     @staticmethod
-    def backward(ctx, dlogprobs, dentropy):
-        hidden, weight, bias, target_ids, kept, entropy = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlogprobs, dentropy=None):
+        hidden, weight, bias = ctx.saved_tensors
+        head = ctx.head
+        if dlogprobs is None and dentropy is None:
+            return (None,) * 10
         if dlogprobs is None:
-            dlogprobs = torch.zeros_like(entropy)
-        dhidden = torch.empty_like(hidden) if need_hidden else None
-        acc = torch.promote_types(weight.dtype, torch.float32)
-        dweight = torch.zeros_like(weight, dtype=acc) if need_weight else None
-        dbias = torch.zeros_like(bias, dtype=acc) if need_bias else None
-        for start in range(0, hidden.shape[0], ctx.rows):
-            rows = slice(start, start + ctx.rows)
-            logp = kept
-            if logp is None:
-                logp = _all_logprobs(hidden[rows], weight, bias, ctx.temperature)
-            dz = logp.exp()
-            scale = -dlogprobs[rows, None]
-            if dentropy is not None:
-                scale = scale - dentropy[rows, None] * (logp + entropy[rows, None])
-            dz *= scale
-            dz.scatter_add_(1, target_ids[rows, None], dlogprobs[rows, None].to(dz.dtype))
-            dz /= ctx.temperature
-            if need_bias:
-                dbias += dz.sum(0)
-            dz = dz.to(weight.dtype)
-            if need_hidden:
-                torch.mm(dz, weight, out=dhidden[rows])
-            if need_weight:
-                dweight += torch.mm(dz.t(), hidden[rows])
-        dweight = dweight.to(weight.dtype) if need_weight else None
-        return dhidden, dweight, dbias.to(bias.dtype) if need_bias else None, None, None, None
+            dlogprobs = torch.zeros_like(dentropy)
+        for part, stats in ctx.chunks:
+            if stats.E is None:
+                again = head.forward(
+                    part, stats.logprobs, keep=True, want_entropy=dentropy is not None
+                )
+            else:
+                again, stats.E = replace(stats), None  # freed chunk by chunk
+            head.backward(
+                part, again, dlogprobs[part], None if dentropy is None else dentropy[part]
+            )
+        dhidden, dweight, dbias = head.gradients()
+        dweight, dbias = to_grad_dtype(dweight, weight), to_grad_dtype(dbias, bias)
+        return dhidden, dweight, dbias, *[None] * 7
 
 
 def linear_logprobs(
@@ -96,32 +107,54 @@ def linear_logprobs(
     *,
     bias: Tensor | None = None,  # (V,)
     temperature: float = 1.0,
+    softcap: float | None = None,  # logits become softcap * tanh(logits / softcap), as in Gemma 2
     return_entropy: bool = False,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    backend: Backend = "auto",
+    workspace_bytes: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # (T,) float32 log-probabilities in nats [, (T,) entropy]
-    """Per-token log-probabilities, differentiable in hidden, weight and bias.
+    """Per-token log-probabilities, differentiable in hidden, weight and bias; so is the entropy.
 
-    Raises ValueError for shapes that do not fit, a target outside the vocabulary or a temperature
-    that is not positive.
+    `workspace_bytes` is how much may be kept for the backward (256 MiB on the CPU, 1.25 GiB on a
+    GPU). With `process_group`, `weight` and `bias` are this rank's slice of the vocabulary (slices
+    in the order of the ranks, of any size), `hidden` and `target_ids` the same on every rank; every
+    rank gets the whole result, and the whole gradient of hidden. A bfloat16 weight gets a bfloat16
+    gradient, or the float32 sum itself where `weight.grad_dtype` is torch.float32.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, a target outside the
+    vocabulary, a temperature or softcap that is not positive, NaN or Inf in `hidden`.
     """
-    _check(hidden, weight, target_ids, bias, temperature)
+    check_head_inputs(hidden, weight, target_ids, bias, temperature, softcap, process_group)
+    if workspace_bytes is not None and workspace_bytes < 0:
+        raise ValueError(f"workspace_bytes must be at least 0, got {workspace_bytes}")
     if not len(target_ids):
-        empty = hidden.sum() * 0 + hidden.new_zeros(0, dtype=torch.float32)
+        zero = hidden.sum() * 0 + weight.sum() * 0
+        empty = zero + zero.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
         return (empty, empty) if return_entropy else empty
-    logprobs, entropy = LinearLogprobsFunction.apply(
-        hidden, weight, bias, target_ids, temperature, chunk_elements
-    )
-    return (logprobs, entropy) if return_entropy else logprobs
+    return LinearLogprobsFunction.apply(
+        hidden, weight, bias, target_ids, float(temperature), softcap, return_entropy,
+        backend, workspace_bytes, process_group,
+    )  # fmt: skip
 
 
-def _check(
-    hidden: Tensor, weight: Tensor, target_ids: Tensor, bias: Tensor | None, temperature: float
+def check_head_inputs(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    process_group: dist.ProcessGroup | None = None,
+    mask: Tensor | None = None,
 ) -> None:
+    """ValueError with what was wrong, what came and what would do. Masked targets may be anything."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"need hidden (T, D) and weight (V, D), got {tuple(hidden.shape)} and "
             f"{tuple(weight.shape)}"
         )
+    if not weight.shape[0] or not weight.shape[1]:
+        raise ValueError(f"weight must not be empty, got {tuple(weight.shape)}")
     if target_ids.shape != hidden.shape[:1]:
         raise ValueError(
             f"need one target per row: target_ids {tuple(target_ids.shape)} for hidden "
@@ -131,12 +164,20 @@ def _check(
         raise ValueError(f"target_ids must be int64, got {target_ids.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"need bias (V,) = {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+    if not hidden.is_floating_point():
+        raise ValueError(f"hidden must be floating point, got {hidden.dtype}")
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype}, weight is {weight.dtype}: cast one of them")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    if not hidden.is_cuda and len(target_ids):  # on CUDA the check would stall the stream
-        low, high = int(target_ids.min()), int(target_ids.max())
+    devices = {str(x.device) for x in (hidden, weight, target_ids, bias) if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(devices))}")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above 0 or None, got {softcap}")
+    if process_group is None:
+        read = target_ids if mask is None else target_ids[mask]
+        low, high = (int(x) for x in read.aminmax()) if len(read) else (0, 0)
         if low < 0 or high >= weight.shape[0]:
             raise ValueError(
                 f"target_ids must be in [0, {weight.shape[0]}), got values from {low} to {high}"

@@ -6,7 +6,10 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "linear_logprobs": "r1fast.kernels.linear_logprobs",
-    "grpo_loss": "r1fast.kernels.grpo_loss",
+    "linear_cross_entropy": "r1fast.kernels.linear_cross_entropy",
+    "fused_grpo_loss": "r1fast.kernels.fused_grpo_loss",
+    "policy_loss": "r1fast.kernels.policy_loss",
+    "PolicyLossOptions": "r1fast.kernels.policy_loss_options",
     "group_advantages": "r1fast.kernels.advantages",
     "varlen_attention": "r1fast.kernels.attention",
     "load_config": "r1fast.config",

@@ -66,10 +66,23 @@ class GRPOConfig:
     prompts_per_step: int = 16  # problems in a rollout, over all ranks
     num_mini_batches: int = 1  # optimizer steps a rollout is split into, at random
     num_iterations: int = 1  # passes over one rollout, mu in the paper
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    # kernels/policy_loss.py has the formulas
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo", "luspo"] = "grpo"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
     clip_eps_low: float = 0.2
     clip_eps_high: float = 0.2
+    delta: float = 0.0  # upper clamp of the ratio whatever the advantage's sign; 0 = none
+    dual_clip: float = 0.0  # bounds the loss of a negative advantage; 0 = none
+    cispo_clip: Literal["relative", "absolute"] = "relative"  # to 1 + clip_eps_high, or to it
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    off_policy_mask_threshold: float = (
+        0.0  # mean KL in nats that drops a negative sequence; 0 = off
+    )
+    entropy_coef: float = 0.0  # of the mean entropy, in nats, added to the objective
     kl_coef: float = 0.001  # beta in the paper; 0 skips the reference model
+    kl_estimator: Literal["k1", "k2", "k3", "k3_unbiased"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
     ref_refresh_steps: int = 400  # reference := policy every n optimizer steps; 0 = never
     scale_rewards: Literal["group", "batch", "none"] = "group"
     std: Literal["population", "sample"] = "population"  # divide by G (numpy) or G - 1 (TRL)

@@ -6,14 +6,18 @@ how a step is split.
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from r1fast.config import GRPOConfig
 from r1fast.kernels.advantages import group_advantages
-from r1fast.kernels.grpo_loss import grpo_loss
+from r1fast.kernels.fused_grpo_loss import fused_grpo_loss
+from r1fast.kernels.policy_loss_options import PolicyLossOptions
 from r1fast.types import PackedBatch, RolloutGroup
+
+NAMES = {f.name for f in fields(GRPOConfig)}
 
 
 def token_weights(
@@ -26,16 +30,21 @@ def token_weights(
 ) -> list[float]:  # (S,)
     """One over the denominator of each sequence's tokens.
 
-    grpo: mean over tokens, then over sequences. dapo: mean over all tokens. dr_grpo: sum over a
-    constant, num_sequences * max_completion_tokens.
+    grpo, gspo, sapo: mean over tokens, then over sequences. dapo, cispo: mean over all tokens.
+    dr_grpo: sum over a constant, num_sequences * max_completion_tokens. luspo: sum over sequences.
     """
-    if loss_type == "grpo":
+    if loss_type in ("grpo", "gspo", "sapo"):
         return [1.0 / (num_sequences * n) for n in lengths]
-    if loss_type == "dapo":
-        return [1.0 / num_tokens] * len(lengths)
-    if loss_type == "dr_grpo":
-        return [1.0 / (num_sequences * max_completion_tokens)] * len(lengths)
-    raise ValueError(f"loss_type must be grpo, dapo or dr_grpo, got {loss_type!r}")
+    shared = {
+        "dapo": num_tokens,
+        "cispo": num_tokens,
+        "dr_grpo": num_sequences * max_completion_tokens,
+        "luspo": num_sequences,
+    }
+    if loss_type not in shared:
+        known = ", ".join(["grpo", "gspo", "sapo", *shared])
+        raise ValueError(f"loss_type must be one of {known}, got {loss_type!r}")
+    return [1.0 / shared[loss_type]] * len(lengths)
 
 
 def rollout_advantages(
@@ -60,35 +69,44 @@ def rollout_advantages(
 
 
 def grpo_objective(
-    logprobs: Tensor,  # (Tc,) of the completion tokens only, differentiable
+    hidden: Tensor,  # (T, D)
+    head_weight: Tensor,  # (V, D)
     batch: PackedBatch,
     config: GRPOConfig,
+    *,
+    temperature: float,
+    num_tokens: int,  # completion tokens of the optimizer step, over all ranks and micro-batches
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metric sums over tokens). The sums are detached; divide by `num_tokens`."""
-    m = batch.completion_mask
-    old, ref, A = batch.old_logprobs[m], batch.ref_logprobs[m], batch.advantages[m]
-    per_token = grpo_loss(
-        logprobs,
-        old,
-        ref if config.kl_coef else logprobs.detach(),
-        A,
-        torch.ones_like(A, dtype=torch.bool),
-        clip_eps_low=config.clip_eps_low,
-        clip_eps_high=config.clip_eps_high,
-        kl_coef=config.kl_coef,
+    """(loss, metrics) of one micro-batch: sums over its completion tokens, and their logprobs.
+
+    The metrics are detached; `logprobs` is (Tc,), of the completion tokens.
+    """
+    loss, report = fused_grpo_loss(
+        hidden,
+        head_weight,
+        batch.target_ids,
+        batch.advantages,
+        batch.completion_mask,
+        cu_seqlens=batch.cu_seqlens,
+        old_logprobs=batch.old_logprobs,
+        ref_logprobs=batch.ref_logprobs if config.kl_coef else None,
+        token_weights=batch.token_weights,
+        num_tokens=num_tokens,
+        temperature=temperature,
+        want=("logprobs", "entropy"),
+        **loss_options(config),
     )
-    loss = (per_token * batch.token_weights[m]).sum()
-    with torch.no_grad():
-        ratio = torch.exp(logprobs - old)
-        low = (ratio < 1 - config.clip_eps_low) & (A < 0)
-        high = (ratio > 1 + config.clip_eps_high) & (A > 0)
-        sums = {
-            "num_tokens": m.sum(),
-            "clip_ratio/low_mean": low.sum(),
-            "clip_ratio/high_mean": high.sum(),
-            "clip_ratio/region_mean": (low | high).sum(),
-            "ratio": ratio.sum(),
-        }
-        if config.kl_coef:
-            sums["kl"] = (torch.expm1(ref - logprobs) - (ref - logprobs)).sum()
-    return loss, sums
+    del report["num_evaluated"]
+    report["logprobs"] = report["logprobs"][batch.completion_mask]
+    report["entropy"] = report["entropy"].sum()
+    return loss, report
+
+
+def loss_options(config: GRPOConfig) -> dict[str, object]:
+    """The config's part of PolicyLossOptions; 0 stands for None where a config has no None."""
+    options = {
+        f.name: getattr(config, f.name) for f in fields(PolicyLossOptions) if f.name in NAMES
+    }
+    for name in ("delta", "dual_clip", "off_policy_mask_threshold"):
+        options[name] = options[name] or None
+    return options

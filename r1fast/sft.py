@@ -9,11 +9,12 @@ from r1fast import distributed
 from r1fast.batch import pack
 from r1fast.config import Config
 from r1fast.data import Example, batch_indices
+from r1fast.kernels.linear_cross_entropy import linear_cross_entropy
 from r1fast.metrics import warn
 from r1fast.policy import Policy
 from r1fast.protocol import rest_of_completion
 from r1fast.templates import encode_text, render_prompt, with_system
-from r1fast.training import Trainer, completion_logprobs, digest
+from r1fast.training import Trainer, digest, hidden_states
 from r1fast.types import Sequence
 
 
@@ -99,12 +100,19 @@ class SFTTrainer(Trainer):
         sums = {"loss": 0.0, "entropy": 0.0}
         with self.timer("train"):
             for batch in pack(owned, s.token_budget, weights, device=self.policy.device):
-                logprobs, entropy = completion_logprobs(self.model, batch)
-                loss = -(logprobs * batch.token_weights[batch.completion_mask]).sum()
+                m = batch.completion_mask
+                loss, entropy = linear_cross_entropy(
+                    hidden_states(self.model, batch)[m],
+                    self.model.head_weight,
+                    batch.target_ids[m],
+                    token_weights=batch.token_weights[m],
+                    reduction="sum",
+                    return_entropy=True,
+                )
                 loss.backward()
                 self.optimizer.accumulate()
                 sums["loss"] += float(loss.detach())
-                sums["entropy"] += float(entropy.detach().sum())
+                sums["entropy"] += float(entropy.sum())
             norm, lr = self.optimize()
         total = distributed.sum_dict(sums)
         self.num_tokens += sum(x.num_tokens for x in batch_of)

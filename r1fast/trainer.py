@@ -23,7 +23,7 @@ from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams, sample_seed
 from r1fast.rollout_metrics import finish_rollout_metrics, rollout_extremes, rollout_sums
 from r1fast.templates import encode_prompts
-from r1fast.training import Trainer, completion_logprobs, digest, fill
+from r1fast.training import Trainer, completion_logprobs, digest, fill, hidden_states
 from r1fast.types import Problem, RolloutGroup, Sequence
 
 
@@ -238,11 +238,12 @@ class GRPOTrainer(Trainer):
         """Gradients of one mini-batch, this rank's share of it. Returns sums over tokens."""
         g = self.config.grpo
         owned = [key for key in part if key in sequences]
+        num_tokens = sum(length[key] for key in part)
         weights = token_weights(
             g.loss_type,
             [length[key] for key in owned],
             num_sequences=len(part),
-            num_tokens=sum(length[key] for key in part),
+            num_tokens=num_tokens,
             max_completion_tokens=self.config.rollout.max_completion_tokens,
         )
         batches = pack(
@@ -251,13 +252,20 @@ class GRPOTrainer(Trainer):
         totals: dict[str, Tensor] = {}
         largest = 0.0
         for batch in batches:
-            logprobs, entropy = completion_logprobs(self.model, batch, self.sampling.temperature)
-            loss, sums = grpo_objective(logprobs, batch, g)
+            loss, sums = grpo_objective(
+                hidden_states(self.model, batch),
+                self.model.head_weight,
+                batch,
+                g,
+                temperature=self.sampling.temperature,
+                num_tokens=num_tokens,
+            )
             loss.backward()
             self.optimizer.accumulate()
-            sums |= {"loss": loss.detach(), "entropy": entropy.detach().sum()}
+            sums["loss"] = loss.detach()
+            logprobs = sums.pop("logprobs")
             if check_mismatch:
-                diff = (logprobs.detach() - batch.old_logprobs[batch.completion_mask]).abs()
+                diff = (logprobs - batch.old_logprobs[batch.completion_mask]).abs()
                 sums["diff"] = diff.sum()
                 largest = max(largest, float(diff.max()))
             for key, value in sums.items():

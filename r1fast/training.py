@@ -31,12 +31,16 @@ from r1fast.types import PackedBatch
 MAX_SKIPPED = 5  # non-finite gradients in a row before the run stops
 
 
+def hidden_states(model: Decoder, batch: PackedBatch) -> Tensor:  # (T, D)
+    attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen)
+    return model(batch.input_ids, batch.position_ids, attend)
+
+
 def completion_logprobs(
     model: Decoder, batch: PackedBatch, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:  # (Tc,), (Tc,)
     """Log-probability and entropy of every completion token; the head sees those rows only."""
-    attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen)
-    hidden = model(batch.input_ids, batch.position_ids, attend)
+    hidden = hidden_states(model, batch)
     m = batch.completion_mask
     return linear_logprobs(
         hidden[m],

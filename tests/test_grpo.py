@@ -6,7 +6,6 @@ from tiny import tiny_config
 
 from r1fast.batch import pack
 from r1fast.grpo import grpo_objective, rollout_advantages, token_weights
-from r1fast.kernels.linear_logprobs import linear_logprobs
 from r1fast.types import Completion, Problem, Reward, RolloutGroup, Sequence
 
 V, D, G, MAX_TOKENS = 23, 6, 3, 12
@@ -62,14 +61,14 @@ def engine_loss(groups, ref, config, budget):
     )
     total = 0.0
     for batch in pack(sequences, budget, weights):
-        m = batch.completion_mask
-        logprobs = linear_logprobs(
-            table[batch.input_ids][m],
+        loss, _ = grpo_objective(
+            table[batch.input_ids],
             weight,
-            batch.target_ids[m],
+            batch,
+            config.grpo,
             temperature=config.rollout.temperature,
+            num_tokens=sum(lengths),
         )
-        loss, _ = grpo_objective(logprobs, batch, config.grpo)
         loss.backward()
         total += float(loss.detach())
     return total, table.grad, weight.grad
@@ -145,7 +144,10 @@ def test_token_weights_by_definition():
     # half of the sequences on another rank: the same weights
     assert token_weights("grpo", lengths[:1], **kwargs) == [1 / 12]
     assert token_weights("grpo", [], **kwargs) == []
-    with pytest.raises(ValueError, match="must be grpo, dapo or dr_grpo, got 'bnpo'"):
+    assert token_weights("gspo", lengths, **kwargs) == token_weights("grpo", lengths, **kwargs)
+    assert token_weights("cispo", lengths, **kwargs) == [1 / 10] * 3
+    assert token_weights("luspo", lengths, **kwargs) == [1 / 3] * 3
+    with pytest.raises(ValueError, match="must be one of grpo, gspo, .*, got 'bnpo'"):
         token_weights("bnpo", lengths, **kwargs)
 
 
@@ -176,7 +178,12 @@ def test_metric_sums_by_hand():
     ]
     (batch,) = pack(sequences, 100, [1.0, 1.0])
     ratios = torch.tensor([1.4, 0.5, 1.4, 0.5])  # high clips the first, low the last
-    loss, sums = grpo_objective(torch.log(0.5 * ratios), batch, config)
+    hidden = torch.zeros(len(batch.target_ids), 4)  # logits, through a head that is the identity
+    p = (0.5 * ratios)[:, None]
+    hidden[batch.completion_mask] = torch.log((1 - p) / 3).expand(-1, 4)
+    hidden[batch.completion_mask, batch.target_ids[batch.completion_mask]] = p[:, 0].log()
+    loss, sums = grpo_objective(hidden, torch.eye(4), batch, config, temperature=1.0, num_tokens=4)
+    torch.testing.assert_close(sums["logprobs"], p[:, 0].log())
     assert sums["num_tokens"] == 4
     assert sums["clip_ratio/high_mean"] == sums["clip_ratio/low_mean"] == 1
     assert sums["clip_ratio/region_mean"] == 2

@@ -1,0 +1,351 @@
+"""The language-model head in chunks of rows: log-probabilities, entropies and their gradients.
+
+Anchored: c, close to the logsumexp, is known before the big GEMM, so exp needs no running maximum
+and what the GEMM leaves behind is E = exp(z - c) with the target's column 0. With s its row sum:
+
+    e_y = exp(z_y - c);  S = s + e_y;  logp = log(e_y / S);  1 - p_y = s / S  (no cancellation)
+    H = log S - (sum e (z - c)) / S
+
+    dz_j = E_j / S (-g - h (H - log S) - h log E_j),  j != y;  g = dloss/dlogp, h = dloss/dH
+    dz_y = g (1 - p_y) - h p_y (log p_y + H)          added apart, in float32
+
+Without h the factor of E_j is one number a row, so both backward products take E as it is:
+dX = v (E W), dW = E^T (v X), v = -g / S. Rows with g = h = 0 leave before them.
+
+c = z_y - old_logprob, or z_y where there is none; a row whose S shows that c was far off is done
+again with the true logsumexp. Over a process group each rank holds a contiguous slice of the
+vocabulary, and two sums of (R,) numbers make the rows whole.
+Shapes: R rows of a chunk, N rows in all, D width, V vocabulary (of this rank).
+"""
+
+import math
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from r1fast.kernels import cpu_head, torch_head
+from r1fast.kernels.dispatch import Backend, use_triton
+
+S_RANGE = (1e-20, 1e20)  # outside, the anchor was too far off for float32
+COMPACT_BELOW = 7 / 8  # share of live rows under which moving them pays
+
+
+@dataclass
+class ChunkStats:
+    """What the forward of a chunk leaves for its backward. Shapes (R,)."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    log_S: Tensor
+    S: Tensor
+    s: Tensor
+    p_target: Tensor
+    slope: Tensor | None  # of the softcap at the target
+    E: object | None
+
+
+def head_module(x: Tensor, backend: Backend) -> ModuleType:
+    """Which implementation computes a chunk: the one dispatch rule of the head."""
+    if use_triton(x, backend):
+        if x.dtype == torch.float64:
+            if backend == "auto":
+                return torch_head
+            raise ValueError("backend triton has no float64: take backend='torch'")
+        from r1fast.kernels import triton_head
+
+        return triton_head
+    if backend == "native" and (x.is_cuda or not cpu_head.supported(x.dtype)):
+        raise ValueError(
+            f"backend native needs a CPU tensor of float32 (AVX-512) or bfloat16 (AVX512-BF16); "
+            f"got {x.dtype} on {x.device}. Take backend='auto' or 'torch'"
+        )
+    if backend == "native" or (backend == "auto" and not x.is_cuda and cpu_head.supported(x.dtype)):
+        return cpu_head
+    return torch_head
+
+
+class VocabHead:
+    """One op call: N rows of hidden states against one weight, a chunk at a time.
+
+    `backward` calls accumulate into dhidden, dweight and dbias, which `gradients` returns.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,  # (N, D)
+        weight: Tensor,  # (V, D)
+        target_ids: Tensor,  # (N,), global
+        *,
+        bias: Tensor | None = None,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        backend: Backend = "auto",
+        process_group: dist.ProcessGroup | None = None,
+        needs: tuple[bool, bool, bool] = (True, True, True),  # gradients of hidden, weight, bias
+    ):
+        self.hidden, self.weight, self.bias = hidden.detach(), weight.detach(), bias
+        if bias is not None:
+            self.bias = bias.detach()
+        self.temperature, self.softcap, self.group = temperature, softcap, process_group
+        self.module = head_module(hidden, backend)
+        if self.module is cpu_head and self.weight.stride(1) != 1:
+            self.weight = self.weight.contiguous()  # the C++ reads whole rows
+        self.wide = torch.promote_types(hidden.dtype, torch.float32)
+        sizes = [len(weight)]
+        if process_group is not None:
+            gathered = [None] * dist.get_world_size(process_group)
+            dist.all_gather_object(gathered, len(weight), process_group)
+            sizes = gathered
+        rank = 0 if process_group is None else dist.get_rank(process_group)
+        self.start, self.num_vocabulary, self.max_V = sum(sizes[:rank]), sum(sizes), max(sizes)
+        self.global_ids, self.target_ids = target_ids, target_ids
+        if process_group is not None:
+            local = target_ids - self.start
+            self.target_ids = torch.where((local >= 0) & (local < len(weight)), local, -1)
+        self.need_hidden, self.need_weight, self.need_bias = needs
+        self.dhidden = self.dweight = self.dbias = self._workspace = None
+
+    def rows_per_chunk(self, num_rows: int, workspace_bytes: int | None) -> int:
+        """By default a ninth of the rows, so that E stays under an eighth of the logits.
+
+        Small chunks read and write dweight more often, so there is a lower limit, and chunks are even.
+        """
+        if workspace_bytes is None:
+            least = 2048 if self.hidden.is_cuda else 224
+            rows = min(max(least, math.ceil(num_rows / 9)), 4096)
+        else:
+            rows = max(1, workspace_bytes // self.bytes_of(1))
+        num_chunks = max(1, math.ceil(num_rows / rows))
+        return max(1, math.ceil(num_rows / num_chunks))
+
+    def bytes_of(self, num_rows: int) -> int:
+        """Memory of E for so many rows."""
+        dtype = self.hidden.dtype
+        numel = self.module.workspace_numel(num_rows, self.max_V, dtype)
+        return numel * self.module.workspace_dtype(dtype).itemsize
+
+    def forward(
+        self,
+        rows: slice,
+        old_logprobs: Tensor | None = None,  # (R,) finite
+        *,
+        keep: bool,
+        want_entropy: bool,
+        own_workspace: bool = False,  # or in the one that the next chunk will overwrite
+    ) -> ChunkStats:
+        """Statistics of `hidden[rows]`; with `keep`, E too. Raises ValueError at a NaN or Inf."""
+        h, y = self.hidden[rows], self.target_ids[rows]
+        z, slope = self._target_logits(h, y)
+        c = z if old_logprobs is None else z - old_logprobs.to(self.wide)
+        stats, good = self._stats(h, y, z, c, slope, keep, want_entropy, own_workspace)
+        if bool(good.all()):
+            return stats
+        bad = (~good).nonzero()[:, 0]
+        exact = c.clone()
+        exact[bad] = self._logsumexp(h[bad], rows.start + bad)
+        stats.E = None
+        stats, good = self._stats(h, y, z, exact, slope, keep, want_entropy, own_workspace)
+        if not bool(good.all()):
+            row = rows.start + int((~good).nonzero()[0])
+            raise ValueError(f"row {row}: its logits overflow {self.wide}; check the weights")
+        return stats
+
+    def _stats(self, h, y, z, c, slope, keep, want_entropy, own_workspace):
+        s, sz, E = self.module.forward(
+            h, self.weight, self.bias, y, c,
+            inv_temperature=1 / self.temperature, softcap=self.softcap,
+            keep=keep, want_sz=want_entropy,
+            workspace=self._take_workspace(len(h)) if keep and not own_workspace else None,
+        )  # fmt: skip
+        if self.group is not None:
+            both = torch.stack([s, sz]) if want_entropy else s[None]
+            dist.all_reduce(both, group=self.group)
+            s, sz = both[0], both[1] if want_entropy else None
+        e = (z - c).exp()
+        S = s + e
+        log_S = S.log()
+        logprobs = torch.where(s <= e, -torch.log1p(s / e), z - c - log_S)
+        entropy = log_S - (sz + e * (z - c)) / S if want_entropy else None
+        good = (S > S_RANGE[0]) & (S < S_RANGE[1])
+        return ChunkStats(logprobs, entropy, log_S, S, s, e / S, slope, E), good
+
+    def _take_workspace(self, R: int) -> Tensor:
+        dtype = self.hidden.dtype
+        numel = self.module.workspace_numel(R, len(self.weight), dtype)
+        if self._workspace is None or self._workspace.numel() < numel:
+            self._workspace = None
+            self._workspace = torch.empty(
+                numel, dtype=self.module.workspace_dtype(dtype), device=self.hidden.device
+            )
+        return self._workspace
+
+    def _target_logits(self, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:  # (R,), (R,)
+        """z_y / temperature in the wide dtype, and the softcap's slope there."""
+        u = (h.to(self.wide) * self.weight[y.clamp(min=0)].to(self.wide)).sum(1)
+        if self.bias is not None:
+            u = u + self.bias[y.clamp(min=0)]
+        if self.group is not None:
+            u = torch.where(y >= 0, u, 0)
+            dist.all_reduce(u, group=self.group)
+        slope = None
+        if self.softcap is not None:
+            u = self.softcap * torch.tanh(u / self.softcap)
+            slope = 1 - (u / self.softcap) ** 2
+        return u / self.temperature, slope
+
+    def _logits(self, h: Tensor) -> Tensor:  # (R, D) -> (R, V)
+        """All logits of a few rows, capped, over the temperature, in the wide dtype."""
+        z = torch.mm(h.to(self.wide), self.weight.to(self.wide).t())
+        if self.bias is not None:
+            z = z + self.bias
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z / self.temperature
+
+    def _logsumexp(self, h: Tensor, numbers: Tensor) -> Tensor:  # (R,)
+        finite = h.isfinite().all(1)
+        if not finite.all():
+            row = int(numbers[~finite][0])
+            raise ValueError(
+                f"hidden holds NaN or Inf in row {row} (of the rows that count); "
+                "look for the first layer that overflows"
+            )
+        parts = torch.cat([self._logits(part).logsumexp(1) for part in h.split(64)])
+        if self.group is None:
+            return parts
+        top = parts.clone()
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self.group)
+        total = (parts - top).exp()
+        dist.all_reduce(total, group=self.group)
+        return top + total.log()
+
+    def backward(
+        self,
+        rows: slice,
+        stats: ChunkStats,
+        dlogprobs: Tensor,  # (R,)
+        dentropy: Tensor | None = None,  # (R,)
+    ) -> None:
+        """Adds this chunk's gradients. Uses up `stats.E`."""
+        g = dlogprobs.to(self.wide)
+        h = None if dentropy is None else dentropy.to(self.wide)
+        live = g != 0 if h is None else (g != 0) | (h != 0)
+        num_live = int(live.sum())
+        if not num_live:
+            return
+        x, y, E = self.hidden[rows], self.target_ids[rows], stats.E
+        fields = (stats.S, stats.log_S, stats.s, stats.p_target, stats.logprobs)
+        entropy, slope, index = stats.entropy, stats.slope, None
+        if num_live < COMPACT_BELOW * len(live):
+            index = live.nonzero()[:, 0]
+            E.compact(index)
+            x, y, g = x[index], y[index], g[index]
+            fields = tuple(f[index] for f in fields)
+            h, entropy, slope = (f if f is None else f[index] for f in (h, entropy, slope))
+        S, log_S, s, p, logp = fields
+        onehot = g * (s / S)
+        if h is None:
+            v = -g / (S * self.temperature)
+        else:
+            onehot = onehot - h * p * (logp + entropy)
+            a = -(g + h * (entropy - log_S)) / (S * self.temperature)
+            b = -h / (S * self.temperature)
+            if self.softcap is None:
+                E.affine(a, b)
+            else:  # E holds the softcap's slope, so its logarithm is not z
+                E = torch_head.DenseE(self._softcap_gradient(x, y, a, b, S, log_S))
+            v = torch.ones_like(g)
+        onehot = onehot / self.temperature
+        if slope is not None:
+            onehot = onehot * slope
+        mine = (y >= 0).to(onehot.dtype) * onehot
+        at = y.clamp(min=0)
+        if self.need_hidden:
+            if self.dhidden is None:
+                self.dhidden = torch.zeros_like(self.hidden)
+            out = E.dhidden(self.weight).mul_(v[:, None])
+            out.addcmul_(self.weight[at].to(self.wide), mine[:, None])
+            if index is None:
+                self.dhidden[rows] = out
+            else:
+                self.dhidden[rows.start + index] = out.to(self.dhidden.dtype)
+        if self.need_weight:
+            if self.dweight is None:
+                self.dweight = torch.empty(
+                    self.weight.shape, dtype=self.wide, device=self.weight.device
+                )
+                E.dweight_(x * v[:, None], self.dweight, accumulate=False)
+            else:
+                E.dweight_(x * v[:, None], self.dweight, accumulate=True)
+            _add_rows(self.dweight, at, x.to(self.wide) * mine[:, None])
+        if self.need_bias:
+            first = self.dbias is None
+            if first:
+                self.dbias = torch.empty(
+                    self.weight.shape[:1], dtype=self.wide, device=self.weight.device
+                )
+            E.dbias_(v, self.dbias, accumulate=not first)
+            _add_rows(self.dbias, at, mine)
+
+    def _softcap_gradient(self, x, y, a, b, S, log_S) -> Tensor:  # (R, V)
+        """dz of an entropy under a softcap, from the logits once more; the target's column is 0."""
+        parts = []
+        for n in range(0, len(x), 64):
+            z = self._logits(x[n : n + 64])
+            # a and b hold 1 / S; log E = z - c, and log S = lse - c
+            lse = self._lse_of(z)
+            shifted = z - lse[:, None] + log_S[n : n + 64, None]
+            dz = shifted.exp() * (a[n : n + 64, None] + b[n : n + 64, None] * shifted)
+            dz *= 1 - (z * self.temperature / self.softcap) ** 2
+            here = (y[n : n + 64] >= 0).nonzero()[:, 0]
+            dz[here, y[n : n + 64][here]] = 0
+            parts.append(dz.to(self.hidden.dtype))
+        return torch.cat(parts)
+
+    def _lse_of(self, z: Tensor) -> Tensor:
+        lse = z.logsumexp(1)
+        if self.group is None:
+            return lse
+        top = lse.clone()
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self.group)
+        total = (lse - top).exp()
+        dist.all_reduce(total, group=self.group)
+        return top + total.log()
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dhidden in hidden's dtype, dweight and dbias in the wide dtype), what was asked for.
+
+        Hands them over: the next `backward` begins at zero.
+        """
+        if self.need_hidden and self.dhidden is None:
+            self.dhidden = torch.zeros_like(self.hidden)
+        if self.need_weight and self.dweight is None:
+            self.dweight = torch.zeros_like(self.weight, dtype=self.wide)
+        if self.need_bias and self.dbias is None:
+            self.dbias = torch.zeros_like(self.weight[:, 0], dtype=self.wide)
+        if self.need_hidden and self.group is not None:
+            dist.all_reduce(self.dhidden, group=self.group)
+        result = self.dhidden, self.dweight, self.dbias
+        self.dhidden = self.dweight = self.dbias = self._workspace = None
+        return result
+
+
+def _add_rows(out: Tensor, index: Tensor, values: Tensor) -> None:
+    """out[index] += values, in a fixed order: index_add_ uses atomics on CUDA, index_put_ sorts."""
+    if out.is_cuda:
+        out.index_put_((index,), values, accumulate=True)
+    else:
+        out.index_add_(0, index, values)
+
+
+def to_grad_dtype(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """`gradient` as autograd wants it: of the dtype of the tensor, or of its `grad_dtype` if set.
+
+    A bfloat16 parameter with `grad_dtype = torch.float32` gets the float32 sum itself.
+    """
+    if gradient is None:
+        return None
+    return gradient.to(getattr(like, "grad_dtype", None) or like.dtype)
