@@ -258,14 +258,15 @@ def _sum_tiles_kernel(
 
 @triton.jit
 def _compact_kernel(
-    E_ptr, idx_ptr, num_kept, V, stride_e, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr
+    E_ptr, idx_ptr, num_kept, stride_e, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr
 ):
     """Row i <- row idx[i] >= i. One program does all rows of its columns, from the top."""
+    # here and below the padding counts as columns: with a multiple of 16, accesses are 16 bytes wide
     cols = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     for start in range(0, num_kept, BLOCK_R):
         to = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
         source = tl.load(idx_ptr + to, mask=to < num_kept, other=0)
-        inside = (to < num_kept)[:, None] & (cols < V)[None, :]
+        inside = (to < num_kept)[:, None] & (cols < stride_e)[None, :]
         block = tl.load(E_ptr + source[:, None] * stride_e + cols[None, :], mask=inside)
         tl.debug_barrier()  # every row of the block is read before one of them is overwritten
         tl.store(E_ptr + to[:, None] * stride_e + cols[None, :], block, mask=inside)
@@ -273,15 +274,15 @@ def _compact_kernel(
 
 
 @triton.jit
-def _affine_kernel(E_ptr, a_ptr, b_ptr, V, stride_e, num_blocks, BLOCK_V: tl.constexpr):
+def _affine_kernel(E_ptr, a_ptr, b_ptr, stride_e, num_blocks, BLOCK_V: tl.constexpr):
     """E <- E (a + b log E) on one row's columns; 0 stays 0."""
     pid = tl.program_id(0).to(tl.int64)
     row = pid // num_blocks
     cols = pid % num_blocks * BLOCK_V + tl.arange(0, BLOCK_V)
     at = E_ptr + row * stride_e + cols
-    E = tl.load(at, mask=cols < V, other=0.0).to(tl.float32)
+    E = tl.load(at, mask=cols < stride_e, other=0.0).to(tl.float32)
     value = E * (tl.load(a_ptr + row) + tl.load(b_ptr + row) * tl.log(E))
-    tl.store(at, tl.where(E == 0, 0.0, value).to(E_ptr.dtype.element_ty), mask=cols < V)
+    tl.store(at, tl.where(E == 0, 0.0, value).to(E_ptr.dtype.element_ty), mask=cols < stride_e)
 
 
 @triton.jit
@@ -295,7 +296,7 @@ def _dbias_kernel(
     for start in range(0, R, BLOCK_R):
         rows = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
         x = tl.load(x_ptr + rows, mask=rows < R, other=0.0)
-        inside = (rows < R)[:, None] & (cols < V)[None, :]
+        inside = (rows < R)[:, None] & (cols < stride_e)[None, :]
         E = tl.load(E_ptr + rows[:, None] * stride_e + cols[None, :], mask=inside, other=0.0)
         acc += E.to(tl.float32) * x[:, None]
     total = tl.sum(acc, 0)
@@ -307,7 +308,7 @@ def _dbias_kernel(
 class Exponentials:
     """E of one chunk: what its backward needs. Lives in the workspace given to `forward`."""
 
-    def __init__(self, E: Tensor):  # (R, V), rows PAD-aligned
+    def __init__(self, E: Tensor):  # (R, V) of a (R, padded) array whose padding is 0
         self.E = E
 
     def dense(self) -> Tensor:  # (R, V), a view
@@ -320,25 +321,24 @@ class Exponentials:
                 f"idx must be at most {len(self.E)} increasing int64 row numbers, got "
                 f"{tuple(idx.shape)} of {idx.dtype}"
             )
-        num_kept, (_, V) = len(idx), self.E.shape
+        num_kept, stride_e = len(idx), self.E.stride(0)
         if 0 < num_kept < len(self.E):  # all rows: nothing to move
             BLOCK_V = 256
-            _compact_kernel[(triton.cdiv(V, BLOCK_V),)](
-                self.E, idx.contiguous(), num_kept, V, self.E.stride(0),
+            _compact_kernel[(triton.cdiv(stride_e, BLOCK_V),)](
+                self.E, idx.contiguous(), num_kept, stride_e,
                 BLOCK_R=8, BLOCK_V=BLOCK_V, num_warps=1,
             )  # fmt: skip
         self.E = self.E[:num_kept]
 
     def affine(self, a: Tensor, b: Tensor) -> None:  # (R,) float32 each
         """E <- E (a[r] + b[r] log E), in place. What is 0 stays 0."""
-        R, V = self.E.shape
         self._check_rows(a=a, b=b)
-        if R and V:
-            BLOCK_V = 1024
-            blocks = triton.cdiv(V, BLOCK_V)
-            _affine_kernel[(R * blocks,)](
-                self.E, a.float().contiguous(), b.float().contiguous(), V, self.E.stride(0),
-                blocks, BLOCK_V=BLOCK_V,
+        if self.E.numel():
+            BLOCK_V, stride_e = 1024, self.E.stride(0)
+            blocks = triton.cdiv(stride_e, BLOCK_V)
+            _affine_kernel[(len(self.E) * blocks,)](
+                self.E, a.float().contiguous(), b.float().contiguous(), stride_e, blocks,
+                BLOCK_V=BLOCK_V,
             )  # fmt: skip
 
     def dhidden(self, weight: Tensor) -> Tensor:  # (V, D) -> (R, D) float32

@@ -8,6 +8,7 @@ of its own: where TRITON_INTERPRET is set, @triton.jit makes no compilable kerne
 import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -194,7 +195,8 @@ def compile_case(case: Case) -> dict[str, object]:
         "registers": int(numbers["REG"]), "stack": int(numbers["STACK"]),
         "local": int(numbers["LOCAL"]), "shared": compiled.metadata.shared,
         "tensor_core": ptx.count(TENSOR_CORE[case.arch]),
-        "wide_stores": ptx.count("st.global.v4"),
+        "wide_loads": len(re.findall(r"ld\.global[\w:.]*\.v4", ptx)),
+        "wide_stores": len(re.findall(r"st\.global[\w:.]*\.v4", ptx)),
     }  # fmt: skip
 
 

@@ -32,8 +32,9 @@ def test_fits_the_chip(compiled, case):
     assert result["shared"] <= aot.SHARED_LIMIT[case.arch], result
     if case.is_gemm:
         assert result["tensor_core"] > 0, f"no {aot.TENSOR_CORE[case.arch]}: {result}"
-        if case.constants["KEEP"]:
-            assert result["wide_stores"] > 0, f"E is not stored 16 bytes at a time: {result}"
+    if "stride_e" in case.multiples_of_16:
+        wide = result["wide_stores" if case.is_gemm else "wide_loads"]
+        assert wide > 0, f"E is not accessed 16 bytes at a time: {result}"
 
 
 def test_every_kernel_is_in_the_table():

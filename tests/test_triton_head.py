@@ -210,6 +210,8 @@ def test_workspace_is_used_again(device):
         E, _ = check(h, W, None, y, workspace=workspace)
         assert E.dense().data_ptr() == workspace.data_ptr()
         assert E.dense().shape == (R, V)
+        padding = workspace[: triton_head.workspace_numel(R, V, dtype)].view(R, -1)[:, V:]
+        assert (padding == 0).all()
     assert numel < 64 * (129 + triton_head.PAD)
 
 
