@@ -70,10 +70,11 @@ R1FAST_INLINE float exp_clamped(float x) {
 // log of a positive number, subnormal numbers included; what it says of others is not used.
 R1FAST_INLINE float log_positive(float x) {
   const bool tiny = x < 1.17549435e-38f;
-  const uint32_t bits = bits_of(tiny ? x * 16777216.0f : x);
+  // integers are chosen, not floats: GCC would make a branch around the multiplication
+  const uint32_t bits = bits_of(x * float_of(tiny ? 0x4b800000u : 0x3f800000u));  // 2^24 or 1
   const uint32_t above_sqrt_half = bits - 0x3f3504f3u;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
   const int32_t exponent = static_cast<int32_t>(above_sqrt_half) >> 23;
-  const float n = static_cast<float>(exponent) - (tiny ? 24.0f : 0.0f);
+  const float n = static_cast<float>(exponent - (tiny ? 24 : 0));
   const float f = float_of((above_sqrt_half & 0x007fffffu) + 0x3f3504f3u) - 1;
   constexpr float kPoly[8] = {0.33333331f,  -0.25000821f, 0.20001227f, -0.16623357f,
                               0.14201757f, -0.13160183f, 0.12761576f, -0.076344967f};

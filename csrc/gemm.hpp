@@ -83,11 +83,14 @@ R1FAST_AVX512_INLINE void tile_products(int64_t num_k, const Word* a, int64_t ld
   }
 }
 
+// What tile_into does with the products: fill a buffer that is in the cache, or set or add to what is not.
+enum class Into { kBuffer, kSet, kAdd };
+
 // C(i, 16 j ..) = or += the products, for the first num_rows rows and num_columns columns of the tile.
 template <bool kBf16, bool kColumns, int N>
-R1FAST_AVX512 void tile_into(int64_t num_k, const Word* a, int64_t lda, const Word* panel, float* c, int64_t ldc,
-                             int64_t num_rows, int64_t num_columns, bool accumulate) {
-  if (accumulate) {
+R1FAST_AVX512 void tile_into(Into into, int64_t num_k, const Word* a, int64_t lda, const Word* panel, float* c,
+                             int64_t ldc, int64_t num_rows, int64_t num_columns) {
+  if (into != Into::kBuffer) {
     for (int i = 0; i < num_rows; ++i) {
       for (int j = 0; j < N; ++j) __builtin_prefetch(c + i * ldc + kLanes * j, 1);
     }
@@ -101,20 +104,49 @@ R1FAST_AVX512 void tile_into(int64_t num_k, const Word* a, int64_t lda, const Wo
       const __mmask16 mask = column_mask(kLanes * j, num_columns);
       float* const to = c + i * ldc + kLanes * j;
       __m512 value = sums[i][j];
-      if (accumulate) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, to));
+      if (into == Into::kAdd) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, to));
       _mm512_mask_storeu_ps(to, mask, value);
     }
   }
 }
 
 template <bool kBf16, bool kColumns>
-inline void tile_into(int64_t num_vectors, int64_t num_k, const Word* a, int64_t lda, const Word* panel, float* c,
-                      int64_t ldc, int64_t num_rows, int64_t num_columns, bool accumulate) {
+inline void tile_into(Into into, int64_t num_vectors, int64_t num_k, const Word* a, int64_t lda, const Word* panel,
+                      float* c, int64_t ldc, int64_t num_rows, int64_t num_columns) {
   const auto tile = num_vectors == 3   ? &tile_into<kBf16, kColumns, 3>
                     : num_vectors == 2 ? &tile_into<kBf16, kColumns, 2>
                                        : &tile_into<kBf16, kColumns, 1>;
-  tile(num_k, a, lda, panel, c, ldc, num_rows, num_columns, accumulate);
+  tile(into, num_k, a, lda, panel, c, ldc, num_rows, num_columns);
 }
+
+// Asks for a strided matrix's cache lines a few at a time, while something else is computed: its rows are too far
+// apart for the hardware to see what comes next.
+class Prefetcher {
+ public:
+  // In all, num_steps calls of step() cover the rows.
+  Prefetcher(const void* first, int64_t num_rows, int64_t row_bytes, int64_t stride_bytes, int64_t num_steps)
+      : row_(static_cast<const char*>(first)), left_(num_rows), row_bytes_(row_bytes), stride_(stride_bytes) {
+    const int64_t num_lines = num_rows * ceil_div(row_bytes, kLineBytes);
+    per_step_ = ceil_div(num_lines, std::max<int64_t>(num_steps, 1));
+  }
+
+  void step() {
+    for (int64_t i = 0; i < per_step_ && left_ > 0; ++i) {
+      __builtin_prefetch(row_ + offset_, 0, 2);
+      offset_ += kLineBytes;
+      if (offset_ >= row_bytes_) {
+        offset_ = 0;
+        row_ += stride_;
+        --left_;
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kLineBytes = 64;
+  const char* row_;
+  int64_t left_, row_bytes_, stride_, per_step_, offset_ = 0;
+};
 
 // Word k of a row of `size` elements; past the end there are zeros.
 template <class T>

@@ -33,7 +33,7 @@ struct HeadView {
 constexpr int64_t kVocabBlock = 256;
 constexpr int64_t kDweightBlock = 128;   // entries a task
 constexpr int64_t kDhiddenBlock = 256;   // words of E a step
-constexpr int64_t kCopyBytes = 1 << 18;  // of W, in the second-level cache beside a panel of h
+constexpr int64_t kCopyBytes = 300 << 10;  // of W, in the second-level cache beside a panel of h
 
 template <class T>
 struct Forward {
@@ -80,7 +80,7 @@ R1FAST_AVX512 void tile_epilogue(const Forward<T>& f, float (&tile)[kTileRows][k
     __m512 s = _mm512_loadu_ps(s_at);
     __m512 sz = kWantSz ? _mm512_loadu_ps(sz_at) : s;
     Word* const to = f.e.words == nullptr ? nullptr : f.e.words + v / (kBf16 ? 2 : 1) * f.e.ld + t;
-    __m512 e[kTileRows];
+    __m512 e[kTileRows];  // stored past the caches: E is larger than they are
 #pragma GCC unroll 8
     for (int i = 0; i < kTileRows; ++i) {
       const __m512 u = _mm512_add_ps(_mm512_loadu_ps(&tile[i][kLanes * j]), _mm512_set1_ps(bias[i]));
@@ -93,11 +93,11 @@ R1FAST_AVX512 void tile_epilogue(const Forward<T>& f, float (&tile)[kTileRows][k
       // where e is 0, x may be minus infinity
       if (kWantSz) sz = _mm512_mask3_fmadd_ps(e[i], _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(kMinExp), x), sz, counted);
       if (kSoftcap) e[i] = _mm512_maskz_mul_ps(counted, e[i], _mm512_loadu_ps(&slope[i][kLanes * j]));
-      if (!kBf16 && to != nullptr) _mm512_storeu_ps(to + i * f.e.ld, e[i]);
+      if (!kBf16 && to != nullptr) _mm512_stream_ps(to + i * f.e.ld, e[i]);
     }
     if (kBf16 && to != nullptr) {
       for (int i = 0; i < kTileRows; i += 2) {
-        _mm512_storeu_si512(to + i / 2 * f.e.ld, interleave_bf16(e[i], e[i + 1]));
+        _mm512_stream_si512((__m512i*)(to + i / 2 * f.e.ld), interleave_bf16(e[i], e[i + 1]));
       }
     }
     _mm512_storeu_ps(s_at, s);
@@ -106,7 +106,8 @@ R1FAST_AVX512 void tile_epilogue(const Forward<T>& f, float (&tile)[kTileRows][k
 }
 
 template <bool kBf16, class T>
-void forward_block(const Forward<T>& f, int64_t block, int64_t copy_rows, int64_t ld_copy, Word* copy) {
+void forward_block(const Forward<T>& f, int64_t block, int64_t next_block, int64_t copy_rows, int64_t ld_copy,
+                   Word* copy) {
   const bool softcap = f.map.softcap != 0, want_sz = f.sz_blocks != nullptr;
   const auto finish = softcap ? (want_sz ? &tile_epilogue<kBf16, true, true, T> : &tile_epilogue<kBf16, true, false, T>)
                               : (want_sz ? &tile_epilogue<kBf16, false, true, T> : &tile_epilogue<kBf16, false, false, T>);
@@ -127,16 +128,22 @@ void forward_block(const Forward<T>& f, int64_t block, int64_t copy_rows, int64_
         std::fill_n(row, num_k, 0.0f);
       }
     }
+    const int64_t next = begin + copy_rows < end ? begin + copy_rows : next_block * kVocabBlock;
+    Prefetcher prefetcher(f.weight + next * f.ld_weight, std::clamp<int64_t>(f.e.vocab_size - next, 0, copy_rows),
+                          f.width * sizeof(T), f.ld_weight * sizeof(T),
+                          ceil_div(num_vectors, kTileVectors) * ceil_div(count, kTileRows));
     for (int64_t p = 0, n; p < num_vectors; p += n) {
       n = panel_vectors(num_vectors - p);
       for (int64_t i = 0; i < count; i += kTileRows) {
+        prefetcher.step();
         float tile[kTileRows][kLanes * kTileVectors];
-        tile_into<kBf16, false>(n, num_k, copy + i * ld_copy, ld_copy, f.panels + p * kLanes * num_k, &tile[0][0],
-                                kLanes * kTileVectors, kTileRows, kLanes * n, false);
+        tile_into<kBf16, false>(Into::kBuffer, n, num_k, copy + i * ld_copy, ld_copy, f.panels + p * kLanes * num_k,
+                                &tile[0][0], kLanes * kTileVectors, kTileRows, kLanes * n);
         finish(f, tile, n, begin + i, p * kLanes, block);
       }
     }
   }
+  _mm_sfence();  // the streaming stores of E
 }
 
 // s and sz are (R); sz and e.words may be null.
@@ -147,8 +154,8 @@ void head_forward(const T* hidden, int64_t ld_hidden, const T* weight, int64_t l
   const int64_t num_rows = e.num_rows, padded_rows = round_up(num_rows, kLanes);
   const int64_t num_k = ceil_div(width, kBf16 ? 2 : 1), num_blocks = ceil_div(e.vocab_size, kVocabBlock);
   const int64_t ld_copy = 16 * (ceil_div(num_k, 16) | 1);
-  const int64_t copy_rows =
-      std::clamp(kCopyBytes / (4 * ld_copy) / kTileRows * kTileRows, int64_t{kTileRows}, kVocabBlock);
+  int64_t copy_rows = kVocabBlock;
+  while (copy_rows > kTileRows && copy_rows * ld_copy * 4 > kCopyBytes) copy_rows /= 2;
   const int64_t threads = worthwhile_threads(num_threads, 0.1 * num_rows * width * e.vocab_size);
 
   const AlignedBuffer<float> panels(padded_rows * num_k), copies(threads * copy_rows * ld_copy), anchor(padded_rows);
@@ -166,7 +173,7 @@ void head_forward(const T* hidden, int64_t ld_hidden, const T* weight, int64_t l
                      panels.data(), targets.data(), anchor.data(), padded_rows, partial.data(),
                      sz == nullptr ? nullptr : partial.data() + num_blocks * padded_rows};
   parallel_for(num_blocks, threads, [&](int64_t block, int64_t thread) {
-    forward_block<kBf16>(f, block, copy_rows, ld_copy, copies.data() + thread * copy_rows * ld_copy);
+    forward_block<kBf16>(f, block, block + threads, copy_rows, ld_copy, copies.data() + thread * copy_rows * ld_copy);
   });
   for (int64_t t = 0; t < num_rows; ++t) {
     double sum = 0, sum_z = 0;
@@ -201,13 +208,27 @@ void head_dhidden(const HeadView& e, const T* weight, int64_t ld_weight, int64_t
     for (int64_t v = 0; v < e.vocab_size; v += kEntries) {
       const int64_t last = std::min(v + kEntries, e.vocab_size), num_k = ceil_div(last - v, kBf16 ? 2 : 1);
       const Word* const rows = e.words + v / (kBf16 ? 2 : 1) * e.ld;
+      Prefetcher next_e(rows + kDhiddenBlock * e.ld + first_tile * kTileRows,
+                        std::clamp<int64_t>(ceil_div(e.vocab_size - last, kBf16 ? 2 : 1), 0, kDhiddenBlock),
+                        (last_tile - first_tile) * kTileRows * sizeof(Word), e.ld * sizeof(Word),
+                        (last_tile - first_tile) * ceil_div(last_vector - first_vector, kTileVectors));
       for (int64_t d = first_vector, n; d < last_vector; d += n) {
         n = panel_vectors(last_vector - d);
         pack_columns<kBf16>(weight, ld_weight, v, last, d * kLanes, width, n, panel);
+        // the next panel of W, and the next rows of E a part with every panel
+        const bool wraps = d + n >= last_vector;
+        const int64_t next_v = wraps ? v + kEntries : v, next_d = wraps ? first_vector : d + n;
+        Prefetcher next_w(weight + next_v * ld_weight + next_d * kLanes,
+                          std::clamp<int64_t>(e.vocab_size - next_v, 0, kEntries),
+                          std::min<int64_t>(kLanes * kTileVectors, width - next_d * kLanes) * sizeof(T),
+                          ld_weight * sizeof(T), last_tile - first_tile);
         for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+          next_w.step();
+          next_e.step();
           const int64_t t = tile * kTileRows;
-          tile_into<kBf16, true>(n, num_k, rows + t, e.ld, panel, dhidden + t * width + d * kLanes, width,
-                                 std::min<int64_t>(kTileRows, e.num_rows - t), width - d * kLanes, v > 0);
+          tile_into<kBf16, true>(v > 0 ? Into::kAdd : Into::kSet, n, num_k, rows + t, e.ld, panel,
+                                 dhidden + t * width + d * kLanes, width,
+                                 std::min<int64_t>(kTileRows, e.num_rows - t), width - d * kLanes);
         }
       }
     }
@@ -255,12 +276,18 @@ void head_dweight(const HeadView& e, const X* x, int64_t ld_x, int64_t width, fl
       rows = mine;
       ld = ld_pairs;
     }
+    const int64_t next = (task + threads) * kDweightBlock;
+    Prefetcher next_e(e.words + next / (kBf16 ? 2 : 1) * e.ld,
+                      std::clamp<int64_t>(e.vocab_size - next, 0, kDweightBlock) / (kBf16 ? 2 : 1),
+                      e.num_rows * sizeof(Word), e.ld * sizeof(Word),
+                      ceil_div(num_vectors, kTileVectors) * ceil_div(count, kTileRows));
     for (int64_t d = 0, n; d < num_vectors; d += n) {
       n = panel_vectors(num_vectors - d);
       for (int64_t i = 0; i < count; i += kTileRows) {
-        tile_into<kBf16, false>(n, num_k, rows + i * ld, ld, panels.data() + d * kLanes * num_k,
+        next_e.step();
+        tile_into<kBf16, false>(accumulate ? Into::kAdd : Into::kSet, n, num_k, rows + i * ld, ld, panels.data() + d * kLanes * num_k,
                                 dweight + (v + i) * ld_dweight + d * kLanes, ld_dweight,
-                                std::min<int64_t>(kTileRows, count - i), width - d * kLanes, accumulate);
+                                std::min<int64_t>(kTileRows, count - i), width - d * kLanes);
       }
     }
   });
@@ -323,7 +350,8 @@ inline void head_compact(const HeadView& e, bool bf16, const int64_t* kept, int6
 }
 
 template <bool kBf16>
-R1FAST_AVX512 void affine_words(Word* words, const float* a, const float* b, int64_t num_rows) {
+R1FAST_AVX512 void affine_words(Word* __restrict words, const float* __restrict a, const float* __restrict b,
+                                int64_t num_rows) {
   for (int64_t t = 0; t < num_rows; ++t) {
     if (kBf16) {
       const uint32_t bits = bits_of(words[t]);

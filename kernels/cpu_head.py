@@ -31,7 +31,10 @@ def workspace_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def workspace_numel(num_rows: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """Elements of a float32 workspace that holds E for up to `num_rows` rows."""
+    """Elements of a float32 workspace, on a cache line's boundary, that holds E for up to `num_rows` rows.
+
+    Chunks of a multiple of 48 rows fill the kernels' tiles; of 16, nearly so.
+    """
     from r1fast import _C
 
     return _C.head_words(num_rows, vocab_size, dtype == torch.bfloat16)
@@ -201,6 +204,7 @@ def forward(
         assert workspace.dtype == torch.float32, workspace.dtype
         assert workspace.is_contiguous(), workspace.stride()
         assert workspace.numel() >= numel, (workspace.shape, numel)
+        assert workspace.data_ptr() % 64 == 0, workspace.data_ptr()  # streaming stores
         e = TransposedE(workspace.view(-1), _C.head_ld(num_rows), num_rows, vocab_size, dtype)
     s = torch.empty(num_rows)
     sz = torch.empty(num_rows) if want_sz else None
