@@ -31,6 +31,7 @@ format: build ## let ruff fix what it can
 	@$(BIN)/ruff format .
 
 bench: build  ## run every benchmark, append to benchmarks/results.csv, rewrite RESULTS.md
+	@$(BIN)/pytest -q benchmarks --benchmark-json=benchmarks/kernels.json
 	@for program in benchmarks/bench_*.py; do echo "== $$program"; $(BIN)/python "$$program"; done
 	@$(BIN)/python benchmarks/common.py
 

@@ -1,12 +1,15 @@
 """What the benchmarks share: the machine's name, rows of results.csv, and RESULTS.md made from them.
 
 `python benchmarks/common.py` rewrites RESULTS.md: the newest value of every cell, per device.
+Given JSON files that gpu.sh brought back from another machine, it adds their rows first.
 """
 
 import csv
 import datetime
+import json
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -41,12 +44,21 @@ def commit_id() -> str:
     return commit + "+" * bool(changed)
 
 
-def append_rows(benchmark: str, rows: Iterable[tuple[str, str, str, float, str]]) -> None:
-    """Add (shape, variant, metric, value, unit) rows to results.csv, as measured here and now."""
+def measured_here(benchmark: str) -> list[str]:
+    """The columns of results.csv that say when, on what and by which code."""
     import torch
 
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
-    head = [now, commit_id(), device_name(), torch.__version__, benchmark]
+    return [now, commit_id(), device_name(), torch.__version__, benchmark]
+
+
+def append_rows(
+    benchmark: str,
+    rows: Iterable[tuple[str, str, str, float, str]],
+    head: list[str] | None = None,
+) -> None:
+    """Add (shape, variant, metric, value, unit) rows to results.csv, measured here unless `head`."""
+    head = head or measured_here(benchmark)
     is_new = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -111,6 +123,9 @@ def _shown(value: float) -> str:
 
 
 def main() -> None:
+    for path in sys.argv[1:]:
+        measured = json.loads(Path(path).read_text())
+        append_rows(measured["head"][-1], measured["rows"], measured["head"])
     with RESULTS.open(newline="") as file:
         rows = list(csv.DictReader(file))
     (FOLDER / "RESULTS.md").write_text(results_page(rows))

@@ -1,0 +1,58 @@
+"""The benchmark of the loss and gpu.sh run from end to end, at toy shapes."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def run_gpu_script(folder: Path, *args: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [BENCHMARKS / "gpu.sh", *args],
+        env=os.environ | {"OUT": str(folder), "PYTHON": sys.executable} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_gpu_script_dry_run(tmp_path):
+    before = (BENCHMARKS / "results.csv").read_bytes()
+    done = run_gpu_script(tmp_path, "--dry-run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    measured = json.loads((tmp_path / "gpu.json").read_text())
+    cells = {(row[1], row[2]) for row in measured["rows"] if "D=32" in row[0]}
+    for variant in ("GEMMs", "r1fast fast", "materialised", "Liger", "TRL"):
+        for metric in ("forward", "forward+backward", "frozen head", "half without signal"):
+            assert (variant, metric) in cells
+    assert ("TRL", "logprob error") in cells
+    assert measured["bars"]
+    last = done.stdout.splitlines()[-1]
+    assert "faster than TRL" in last
+    assert (BENCHMARKS / "results.csv").read_bytes() == before
+
+
+def test_gpu_script_without_a_gpu_says_so(tmp_path):
+    done = run_gpu_script(tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1
+    assert "no CUDA device" in done.stderr
+
+
+def test_what_a_gpu_brought_back_becomes_rows(tmp_path):
+    for name in ("common.py", "results.csv"):
+        (tmp_path / name).write_bytes((BENCHMARKS / name).read_bytes())
+    head = ["2026-01-02 03:04", "abc1234", "A GPU", "2.11", "loss"]
+    rows = [["T=1 D=2 V=3 bf16", "r1fast", "forward", 1.25, "ms"]]
+    (tmp_path / "gpu.json").write_text(json.dumps({"head": head, "rows": rows, "bars": []}))
+    subprocess.run([sys.executable, "common.py", "gpu.json"], cwd=tmp_path, check=True)
+    with (tmp_path / "results.csv").open(newline="") as file:
+        last = list(csv.reader(file))[-1]
+    assert last == [*head, "T=1 D=2 V=3 bf16", "r1fast", "forward", "1.25", "ms"]
+    assert "| T=1 D=2 V=3 bf16 | forward (ms) | 1.25 |" in (tmp_path / "RESULTS.md").read_text()
