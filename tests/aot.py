@@ -195,6 +195,8 @@ def compile_case(case: Case) -> dict[str, object]:
         "registers": int(numbers["REG"]), "stack": int(numbers["STACK"]),
         "local": int(numbers["LOCAL"]), "shared": compiled.metadata.shared,
         "tensor_core": ptx.count(TENSOR_CORE[case.arch]),
+        # Hopper: a step's products go on while the next one's are started
+        "overlap": ptx.count("wgmma.wait_group.sync.aligned 1"),
         "wide_loads": len(re.findall(r"ld\.global[\w:.]*\.v4", ptx)),
         "wide_stores": len(re.findall(r"st\.global[\w:.]*\.v4", ptx)),
     }  # fmt: skip

@@ -32,6 +32,8 @@ def test_fits_the_chip(compiled, case):
     assert result["shared"] <= aot.SHARED_LIMIT[case.arch], result
     if case.is_gemm:
         assert result["tensor_core"] > 0, f"no {aot.TENSOR_CORE[case.arch]}: {result}"
+        if case.arch == 90 and not case.variant.startswith("fp32") and "-odd" not in case.variant:
+            assert result["overlap"] > 0, f"products wait for each other: {result}"
     if "stride_e" in case.multiples_of_16:
         wide = result["wide_stores" if case.is_gemm else "wide_loads"]
         assert wide > 0, f"E is not accessed 16 bytes at a time: {result}"

@@ -61,7 +61,8 @@ def check(h, W, bias, y, *, inv_temperature=1.0, softcap=None, config=None, work
     )  # fmt: skip
     assert s.dtype == sz.dtype == torch.float32
     assert E.dense().dtype == triton_head.workspace_dtype(h.dtype)
-    floor = 1e-6 + 3e-7 * (softcap or 0.0)  # tanh from exp: an error of an ulp of the cap
+    floor = 1e-5 if h.is_cuda else 1e-6  # tensor cores add float32 from three TF32 products
+    floor += 3e-7 * (softcap or 0.0)  # tanh from exp: an error of an ulp of the cap
     assert_accurate("s", s, plain[0], exact[0], floor=floor)
     assert_accurate("sz", sz, plain[1], exact[1], floor=5 * floor)
     if E.dense().dtype == torch.bfloat16:  # few values may all happen to round well
