@@ -7,7 +7,9 @@ Given JSON files that gpu.sh brought back from another machine, it adds their ro
 import csv
 import datetime
 import json
+import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -31,7 +33,14 @@ def device_name() -> str:
 
 
 def commit_id() -> str:
-    """The short commit; "+" follows when the code that was measured is not all committed."""
+    """The short commit; "+" follows when the code that was measured is not all committed.
+
+    The environment's COMMIT goes before git's, for a copy without a history.
+    """
+    if os.environ.get("COMMIT"):
+        return os.environ["COMMIT"]
+    if shutil.which("git") is None:
+        return "unknown"
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], cwd=FOLDER, capture_output=True, text=True)

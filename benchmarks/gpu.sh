@@ -7,7 +7,8 @@
 # The machine has torch, triton, transformers, pybind11, cmake, ninja and pytest, and no network.
 # Peers, and hypothesis for the tests, are installed from benchmarks/wheels/*.whl where present:
 #   pip download --no-deps -d benchmarks/wheels hypothesis sortedcontainers liger-kernel trl cut-cross-entropy
-# Afterwards, where the project lives: python benchmarks/common.py gpu.json
+# Where there is no git, COMMIT=abc1234 says which code it is. Afterwards, where the project lives:
+#   python benchmarks/common.py gpu.json
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -61,7 +62,7 @@ else
         export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
     fi
     if "$PYTHON" -c 'import hypothesis, pytest' 2>"$OUT/tests.log"; then
-        part 150 tests "$PYTHON" -m pytest -q -m gpu --continue-on-collection-errors tests
+        part 150 tests "$PYTHON" -P -m pytest -q -m gpu --continue-on-collection-errors tests
         tail -n 3 "$OUT/tests.log"
     else
         notes+=("GPU tests: $(tail -n 1 "$OUT/tests.log"); add the wheel to benchmarks/wheels")
@@ -70,8 +71,8 @@ else
     part "$left" bench "${bench[@]}" --budget $((left * 6 / 10))
 fi
 
-grep -h '^skipped' "$OUT/bench.log"
-for note in "${notes[@]:+${notes[@]}}"; do echo "note: $note"; done
+grep -hs '^skipped' "$OUT/bench.log"
+if ((${#notes[@]})); then printf 'note: %s\n' "${notes[@]}"; fi
 echo "took $SECONDS s"
 if [[ ! -s $OUT/gpu.json ]]; then
     echo "no measurement was finished, see $OUT/bench.log" >&2

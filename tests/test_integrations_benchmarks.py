@@ -1,6 +1,7 @@
 """The benchmark of the loss and gpu.sh run from end to end, at toy shapes."""
 
 import csv
+import importlib
 import json
 import os
 import subprocess
@@ -56,3 +57,21 @@ def test_what_a_gpu_brought_back_becomes_rows(tmp_path):
         last = list(csv.reader(file))[-1]
     assert last == [*head, "T=1 D=2 V=3 bf16", "r1fast", "forward", "1.25", "ms"]
     assert "| T=1 D=2 V=3 bf16 | forward (ms) | 1.25 |" in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_every_bar_is_reported_with_its_number(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench_loss = importlib.import_module("bench_loss")
+    both, memory = "forward+backward", "peak extra memory"
+    cells = {("materialised", "logits"): 800.0, ("r1fast", memory): 90.0}
+    cells |= {(name, both): 2.0 for name in ("r1fast", "GEMMs", "torch.mm", "materialised")}
+    lines = bench_loss.cpu_bars("toy", "fp32", cells, "r1fast", "r1fast")
+    assert "toy: over three GEMMs, fastest path: 1 (<= 1.2: holds)" in lines
+    assert "toy: over three torch.mm: 1 (<= 0.7: MISSED)" in lines
+    assert "toy: faster than materialised: 1 (>= 1.7: MISSED)" in lines
+    assert "toy: faster than TRL: not measured" in lines
+    assert "toy: peak extra memory over logits (r1fast): 0.113 (<= 0.125: holds)" in lines
+    cells |= {("TRL", both): 2.8, ("CCE", both): 2.7, ("Liger", both): 20.0}
+    lines = bench_loss.gpu_bars("toy", cells)
+    assert "toy: faster than the best per-token peer: 1.35 (>= 1.3: holds)" in lines
+    assert "toy: faster than Liger: 10 (>= 8: holds)" in lines
