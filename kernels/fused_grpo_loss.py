@@ -21,7 +21,7 @@ from torch import Tensor
 
 from r1fast.kernels.dispatch import Backend
 from r1fast.kernels.linear_logprobs import check_head_inputs, linear_logprobs_ref
-from r1fast.kernels.loss_rows import LossRows, check_mask, drop_dead_rows, prepare_rows
+from r1fast.kernels.loss_rows import check_mask, drop_dead_rows, prepare_rows
 from r1fast.kernels.policy_loss import loss_terms
 from r1fast.kernels.policy_loss_options import PolicyLossOptions
 from r1fast.kernels.vocab_head import VocabHead, to_grad_dtype
@@ -253,10 +253,10 @@ def fused_grpo_loss(
     report: dict[str, Tensor] = {}
     loss = FusedLossFunction.apply(
         picked, weight, bias, picked_ids, rows, options,
-        dict(
-            temperature=float(temperature), softcap=softcap, backend=backend,
-            workspace_bytes=workspace_bytes, process_group=process_group,
-        ),
+        {
+            "temperature": float(temperature), "softcap": softcap, "backend": backend,
+            "workspace_bytes": workspace_bytes, "process_group": process_group,
+        },
         tuple(want), report,
     )  # fmt: skip
     for name in want:

@@ -76,10 +76,13 @@ def linear_cross_entropy(
     counts = target_ids != ignore_index
     check_head_inputs(hidden, weight, target_ids, bias, temperature, softcap, process_group, counts)
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    head_options = dict(
-        temperature=float(temperature), softcap=softcap, backend=backend,
-        workspace_bytes=workspace_bytes, process_group=process_group,
-    )  # fmt: skip
+    head_options = {
+        "temperature": float(temperature),
+        "softcap": softcap,
+        "backend": backend,
+        "workspace_bytes": workspace_bytes,
+        "process_group": process_group,
+    }
     if reduction == "none":
         chosen, entropy = linear_logprobs(
             hidden[counts], weight, target_ids[counts],

@@ -79,7 +79,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dlogprobs, dentropy=None):
-        hidden, weight, bias = ctx.saved_tensors
+        _, weight, bias = ctx.saved_tensors
         head = ctx.head
         if dlogprobs is None and dentropy is None:
             return (None,) * 10

@@ -44,7 +44,7 @@ def forward(
         z = matmul_nt(hidden, weight)
     else:
         z = torch.mm(hidden, weight.t(), out=workspace[: R * V].view(R, V))
-    if not z.is_cuda and z.dtype in (torch.float32, torch.bfloat16):
+    if _in_cpp(z):
         s, sz = cpu_head.epilogue_(
             z, bias, target_ids, anchor,
             inv_temperature=inv_temperature, softcap=softcap, want_sz=want_sz,
@@ -79,10 +79,16 @@ class DenseE:
 
     def compact(self, index: Tensor) -> None:
         """Keep the rows `index` (increasing) only."""
-        self.values = self.values[index]
+        if _in_cpp(self.values):
+            self.values = cpu_head.compact_(self.values, index)
+        else:
+            self.values = self.values[index]
 
     def affine(self, a: Tensor, b: Tensor) -> None:  # (R,), (R,)
         """E <- E (a + b log E); what is zero stays zero."""
+        if _in_cpp(self.values):
+            cpu_head.affine_(self.values, a, b)
+            return
         wide = self.values.to(a.dtype)
         logs = torch.where(wide > 0, wide, 1).log_()
         self.values = (wide * logs.mul_(b[:, None]).add_(a[:, None])).to(self.values.dtype)
@@ -113,6 +119,10 @@ class DenseE:
 
     def dense(self) -> Tensor:
         return self.values
+
+
+def _in_cpp(x: Tensor) -> bool:
+    return not x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) and x.stride(-1) == 1
 
 
 def _wide(x: Tensor) -> torch.dtype:

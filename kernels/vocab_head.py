@@ -91,8 +91,11 @@ class VocabHead:
             self.bias = bias.detach()
         self.temperature, self.softcap, self.group = temperature, softcap, process_group
         self.module = head_module(hidden, backend)
-        if self.module is cpu_head and self.weight.stride(1) != 1:
-            self.weight = self.weight.contiguous()  # the C++ reads whole rows
+        if self.module is cpu_head:  # the C++ reads whole rows
+            self.hidden, self.weight = (
+                x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+                for x in (self.hidden, self.weight)
+            )
         self.wide = torch.promote_types(hidden.dtype, torch.float32)
         sizes = [len(weight)]
         if process_group is not None:

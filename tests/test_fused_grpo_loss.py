@@ -336,7 +336,11 @@ def test_one_sequence_of_70_000_tokens(loss_type):
     hidden = torch.randn(n, 8, generator=g)
     weight, y = torch.randn(40, 8, generator=g), torch.randint(40, (n,), generator=g)
     old = linear_logprobs_ref(hidden, weight, y) + 0.1 * torch.randn(n, generator=g)
-    options = dict(cu_seqlens=torch.tensor([0, n]), old_logprobs=old, loss_type=loss_type)
+    options = {
+        "cu_seqlens": torch.tensor([0, n]),
+        "old_logprobs": old,
+        "loss_type": loss_type,
+    }
     results = []
     for op, dtype in ((fused_grpo_loss, torch.float32), (fused_grpo_loss_ref, torch.float64)):
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight)]

@@ -391,7 +391,7 @@ def test_other_bad_input():
     o = PolicyLossOptions(loss_type="dapo")
     with pytest.raises(ValueError, match="the mask is empty: no completion token among 4 rows"):
         policy_loss(x, ones, torch.zeros(4, dtype=torch.bool), o)
-    with pytest.raises(ValueError, match="completion_mask must be bool, got torch.float32"):
+    with pytest.raises(ValueError, match=r"completion_mask must be bool, got torch\.float32"):
         policy_loss(x, ones, ones, o)
     with pytest.raises(
         ValueError, match=r"advantages must be \(T,\) = \(4,\), got \(3,\); .*cu_se"
