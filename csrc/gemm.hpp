@@ -56,7 +56,7 @@ R1FAST_AVX512_INLINE void tile_products(int64_t num_k, const Word* a, int64_t ld
     for (int j = 0; j < N; ++j) sums[i][j] = _mm512_setzero_ps();
   }
   const Word* a0 = a;
-  const Word* a3 = kColumns ? a : a + 3 * lda;  // three pointers reach eight rows: +0, +lda, +2 lda are addressing modes
+  const Word* a3 = kColumns ? a : a + 3 * lda;  // three pointers reach eight rows: +lda, +2 lda are addressing modes
   const Word* a6 = kColumns ? a : a + 6 * lda;
 #pragma GCC unroll 2
   for (int64_t k = 0; k < num_k; ++k) {

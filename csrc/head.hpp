@@ -91,7 +91,10 @@ R1FAST_AVX512 void tile_epilogue(const Forward<T>& f, float (&tile)[kTileRows][k
       e[i] = _mm512_maskz_mov_ps(counted, exp_vector(x));
       s = _mm512_add_ps(s, e[i]);
       // where e is 0, x may be minus infinity
-      if (kWantSz) sz = _mm512_mask3_fmadd_ps(e[i], _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(kMinExp), x), sz, counted);
+      if (kWantSz) {
+        const __m512 finite = _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(kMinExp), x);
+        sz = _mm512_mask3_fmadd_ps(e[i], finite, sz, counted);
+      }
       if (kSoftcap) e[i] = _mm512_maskz_mul_ps(counted, e[i], _mm512_loadu_ps(&slope[i][kLanes * j]));
       if (!kBf16 && to != nullptr) _mm512_stream_ps(to + i * f.e.ld, e[i]);
     }
@@ -109,8 +112,9 @@ template <bool kBf16, class T>
 void forward_block(const Forward<T>& f, int64_t block, int64_t next_block, int64_t copy_rows, int64_t ld_copy,
                    Word* copy) {
   const bool softcap = f.map.softcap != 0, want_sz = f.sz_blocks != nullptr;
-  const auto finish = softcap ? (want_sz ? &tile_epilogue<kBf16, true, true, T> : &tile_epilogue<kBf16, true, false, T>)
-                              : (want_sz ? &tile_epilogue<kBf16, false, true, T> : &tile_epilogue<kBf16, false, false, T>);
+  const auto plain = want_sz ? &tile_epilogue<kBf16, false, true, T> : &tile_epilogue<kBf16, false, false, T>;
+  const auto capped = want_sz ? &tile_epilogue<kBf16, true, true, T> : &tile_epilogue<kBf16, true, false, T>;
+  const auto finish = softcap ? capped : plain;
   const int64_t num_k = ceil_div(f.width, kBf16 ? 2 : 1), num_vectors = f.padded_rows / kLanes;
   const int64_t end = std::min(f.e.vocab_size, (block + 1) * kVocabBlock);
   std::fill_n(f.s_blocks + block * f.padded_rows, f.padded_rows, 0.0f);
@@ -194,8 +198,10 @@ void head_dhidden(const HeadView& e, const T* weight, int64_t ld_weight, int64_t
   constexpr int64_t kEntries = kDhiddenBlock * (kBf16 ? 2 : 1);
   const int64_t num_vectors = ceil_div(width, kLanes), num_tiles = ceil_div(e.num_rows, kTileRows);
   const int64_t threads = worthwhile_threads(num_threads, 0.1 * e.num_rows * width * e.vocab_size);
-  const int64_t column_parts = std::min(threads, ceil_div(num_vectors, kTileVectors));
-  const int64_t row_parts = std::min(ceil_div(threads, column_parts), num_tiles);
+  // two parts a thread: E is read once more, for 1% of the time, and a core that another process slows takes fewer
+  const int64_t num_parts = threads == 1 ? 1 : 2 * threads;
+  const int64_t column_parts = std::min(num_parts, ceil_div(num_vectors, kTileVectors));
+  const int64_t row_parts = std::min(ceil_div(num_parts, column_parts), num_tiles);
   constexpr int64_t kPanelWords = kDhiddenBlock * kLanes * kTileVectors;
   const AlignedBuffer<float> panels(threads * kPanelWords);
 
@@ -285,9 +291,9 @@ void head_dweight(const HeadView& e, const X* x, int64_t ld_x, int64_t width, fl
       n = panel_vectors(num_vectors - d);
       for (int64_t i = 0; i < count; i += kTileRows) {
         next_e.step();
-        tile_into<kBf16, false>(accumulate ? Into::kAdd : Into::kSet, n, num_k, rows + i * ld, ld, panels.data() + d * kLanes * num_k,
-                                dweight + (v + i) * ld_dweight + d * kLanes, ld_dweight,
-                                std::min<int64_t>(kTileRows, count - i), width - d * kLanes);
+        tile_into<kBf16, false>(accumulate ? Into::kAdd : Into::kSet, n, num_k, rows + i * ld, ld,
+                                panels.data() + d * kLanes * num_k, dweight + (v + i) * ld_dweight + d * kLanes,
+                                ld_dweight, std::min<int64_t>(kTileRows, count - i), width - d * kLanes);
       }
     }
   });
@@ -367,7 +373,8 @@ R1FAST_AVX512 void affine_words(Word* __restrict words, const float* __restrict 
 // E (a[r] + b[r] log E) in place.
 template <bool kBf16>
 void head_affine(const HeadView& e, const float* a, const float* b, int64_t num_threads) {
-  for_word_rows(e, kBf16, num_threads, [&](int64_t row) { affine_words<kBf16>(e.words + row * e.ld, a, b, e.num_rows); });
+  for_word_rows(e, kBf16, num_threads,
+                [&](int64_t row) { affine_words<kBf16>(e.words + row * e.ld, a, b, e.num_rows); });
 }
 
 #endif
