@@ -1,7 +1,14 @@
-"""A patched GRPOTrainer trains as the unpatched one does: losses, metrics and weights, step by step."""
+"""A patched GRPOTrainer trains as the unpatched one does: losses, metrics and weights, step by step.
+
+This file is also the program that torchrun starts for the test of two ranks.
+"""
 
 import copy
+import os
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,7 +101,8 @@ def make_trainer(folder, cls=None, **changes):
         **model_changes,
     )  # fmt: skip
     saved = folder / "model"  # TRL loads the reference model from where the model came from
-    transformers.Qwen2ForCausalLM(config).save_pretrained(saved)
+    if not saved.exists():
+        transformers.Qwen2ForCausalLM(config).save_pretrained(saved)
     model = transformers.Qwen2ForCausalLM.from_pretrained(saved, dtype=torch.float32)
     arguments = {
         "beta": 0.05, "num_iterations": 2, "max_steps": 3,
@@ -261,6 +269,31 @@ def test_evaluation_and_accumulated_eval_loss(tmp_path):
         assert results[1][name] == pytest.approx(results[0][name], rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
+def test_two_ranks_train_the_same(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, __file__, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def train_on_two_ranks(folder: Path) -> None:
+    found = []
+    for wrap in (unpatch, patch):
+        trainer = wrap(
+            make_trainer(
+                folder / os.environ["RANK"], loss_type="dapo", ddp_backend="gloo",
+                gradient_accumulation_steps=2,
+            )
+        )  # fmt: skip
+        torch.manual_seed(1 + trainer.args.process_index)
+        trainer.train()
+        assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
+        found.append(([h["grad_norm"] for h in history(trainer) if "loss" in h], trainer.model))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4, abs=1e-4)
+    for a, b in zip(found[1][1].parameters(), found[0][1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 class OwnLoss(trl.GRPOTrainer):
     def _compute_loss(self, model, inputs):
         return 2 * super()._compute_loss(model, inputs)
@@ -304,3 +337,7 @@ def test_refusals_say_what_would_do(tmp_path, monkeypatch):
         m.setattr(utils, "_ChunkedLogProbFunction", other)
         patch(trainer)
     assert "_r1fast" not in vars(trainer)
+
+
+if __name__ == "__main__":
+    train_on_two_ranks(Path(sys.argv[1]))
