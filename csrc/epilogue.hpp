@@ -42,8 +42,7 @@ struct LogitMap {
 
 // E (a + b log E): the gradient of the entropy keeps its zeros.
 R1FAST_INLINE float affine_in_log(float e, float a, float b) {
-  const uint32_t mask = e == 0 ? 0u : ~0u;  // not a branch around the arithmetic, which would stop the vectoriser
-  return float_of(bits_of(e * (a + b * log_positive(e))) & mask);
+  return select(e == 0, 0.0f, e * (a + b * log_positive(e)));
 }
 
 constexpr int64_t kChunk = 512;               // columns in the buffers of one step

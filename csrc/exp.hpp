@@ -36,10 +36,16 @@ R1FAST_INLINE float float_of(uint32_t bits) {
   return x;
 }
 
+// condition ? a : b by masks: GCC makes branches of the operator, and a loop with branches is not vectorised.
+R1FAST_INLINE float select(bool condition, float a, float b) {
+  const uint32_t mask = 0u - static_cast<uint32_t>(condition);
+  return float_of((bits_of(a) & mask) | (bits_of(b) & ~mask));
+}
+
 // x clamped to where exp changes. A NaN stays.
 R1FAST_INLINE float clamp_exponent(float x) {
-  x = x < kMinExp ? kMinExp : x;
-  return x > kMaxExp ? kMaxExp : x;
+  x = select(x < kMinExp, kMinExp, x);
+  return select(x > kMaxExp, kMaxExp, x);
 }
 
 struct ExpParts {
@@ -70,11 +76,10 @@ R1FAST_INLINE float exp_clamped(float x) {
 // log of a positive number, subnormal numbers included; what it says of others is not used.
 R1FAST_INLINE float log_positive(float x) {
   const bool tiny = x < 1.17549435e-38f;
-  // integers are chosen, not floats: GCC would make a branch around the multiplication
-  const uint32_t bits = bits_of(x * float_of(tiny ? 0x4b800000u : 0x3f800000u));  // 2^24 or 1
+  const uint32_t bits = bits_of(x * select(tiny, 16777216.0f, 1.0f));
   const uint32_t above_sqrt_half = bits - 0x3f3504f3u;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
   const int32_t exponent = static_cast<int32_t>(above_sqrt_half) >> 23;
-  const float n = static_cast<float>(exponent - (tiny ? 24 : 0));
+  const float n = static_cast<float>(exponent - 24 * static_cast<int32_t>(tiny));
   const float f = float_of((above_sqrt_half & 0x007fffffu) + 0x3f3504f3u) - 1;
   constexpr float kPoly[8] = {0.33333331f,  -0.25000821f, 0.20001227f, -0.16623357f,
                               0.14201757f, -0.13160183f, 0.12761576f, -0.076344967f};
@@ -92,7 +97,7 @@ struct Tanh {
 
 R1FAST_INLINE Tanh tanh_and_slope(float x) {
   const float magnitude = std::fabs(x);
-  const float twice = magnitude > 43.0f ? 86.0f : 2 * magnitude;
+  const float twice = select(magnitude > 43.0f, 86.0f, 2 * magnitude);
   const ExpParts parts = exp_parts(twice);
   const float half_scale = power_of_two(parts.n - 1);
   // expm1(2|x|) / 2: accurate near 0, where n = 0
