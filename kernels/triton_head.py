@@ -95,7 +95,7 @@ def _tile(num_m, num_n, group_m):
 
 @triton.jit
 def _columns(
-    u, first: tl.constexpr, c, y, bias_ptr, E_ptr, R, V, padded, stride_e,
+    u, first: tl.constexpr, factor, c, y, bias_ptr, E_ptr, R, V, padded, stride_e,
     inv_temperature, softcap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, KEEP: tl.constexpr, WANT_SZ: tl.constexpr,
 ):  # fmt: skip
@@ -108,11 +108,11 @@ def _columns(
     if HAS_BIAS:
         u += tl.load(bias_ptr + cols, mask=in_vocab, other=0.0).to(tl.float32)[None, :]
     if SOFTCAP:
-        r = 1 / (1 + tl.exp(u * (2 / softcap)))  # tanh = 1 - 2 r, 1 - tanh^2 = 4 r (1 - r)
+        r = 1 / (1 + tl.exp(u * factor[:, None]))  # tanh = 1 - 2 r, 1 - tanh^2 = 4 r (1 - r)
         top = softcap * inv_temperature
         d = (top - c)[:, None] - 2 * top * r
     else:
-        d = u * inv_temperature - c[:, None]
+        d = u * factor[:, None] - c[:, None]
     e = tl.where(in_vocab[None, :] & (cols[None, :] != y[:, None]), tl.exp(d), 0.0)
     s = tl.sum(e, 1)
     sz = s
@@ -173,14 +173,17 @@ def _epilogue(
     c = tl.load(anchor_ptr + row + rows, mask=rows < R, other=0.0)
     y = (tl.load(target_ptr + row + rows, mask=rows < R, other=-1) - col).to(tl.int32)
     s, sz = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    factor = tl.zeros((BLOCK_M,), tl.float32) + (2 / softcap if SOFTCAP else inv_temperature)
     pieces = _split(acc, SPLITS)
     for i in tl.static_range(SPLITS):
         s_piece, sz_piece = _columns(
-            pieces[i], i * (BLOCK_N // SPLITS), c, y, bias_ptr, E_ptr, R, V, padded, stride_e,
+            pieces[i], i * (BLOCK_N // SPLITS), factor, c, y, bias_ptr, E_ptr, R, V, padded, stride_e,
             inv_temperature, softcap, HAS_BIAS, SOFTCAP, KEEP, WANT_SZ,
         )  # fmt: skip
         s += s_piece
         sz += sz_piece
+        # always true but for NaN: without it ptxas begins all pieces at once, and spills
+        factor = tl.where(s_piece >= 0, factor, float("nan"))
     tl.store(s_ptr + rows, s, mask=rows < R)
     if WANT_SZ:
         tl.store(sz_ptr + rows, sz, mask=rows < R)

@@ -30,6 +30,7 @@ from r1fast.kernels import cpu_head, torch_head
 from r1fast.kernels.dispatch import Backend, use_triton
 
 S_RANGE = (1e-20, 1e20)  # outside, the anchor was too far off for float32
+CPU_ROWS = 48  # the C++ kernels work on so many at a time
 COMPACT_BELOW = 7 / 8  # share of live rows under which moving them pays
 
 
@@ -122,7 +123,10 @@ class VocabHead:
         else:
             rows = max(1, workspace_bytes // self.bytes_of(1))
         num_chunks = max(1, math.ceil(num_rows / rows))
-        return max(1, math.ceil(num_rows / num_chunks))
+        rows = max(1, math.ceil(num_rows / num_chunks))
+        if workspace_bytes is None and not self.hidden.is_cuda:
+            rows = math.ceil(rows / CPU_ROWS) * CPU_ROWS
+        return rows
 
     def bytes_of(self, num_rows: int) -> int:
         """Memory of E for so many rows."""
