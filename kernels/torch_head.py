@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from r1fast.kernels import cpu_head
-from r1fast.kernels.fp32_gemm import matmul_nt
 
 BLOCK_V = 8192  # columns of dweight at a time: bounds the temporary
 
@@ -40,10 +39,8 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, "DenseE | None"]:
     """(s, sz, E): s = sum of e over the columns but the target, sz = sum of e (z - anchor)."""
     R, V = len(hidden), len(weight)
-    if workspace is None or hidden.dtype == torch.float32:  # oneDNN allocates its own result
-        z = matmul_nt(hidden, weight)
-    else:
-        z = torch.mm(hidden, weight.t(), out=workspace[: R * V].view(R, V))
+    out = None if workspace is None else workspace[: R * V].view(R, V)
+    z = torch.mm(hidden, weight.t(), out=out)
     if _in_cpp(z):
         s, sz = cpu_head.epilogue_(
             z, bias, target_ids, anchor,
@@ -94,21 +91,17 @@ class DenseE:
         self.values = (wide * logs.mul_(b[:, None]).add_(a[:, None])).to(self.values.dtype)
 
     def dhidden(self, weight: Tensor) -> Tensor:  # (V, D) -> (R, D)
-        if self.values.dtype == torch.float32:
-            return matmul_nt(self.values, weight.t())
         return torch.mm(self.values, weight).to(_wide(weight))
 
     def dweight_(self, x: Tensor, dweight: Tensor, accumulate: bool) -> None:  # (R, D), (V, D)
         x = x.to(self.values.dtype)
         for part, out in zip(self.values.split(BLOCK_V, 1), dweight.split(BLOCK_V), strict=True):
-            if x.dtype == torch.float32:
-                product = matmul_nt(x.t(), part.t()).t()
+            if x.dtype == dweight.dtype:
+                out.addmm_(part.t(), x, beta=float(accumulate))
+            elif accumulate:
+                out += torch.mm(part.t(), x)
             else:
-                product = torch.mm(part.t(), x)
-            if accumulate:
-                out += product
-            else:
-                out.copy_(product)
+                out.copy_(torch.mm(part.t(), x))
 
     def dbias_(self, x: Tensor, dbias: Tensor, accumulate: bool) -> None:  # (R,), (V,)
         total = self.values.to(x.dtype).t() @ x
