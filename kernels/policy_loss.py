@@ -156,11 +156,12 @@ def token_loss(
     tensors = (logprobs, log_is, ref_logprobs, advantages)
     if not use_triton(logprobs, backend):
         return _token_loss_ref(*tensors, *numbers, *names)
-    T, BLOCK_T = logprobs.numel(), 1024
+    T, BLOCK_T = logprobs.numel(), 512
     floats = [torch.empty_like(logprobs) for _ in range(6)]
     flags = [torch.empty_like(logprobs, dtype=torch.int8) for _ in range(2)]
-    if T:
-        _token_loss_kernel[(triton.cdiv(T, BLOCK_T),)](
+    grid = (max(1, triton.cdiv(T, BLOCK_T)),)
+    with torch.cuda.device_of(logprobs):
+        _token_loss_kernel[grid](
             *(x.contiguous() for x in tensors), *floats, *flags, T, *numbers, *names,
             BLOCK_T=BLOCK_T,
         )  # fmt: skip

@@ -98,19 +98,27 @@ class VocabHead:
                 for x in (self.hidden, self.weight)
             )
         self.wide = torch.promote_types(hidden.dtype, torch.float32)
-        sizes = [len(weight)]
+        self.target_ids, self.max_V = target_ids, len(weight)
         if process_group is not None:
-            gathered = [None] * dist.get_world_size(process_group)
-            dist.all_gather_object(gathered, len(weight), process_group)
-            sizes = gathered
-        rank = 0 if process_group is None else dist.get_rank(process_group)
-        self.start, self.num_vocabulary, self.max_V = sum(sizes[:rank]), sum(sizes), max(sizes)
-        self.global_ids, self.target_ids = target_ids, target_ids
-        if process_group is not None:
-            local = target_ids - self.start
-            self.target_ids = torch.where((local >= 0) & (local < len(weight)), local, -1)
+            self._find_slice(target_ids, process_group)
         self.need_hidden, self.need_weight, self.need_bias = needs
         self.dhidden = self.dweight = self.dbias = self._workspace = None
+
+    def _find_slice(self, target_ids: Tensor, group: dist.ProcessGroup) -> None:
+        """Targets in this rank's slice of the vocabulary, -1 for the others."""
+        rank = dist.get_rank(group)
+        sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=target_ids.device)
+        sizes[rank] = len(self.weight)
+        dist.all_reduce(sizes, group=group)
+        sizes = sizes.tolist()
+        if len(target_ids) and not 0 <= int(target_ids.min()) <= int(target_ids.max()) < sum(sizes):
+            raise ValueError(
+                f"target_ids must be in [0, {sum(sizes)}), the vocabulary of all ranks; got values "
+                f"from {int(target_ids.min())} to {int(target_ids.max())}"
+            )
+        local = target_ids - sum(sizes[:rank])
+        self.target_ids = torch.where((local >= 0) & (local < sizes[rank]), local, -1)
+        self.max_V = max(sizes)
 
     def rows_per_chunk(self, num_rows: int, workspace_bytes: int | None) -> int:
         """By default a ninth of the rows, so that E stays under an eighth of the logits.
@@ -161,12 +169,13 @@ class VocabHead:
         return stats
 
     def _stats(self, h, y, z, c, slope, keep, want_entropy, own_workspace):
-        s, sz, E = self.module.forward(
-            h, self.weight, self.bias, y, c,
-            inv_temperature=1 / self.temperature, softcap=self.softcap,
-            keep=keep, want_sz=want_entropy,
-            workspace=self._take_workspace(len(h)) if keep and not own_workspace else None,
-        )  # fmt: skip
+        with torch.cuda.device_of(h):  # Triton launches on the current device
+            s, sz, E = self.module.forward(
+                h, self.weight, self.bias, y, c,
+                inv_temperature=1 / self.temperature, softcap=self.softcap,
+                keep=keep, want_sz=want_entropy,
+                workspace=self._take_workspace(len(h)) if keep and not own_workspace else None,
+            )  # fmt: skip
         if self.group is not None:
             both = torch.stack([s, sz]) if want_entropy else s[None]
             dist.all_reduce(both, group=self.group)
@@ -237,6 +246,10 @@ class VocabHead:
         dentropy: Tensor | None = None,  # (R,)
     ) -> None:
         """Adds this chunk's gradients. Uses up `stats.E`."""
+        with torch.cuda.device_of(self.hidden):
+            self._backward(rows, stats, dlogprobs, dentropy)
+
+    def _backward(self, rows, stats, dlogprobs, dentropy):
         g = dlogprobs.to(self.wide)
         h = None if dentropy is None else dentropy.to(self.wide)
         live = g != 0 if h is None else (g != 0) | (h != 0)
