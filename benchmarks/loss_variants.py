@@ -171,7 +171,7 @@ def make_variants(device: str, dtype: str) -> dict[str, Callable[[], Callable]]:
         variants[f"r1fast {suffix}".strip()] = lambda b=backend: r1fast_loss(b)
         variants[f"r1fast logprobs {suffix}".strip()] = lambda b=backend: r1fast_logprobs(b)
     if dtype != "fp32":
-        variants["r1fast, fp32 dW"] = lambda b=backend: r1fast_loss(b, True)
+        variants["r1fast, fp32 dW"] = lambda: r1fast_loss("auto", True)
     variants["materialised"] = lambda: from_logprobs(materialised)
     if device == "cuda":
         variants["torch.compile"] = compiled
