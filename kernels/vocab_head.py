@@ -121,19 +121,19 @@ class VocabHead:
         self.max_V = max(sizes)
 
     def rows_per_chunk(self, num_rows: int, workspace_bytes: int | None) -> int:
-        """By default a ninth of the rows, so that E stays under an eighth of the logits.
+        """By default a tenth of the rows, so that all memory stays under an eighth of the logits.
 
         Small chunks read and write dweight more often, so there is a lower limit, and chunks are even.
         """
         if workspace_bytes is None:
-            least = 2048 if self.hidden.is_cuda else 224
-            rows = min(max(least, math.ceil(num_rows / 9)), 4096)
+            least = 2048 if self.hidden.is_cuda else 4 * CPU_ROWS
+            rows = min(max(least, math.ceil(num_rows / 10)), 4096)
         else:
             rows = max(1, workspace_bytes // self.bytes_of(1))
         num_chunks = max(1, math.ceil(num_rows / rows))
         rows = max(1, math.ceil(num_rows / num_chunks))
         if workspace_bytes is None and not self.hidden.is_cuda:
-            rows = math.ceil(rows / CPU_ROWS) * CPU_ROWS
+            rows = max(1, round(rows / CPU_ROWS)) * CPU_ROWS
         return rows
 
     def bytes_of(self, num_rows: int) -> int:
