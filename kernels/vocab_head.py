@@ -30,6 +30,7 @@ from r1fast.kernels import cpu_head, torch_head
 from r1fast.kernels.dispatch import Backend, use_triton
 
 S_RANGE = (1e-20, 1e20)  # outside, the anchor was too far off for float32
+SMALL_BYTES = 4 << 20  # of exponentials: not worth dividing
 CPU_ROWS = 48  # the C++ kernels work on so many at a time
 COMPACT_BELOW = 7 / 8  # share of live rows under which moving them pays
 
@@ -123,11 +124,13 @@ class VocabHead:
     def rows_per_chunk(self, num_rows: int, workspace_bytes: int | None) -> int:
         """By default a tenth of the rows, so that all memory stays under an eighth of the logits.
 
-        Small chunks read and write dweight more often, so there is a lower limit, and chunks are even.
+        Small chunks read and write dweight more often and have more fixed costs, so there is a lower
+        limit, and chunks are even.
         """
         if workspace_bytes is None:
             least = 2048 if self.hidden.is_cuda else 4 * CPU_ROWS
-            rows = min(max(least, math.ceil(num_rows / 10)), 4096)
+            least = max(least, SMALL_BYTES // self.bytes_of(1))
+            rows = min(max(least, math.ceil(num_rows / 10)), max(least, 4096))
         else:
             rows = max(1, workspace_bytes // self.bytes_of(1))
         num_chunks = max(1, math.ceil(num_rows / rows))
