@@ -163,7 +163,7 @@ def compiled() -> Callable:
 def make_variants(device: str, dtype: str) -> dict[str, Callable[[], Callable]]:
     """Name -> what makes the variant; ImportError or AttributeError there: skipped with a note."""
     if device == "cpu" and dtype == "bf16":
-        ours = {"exact": "native", "fast": "torch"}
+        ours = {"exact": "native", "fast": "fast"}
     else:
         ours = {"": "auto"}
     variants = {}

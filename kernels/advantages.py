@@ -145,6 +145,10 @@ def group_advantages(
         if value not in known:
             choices = f"{', '.join(known[:-1])} or {known[-1]}"
             raise ValueError(f"{name} must be {choices}, got {value!r}")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps must be at least 0 and finite, got {eps}")
+    if batch_std is not None and (batch_std.numel() != 1 or not bool(batch_std.isfinite().all())):
+        raise ValueError(f"batch_std must be one finite number, got {batch_std}")
     if scale == "batch" and batch_std is None:
         batch_std = _std(rewards.flatten(), std)
     compute = group_advantages_fwd if use_triton(rewards, backend) else group_advantages_ref

@@ -1,10 +1,15 @@
-"""One rule for every op: Triton on CUDA tensors, PyTorch and C++ elsewhere. Tests ask by name."""
+"""Which implementation computes an op. "auto": Triton on CUDA tensors, C++ and PyTorch elsewhere.
+
+"torch" is plain PyTorch, "triton" and "native" (the C++ of csrc/) insist on theirs, "fast" lets the
+head round bfloat16 logits on the CPU. The head's own choice is vocab_head.head_module; an op without
+a C++ kernel takes PyTorch for "native" and "fast".
+"""
 
 from typing import Literal, get_args
 
 from torch import Tensor
 
-Backend = Literal["auto", "triton", "torch", "native"]  # native: the C++ kernels of csrc/
+Backend = Literal["auto", "triton", "torch", "native", "fast"]
 
 
 def use_triton(x: Tensor, backend: Backend = "auto") -> bool:

@@ -24,7 +24,7 @@ from r1fast.kernels.linear_logprobs import check_head_inputs, linear_logprobs_re
 from r1fast.kernels.loss_rows import check_mask, drop_dead_rows, prepare_rows
 from r1fast.kernels.policy_loss import loss_terms
 from r1fast.kernels.policy_loss_options import PolicyLossOptions
-from r1fast.kernels.vocab_head import VocabHead, to_grad_dtype
+from r1fast.kernels.vocab_head import VocabHead, gradients_needed, to_grad_dtype
 
 WANT = ("logprobs", "entropy")
 METRICS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "ratio")
@@ -66,9 +66,9 @@ class FusedLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target_ids, rows, options, head_options, want, report):
-        workspace_bytes = head_options.pop("workspace_bytes")
-        needs = (*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2])
-        head = VocabHead(hidden, weight, target_ids, bias=bias, needs=needs, **head_options)
+        head_options = dict(head_options)
+        workspace_bytes, needs = head_options.pop("workspace_bytes"), head_options["needs"]
+        head = VocabHead(hidden, weight, target_ids, bias=bias, **head_options)
         N, old = len(hidden), rows.old_logprobs
         size = head.rows_per_chunk(N, workspace_bytes)
         want_entropy = options.needs_entropy or "entropy" in want
@@ -113,8 +113,9 @@ class FusedLossFunction(torch.autograd.Function):
                 s.E = None
         for name in want:
             report[name] = torch.cat(kept[name]) if kept[name] else loss.new_zeros(0)
-        dhidden, dweight, dbias = head.gradients()
-        ctx.gradients = dhidden, to_grad_dtype(dweight, weight), to_grad_dtype(dbias, bias)
+        ctx.gradients, ctx.like = head.gradients(), (hidden, weight, bias)
+        if hidden.dtype != torch.float16:  # a loss scale must meet it in float32
+            ctx.gradients = tuple(map(to_grad_dtype, ctx.gradients, ctx.like))
         return loss
 
     @staticmethod
@@ -129,8 +130,8 @@ class FusedLossFunction(torch.autograd.Function):
         if dloss.is_cuda or dloss != 1:  # asking would stall a CUDA stream, scaling takes a pass
             for gradient in gradients:
                 if gradient is not None:
-                    gradient.mul_(dloss.to(gradient.dtype))
-        return *gradients, *[None] * 6
+                    gradient.mul_(dloss)
+        return *map(to_grad_dtype, gradients, ctx.like), *[None] * 6
 
 
 def _groups(
@@ -204,9 +205,9 @@ def fused_grpo_loss(
     then plain (for grpo, gspo, sapo: of sequence means). The entropy bonus is the mean over
     num_tokens.
 
-    Metrics are sums over the tokens that were computed (`num_evaluated`; `num_tokens` counts the
-    completion tokens): ratio, kl (with ref_logprobs), entropy (where needed), clip_ratio/low_mean,
-    high_mean and region_mean. Tokens without advantage are left out where nothing else gives them a
+    Metrics are sums over the tokens that were computed, `num_evaluated` of the `num_tokens` completion
+    tokens: divide by the former, after adding up micro-batches. They are ratio, kl (with
+    ref_logprobs), entropy (where needed), clip_ratio/low_mean, high_mean and region_mean. Tokens without advantage are left out where nothing else gives them a
     gradient. `want` asks for "logprobs" or "entropy" as (T,) tensors, 0 outside the completions: then
     every completion token is computed.
 
@@ -231,6 +232,7 @@ def fused_grpo_loss(
     check_head_inputs(
         hidden, weight, target_ids, bias, temperature, softcap, process_group, completion_mask
     )
+    want = (want,) if isinstance(want, str) else want
     if unknown := set(want) - set(WANT):
         raise ValueError(f"want knows {', '.join(WANT)}, got {', '.join(sorted(unknown))}")
     if workspace_bytes is not None and workspace_bytes < 0:
@@ -256,6 +258,7 @@ def fused_grpo_loss(
         {
             "temperature": float(temperature), "softcap": softcap, "backend": backend,
             "workspace_bytes": workspace_bytes, "process_group": process_group,
+            "needs": gradients_needed(hidden, weight, bias), "row_numbers": index,
         },
         tuple(want), report,
     )  # fmt: skip
@@ -263,7 +266,7 @@ def fused_grpo_loss(
         full = report[name].new_zeros(len(hidden))
         full[index] = report[name]
         report[name] = full
-    for name in METRICS:
+    for name in (*METRICS, *(["kl"] if ref_logprobs is not None else [])):
         report.setdefault(name, loss.new_zeros(()))
     report["num_tokens"] = torch.tensor(num_completion_tokens, device=hidden.device)
     report["num_evaluated"] = torch.tensor(len(index), device=hidden.device)

@@ -16,6 +16,7 @@ from r1fast.kernels.fused_grpo_loss import FusedLossFunction
 from r1fast.kernels.linear_logprobs import check_head_inputs, linear_logprobs
 from r1fast.kernels.loss_rows import LossRows
 from r1fast.kernels.policy_loss_options import PolicyLossOptions
+from r1fast.kernels.vocab_head import gradients_needed
 
 
 def linear_cross_entropy_ref(
@@ -68,6 +69,8 @@ def linear_cross_entropy(
         raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
     if num_tokens is not None and not num_tokens > 0:
         raise ValueError(f"num_tokens must be above 0, got {num_tokens}")
+    if num_tokens is not None and reduction != "mean":
+        raise ValueError(f"num_tokens is what a mean divides by; reduction is {reduction!r}")
     if token_weights is not None and token_weights.shape != target_ids.shape:
         raise ValueError(
             f"token_weights must be (T,) = {tuple(target_ids.shape)}, got "
@@ -83,13 +86,15 @@ def linear_cross_entropy(
         "workspace_bytes": workspace_bytes,
         "process_group": process_group,
     }
+    if workspace_bytes is not None and workspace_bytes < 0:
+        raise ValueError(f"workspace_bytes must be at least 0, got {workspace_bytes}")
     if reduction == "none":
         chosen, entropy = linear_logprobs(
             hidden[counts], weight, target_ids[counts],
             bias=bias, return_entropy=True, **head_options,
         )  # fmt: skip
         if token_weights is not None:
-            chosen = chosen * token_weights[counts]
+            chosen = chosen * token_weights[counts].to(wide)
         zeros = torch.zeros(len(target_ids), dtype=wide, device=hidden.device)
         nll = zeros.masked_scatter(counts, -chosen)
         return (nll, zeros.masked_scatter(counts, entropy.detach())) if return_entropy else nll
@@ -106,7 +111,7 @@ def linear_cross_entropy(
     rows = LossRows(torch.ones_like(weights), weights, *[None] * 6)
     loss = FusedLossFunction.apply(
         hidden, weight, bias, target_ids, rows, PolicyLossOptions(loss_type="cispo"),
-        head_options, ("entropy",) * return_entropy, report,
+        head_options | {"needs": gradients_needed(hidden, weight, bias), "row_numbers": index}, ("entropy",) * return_entropy, report,
     )  # fmt: skip
     if math.isnan(divisor):
         loss = loss + math.nan

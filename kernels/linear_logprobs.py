@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from r1fast.kernels.dispatch import Backend
-from r1fast.kernels.vocab_head import VocabHead, to_grad_dtype
+from r1fast.kernels.vocab_head import VocabHead, gradients_needed, to_grad_dtype
 
 WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 5 << 28}  # 1.25 GiB on a GPU
 
@@ -48,9 +48,8 @@ class LinearLogprobsFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, hidden, weight, bias, target_ids, temperature, softcap, want_entropy,
-        backend, workspace_bytes, process_group,
+        backend, workspace_bytes, process_group, needs,
     ):  # fmt: skip
-        needs = (*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2])
         head = VocabHead(
             hidden, weight, target_ids,
             bias=bias, temperature=temperature, softcap=softcap,
@@ -79,10 +78,10 @@ class LinearLogprobsFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dlogprobs, dentropy=None):
-        _, weight, bias = ctx.saved_tensors
+        hidden, weight, bias = ctx.saved_tensors
         head = ctx.head
         if dlogprobs is None and dentropy is None:
-            return (None,) * 10
+            return (None,) * 11
         if dlogprobs is None:
             dlogprobs = torch.zeros_like(dentropy)
         for part, stats in ctx.chunks:
@@ -96,8 +95,8 @@ class LinearLogprobsFunction(torch.autograd.Function):
                 part, again, dlogprobs[part], None if dentropy is None else dentropy[part]
             )
         dhidden, dweight, dbias = head.gradients()
-        dweight, dbias = to_grad_dtype(dweight, weight), to_grad_dtype(dbias, bias)
-        return dhidden, dweight, dbias, *[None] * 7
+        found = zip((dhidden, dweight, dbias), (hidden, weight, bias), strict=True)
+        return *(to_grad_dtype(x, like) for x, like in found), *[None] * 8
 
 
 def linear_logprobs(
@@ -116,7 +115,12 @@ def linear_logprobs(
     """Per-token log-probabilities, differentiable in hidden, weight and bias; so is the entropy.
 
     `workspace_bytes` is how much may be kept for the backward (256 MiB on the CPU, 1.25 GiB on a
-    GPU). With `process_group`, `weight` and `bias` are this rank's slice of the vocabulary (slices
+    GPU). `backend`: on CUDA "auto" is Triton. On the CPU it is C++ ("native") where the chip has
+    AVX-512 (AVX512-BF16 for bfloat16), else PyTorch ("torch"); both sum bfloat16 in float32, while
+    "fast" leaves it to PyTorch's GEMM and has the error of PyTorch's bfloat16 logits (about 0.05
+    nats at |z| = 30). Autocast is off inside: give hidden and weight one dtype.
+
+    With `process_group`, `weight` and `bias` are this rank's slice of the vocabulary (slices
     in the order of the ranks, of any size), `hidden` and `target_ids` the same on every rank; every
     rank gets the whole result, and the whole gradient of hidden. A bfloat16 weight gets a bfloat16
     gradient, or the float32 sum itself where `weight.grad_dtype` is torch.float32.
@@ -128,12 +132,12 @@ def linear_logprobs(
     if workspace_bytes is not None and workspace_bytes < 0:
         raise ValueError(f"workspace_bytes must be at least 0, got {workspace_bytes}")
     if not len(target_ids):
-        zero = hidden.sum() * 0 + weight.sum() * 0
+        zero = hidden.sum() * 0 + weight.sum() * 0 + (0 if bias is None else bias.sum() * 0)
         empty = zero + zero.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
         return (empty, empty) if return_entropy else empty
     return LinearLogprobsFunction.apply(
         hidden, weight, bias, target_ids, float(temperature), softcap, return_entropy,
-        backend, workspace_bytes, process_group,
+        backend, workspace_bytes, process_group, gradients_needed(hidden, weight, bias),
     )  # fmt: skip
 
 
@@ -164,8 +168,12 @@ def check_head_inputs(
         raise ValueError(f"target_ids must be int64, got {target_ids.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"need bias (V,) = {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
-    if not hidden.is_floating_point():
-        raise ValueError(f"hidden must be floating point, got {hidden.dtype}")
+    if hidden.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"hidden must be floating point: float64, float32, bfloat16 or float16, got {hidden.dtype}"
+        )
+    if bias is not None and bias.dtype not in (hidden.dtype, torch.float32):
+        raise ValueError(f"bias must be {hidden.dtype} or float32, got {bias.dtype}")
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype}, weight is {weight.dtype}: cast one of them")
     devices = {str(x.device) for x in (hidden, weight, target_ids, bias) if x is not None}

@@ -11,12 +11,18 @@ hold the denominators of the loss types:
 Shapes: T packed tokens, N completion tokens, S sequences.
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from r1fast.kernels.policy_loss_options import PolicyLossOptions
+
+
+class NonFiniteError(ValueError):
+    """A number that should be finite is not: an overflow upstream, not a mistake in the call."""
+
 
 SEQUENCE_MEANS = ("grpo", "gspo", "sapo")
 
@@ -69,7 +75,13 @@ def prepare_rows(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, LossRows]:
     """(indices of the completion tokens (N,), their rows). Raises ValueError for what does not fit."""
+    _check_tensors(None, advantages=advantages)
     device = advantages.device
+    _check_tensors(
+        device, completion_mask=completion_mask, cu_seqlens=cu_seqlens, old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs, rollout_logprobs=rollout_logprobs,
+        importance_weights=importance_weights, token_weights=token_weights,
+    )  # fmt: skip
     check_mask(completion_mask, T)
     if completion_mask is None:
         index = torch.arange(T, device=device)
@@ -84,6 +96,11 @@ def prepare_rows(
     if cu_seqlens is not None:
         lengths = _completion_lengths(cu_seqlens, completion_mask, T, device)
     S = None if lengths is None else len(lengths)
+    if S == T and advantages.shape == (T,) and not bool((cu_seqlens.diff() == 1).all()):
+        raise ValueError(
+            f"there are as many sequences as rows ({T}), some empty: advantages could be of either; "
+            "leave the empty sequences out of cu_seqlens"
+        )
     if advantages.shape == (T,) and S != T:
         advantages = advantages[index]
     elif S is not None and advantages.shape == (S,):
@@ -111,7 +128,7 @@ def prepare_rows(
     def picked(name: str, x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
-        _check_shape(name, x, T)
+        check_shape(name, x, T)
         return x.detach()[index].to(dtype)
 
     rows = LossRows(
@@ -127,7 +144,10 @@ def prepare_rows(
         importance=picked("importance_weights", importance_weights),
         lengths=lengths,
     )  # fmt: skip
-    _check_finite(rows, index)
+    for f in fields(rows):
+        x = getattr(rows, f.name)
+        if x is not None and f.name != "lengths":
+            check_finite(f.name, x, index)
     if options.entropy_coef:
         share = options.entropy_coef / (N if num_tokens is None else num_tokens)
         rows = replace(rows, entropy_weights=torch.full_like(rows.weights, share))
@@ -137,7 +157,7 @@ def prepare_rows(
 def check_mask(completion_mask: Tensor | None, T: int) -> None:
     if completion_mask is None:
         return
-    _check_shape("completion_mask", completion_mask, T)
+    check_shape("completion_mask", completion_mask, T)
     if completion_mask.dtype != torch.bool:
         raise ValueError(f"completion_mask must be bool, got {completion_mask.dtype}")
 
@@ -165,6 +185,8 @@ def drop_dead_rows(
 
 
 def _completion_lengths(cu_seqlens, mask, T, device) -> Tensor:  # (S,)
+    if cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
+        raise ValueError(f"cu_seqlens must be integers, got {cu_seqlens.dtype}")
     cu = cu_seqlens.to(device=device, dtype=torch.int64)
     sizes = cu.diff() if cu.dim() == 1 else cu
     if cu.dim() != 1 or len(cu) < 2 or cu[0] != 0 or cu[-1] != T or bool((sizes < 0).any()):
@@ -188,8 +210,8 @@ def _weights(
         ("num_tokens", num_tokens),
         ("max_completion_tokens", max_completion_tokens),
     ):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be above 0 and finite, got {value}")
     if token_weights is not None:
         return token_weights / (1.0 if normaliser is None else normaliser)
     kind, divisor = options.loss_type, normaliser
@@ -211,19 +233,29 @@ def _weights(
     return weights / divisor
 
 
-def _check_shape(name: str, x: Tensor, T: int) -> None:
+def check_shape(name: str, x: Tensor, T: int) -> None:
     if x.shape != (T,):
         raise ValueError(f"{name} must be (T,) = ({T},), got {tuple(x.shape)}")
 
 
-def _check_finite(rows: LossRows, index: Tensor) -> None:
-    for f in fields(rows):
-        x = getattr(rows, f.name)
-        if x is None or f.name == "lengths":
+def check_finite(name: str, x: Tensor, index: Tensor) -> None:  # (N,), (N,) their row numbers
+    if not bool(x.isfinite().all()):
+        n = int((~x.isfinite()).nonzero()[0])
+        raise NonFiniteError(
+            f"{name} is {x[n].item()} at row {int(index[n])}, which is not masked: mask rows "
+            "that hold nothing, or look for where it comes from"
+        )
+
+
+def _check_tensors(device: torch.device | None, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is None:
             continue
-        if not bool(x.isfinite().all()):
-            n = int((~x.isfinite()).nonzero()[0])
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.is_complex():
+            raise ValueError(f"{name} must be real, got {x.dtype}")
+        if device is not None and x.device != device and name != "cu_seqlens":
             raise ValueError(
-                f"{f.name} is {x[n].item()} at row {int(index[n])}, which is not masked: mask rows "
-                "that hold nothing, or look for where it comes from"
+                f"{name} is on {x.device}, advantages are on {device}: move one of them"
             )

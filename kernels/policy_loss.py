@@ -28,7 +28,14 @@ import triton.language as tl
 from torch import Tensor
 
 from r1fast.kernels.dispatch import Backend, use_triton
-from r1fast.kernels.loss_rows import LossRows, prepare_rows, segment_sum, spread
+from r1fast.kernels.loss_rows import (
+    LossRows,
+    check_finite,
+    check_shape,
+    prepare_rows,
+    segment_sum,
+    spread,
+)
 from r1fast.kernels.policy_loss_options import POLICY_OF, PolicyLossOptions
 
 
@@ -64,7 +71,7 @@ def _token_loss(
         policy = -4 * gate / tau * A
         dpolicy = -4 * gate * (1 - gate) * r * A
 
-    d = ref - logp
+    d = tl.minimum(ref - logp, 80.0)
     dkl = zero
     if KL == "k1":
         kl = -d
@@ -170,7 +177,7 @@ def token_loss(
 
 def kl_of(old: Tensor, ref: Tensor, estimator: str) -> Tensor:  # (T,)
     """The k1, k2 or k3 estimate of KL(old | ref) at each token."""
-    d = ref - old
+    d = (ref - old).clamp(max=80.0)
     return {"k1": lambda: -d, "k2": lambda: d * d / 2, "k3": lambda: torch.expm1(d) - d}[
         estimator
     ]()
@@ -239,6 +246,7 @@ def loss_terms(
     entropy_weights = rows.entropy_weights
     if options.top_entropy_quantile < 1:
         floor = quantile(entropy.detach(), 1 - options.top_entropy_quantile)
+        floor = floor - 8 * torch.finfo(floor.dtype).eps * floor.abs()  # rounding splits no ties
         keep = (entropy.detach() >= floor).to(logprobs.dtype)
         scale = scale * keep
         if entropy_weights is not None:  # stays a mean over the tokens that learn
@@ -329,9 +337,15 @@ def policy_loss(
         raise ValueError(f"logprobs must be (T,), got {tuple(logprobs.shape)}")
     if options.needs_entropy and entropy is None:
         raise ValueError("entropy_coef and top_entropy_quantile need entropy (T,)")
+    if logprobs.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"logprobs must be float32 or float64, got {logprobs.dtype}")
     index, rows = prepare_rows(
         options, len(logprobs), advantages, completion_mask, dtype=logprobs.dtype, **batch
     )
+    for name, x in (("logprobs", logprobs), ("entropy", entropy)):
+        if x is not None:
+            check_shape(name, x, len(logprobs))
+            check_finite(name, x[index], index)
     report: dict[str, Tensor] = {}
     loss = PolicyLossFunction.apply(
         logprobs[index], None if entropy is None else entropy[index], rows, options, backend, report

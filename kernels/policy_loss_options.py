@@ -22,21 +22,23 @@ class PolicyLossOptions:
     """Which loss. Raises ValueError for an unknown name or a value that makes no sense."""
 
     loss_type: str = "grpo"
-    importance_sampling_level: str = "token"
+    importance_sampling_level: str = "token"  # gspo and luspo: always "sequence"
     clip_eps_low: float = 0.2
     clip_eps_high: float = 0.2
     delta: float | None = None  # upper clamp of r whatever the sign of A (INTELLECT-2)
     dual_clip: float | None = None  # for A < 0 the loss is at most -dual_clip A (1912.09729)
-    cispo_clip: str = "relative"  # clip(r, 1 - low, 1 + high), or "absolute": min(r, high)
+    # clip(r, 1 - low, 1 + high), or "absolute": min(r, high). MiniMax-M1 has no lower bound: low = 1
+    cispo_clip: str = "relative"
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
     kl_coef: float = 0.0
-    kl_estimator: str = "k3"
+    kl_estimator: str = "k3"  # k3_unbiased is unbiased with the ratio of a token, not of a sequence
     kl_in: str = "loss"  # or "reward": A - kl_coef times the sequence's summed estimator
     entropy_coef: float = 0.0
     top_entropy_quantile: float = 1.0  # the share of tokens, by entropy, that learn (2506.01939)
     off_policy_mask_threshold: float | None = None  # DeepSeek-V3.2: drops A < 0 beyond this mean KL
-    rollout_correction: str | None = None  # of old / rollout probability
+    # of old / rollout probability; TIS: token_truncate; IcePop: token_mask, within [0.5, 5] there
+    rollout_correction: str | None = None
     rollout_clip_min: float | None = None
     rollout_clip_max: float | None = 2.0
 
@@ -76,8 +78,12 @@ class PolicyLossOptions:
                 raise ValueError(
                     f"{name} must be {'above' if strict else 'at least'} {low}, got {value}"
                 )
-        if not math.isfinite(self.entropy_coef):
-            raise ValueError(f"entropy_coef must be finite, got {self.entropy_coef}")
+        for name in ("entropy_coef", "kl_coef"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+        low, high = self.rollout_clip_min, self.rollout_clip_max
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"rollout_clip_min = {low} is above rollout_clip_max = {high}")
         if not 0 < self.top_entropy_quantile <= 1:
             raise ValueError(
                 f"top_entropy_quantile must be in (0, 1], got {self.top_entropy_quantile}"

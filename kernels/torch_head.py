@@ -2,53 +2,81 @@
 
     u = h W^T + b;  z = cap tanh(u / cap);  E = exp(z / temperature - anchor), 0 at the target
 
-On the CPU the pass over the logits is one C++ loop where there is one for the dtype. Its siblings
-are cpu_head.py and triton_head.py. E is (R, V), in the dtype of hidden: in bfloat16 the GEMM rounds
-the logits (the `fast` mode; cpu_head.py is the exact one).
-Shapes: R rows of a chunk, D width, V vocabulary.
+`EXACT` computes 16-bit inputs in float32, a slab of the weight at a time. `FAST` leaves bfloat16 to
+PyTorch's bfloat16 GEMM, which rounds the logits: errors like those of PyTorch's own bfloat16 logits.
+On the CPU the pass over the logits is one C++ loop. The siblings are cpu_head.py and triton_head.py.
+Shapes: R rows of a chunk, D width, V vocabulary; E is (R, V).
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from r1fast.kernels import cpu_head
 
-BLOCK_V = 8192  # columns of dweight at a time: bounds the temporary
+SLAB = 8192  # columns of the vocabulary at a time: bounds the temporaries
 
 
-def workspace_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype
+@dataclass(frozen=True)
+class TorchHead:
+    exact: bool
+
+    def workspace_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of E. float16 cannot hold exp(z - anchor) of an unlikely target."""
+        if dtype == torch.bfloat16 and not self.exact:
+            return dtype
+        return torch.promote_types(dtype, torch.float32)
+
+    def workspace_numel(self, R: int, V: int, dtype: torch.dtype) -> int:
+        return R * V
+
+    def forward(
+        self,
+        hidden: Tensor,  # (R, D)
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        target_ids: Tensor,  # (R,), -1: not in this part of the vocabulary
+        anchor: Tensor,  # (R,) float32 (float64 for float64)
+        *,
+        inv_temperature: float,
+        softcap: float | None,
+        keep: bool,
+        want_sz: bool,
+        workspace: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, "DenseE | None"]:
+        """(s, sz, E): s = sum of e over the columns but the target, sz = sum of e (z - anchor)."""
+        R, V = len(hidden), len(weight)
+        out = None if workspace is None else workspace[: R * V].view(R, V)
+        z = logits(hidden, weight, self.workspace_dtype(hidden.dtype), out)
+        if _in_cpp(z):
+            s, sz = cpu_head.epilogue_(
+                z, bias, target_ids, anchor,
+                inv_temperature=inv_temperature, softcap=softcap, want_sz=want_sz,
+            )  # fmt: skip
+        else:
+            z, s, sz = _epilogue(z, bias, target_ids, anchor, inv_temperature, softcap, want_sz)
+        return s, sz, DenseE(z) if keep else None
 
 
-def workspace_numel(R: int, V: int, dtype: torch.dtype) -> int:
-    return R * V
+EXACT, FAST = TorchHead(True), TorchHead(False)
 
 
-def forward(
+def logits(
     hidden: Tensor,  # (R, D)
     weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    target_ids: Tensor,  # (R,), -1: not in this part of the vocabulary
-    anchor: Tensor,  # (R,) float32 (float64 for float64)
-    *,
-    inv_temperature: float,
-    softcap: float | None,
-    keep: bool,
-    want_sz: bool,
-    workspace: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, "DenseE | None"]:
-    """(s, sz, E): s = sum of e over the columns but the target, sz = sum of e (z - anchor)."""
-    R, V = len(hidden), len(weight)
-    out = None if workspace is None else workspace[: R * V].view(R, V)
-    z = torch.mm(hidden, weight.t(), out=out)
-    if _in_cpp(z):
-        s, sz = cpu_head.epilogue_(
-            z, bias, target_ids, anchor,
-            inv_temperature=inv_temperature, softcap=softcap, want_sz=want_sz,
-        )  # fmt: skip
-    else:
-        z, s, sz = _epilogue(z, bias, target_ids, anchor, inv_temperature, softcap, want_sz)
-    return s, sz, DenseE(z) if keep else None
+    dtype: torch.dtype,
+    out: Tensor | None = None,  # (R, V)
+) -> Tensor:  # (R, V)
+    """hidden @ weight.T in `dtype`, without a copy of the weight in it."""
+    if hidden.dtype == dtype:
+        return torch.mm(hidden, weight.t(), out=out)
+    if out is None:
+        out = torch.empty(len(hidden), len(weight), dtype=dtype, device=hidden.device)
+    hidden = hidden.to(dtype)
+    for part, slab in zip(out.split(SLAB, 1), weight.split(SLAB), strict=True):
+        part.copy_(torch.mm(hidden, slab.to(dtype).t()))
+    return out
 
 
 def _epilogue(z, bias, target_ids, anchor, inv_temperature, softcap, want_sz):
@@ -91,11 +119,16 @@ class DenseE:
         self.values = (wide * logs.mul_(b[:, None]).add_(a[:, None])).to(self.values.dtype)
 
     def dhidden(self, weight: Tensor) -> Tensor:  # (V, D) -> (R, D)
-        return torch.mm(self.values, weight).to(_wide(weight))
+        if self.values.dtype == weight.dtype:
+            return torch.mm(self.values, weight).to(_wide(weight))
+        out = self.values.new_zeros(len(self.values), weight.shape[1])
+        for part, slab in zip(self.values.split(SLAB, 1), weight.split(SLAB), strict=True):
+            out.addmm_(part, slab.to(out.dtype))
+        return out
 
     def dweight_(self, x: Tensor, dweight: Tensor, accumulate: bool) -> None:  # (R, D), (V, D)
         x = x.to(self.values.dtype)
-        for part, out in zip(self.values.split(BLOCK_V, 1), dweight.split(BLOCK_V), strict=True):
+        for part, out in zip(self.values.split(SLAB, 1), dweight.split(SLAB), strict=True):
             if x.dtype == dweight.dtype:
                 out.addmm_(part.t(), x, beta=float(accumulate))
             elif accumulate:

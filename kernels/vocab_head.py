@@ -20,14 +20,15 @@ Shapes: R rows of a chunk, N rows in all, D width, V vocabulary (of this rank).
 
 import math
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 import torch.distributed as dist
+import triton
 from torch import Tensor
 
 from r1fast.kernels import cpu_head, torch_head
 from r1fast.kernels.dispatch import Backend, use_triton
+from r1fast.kernels.loss_rows import NonFiniteError
 
 S_RANGE = (1e-20, 1e20)  # outside, the anchor was too far off for float32
 SMALL_BYTES = 4 << 20  # of exponentials: not worth dividing
@@ -49,13 +50,18 @@ class ChunkStats:
     E: object | None
 
 
-def head_module(x: Tensor, backend: Backend) -> ModuleType:
+def head_module(x: Tensor, backend: Backend):
     """Which implementation computes a chunk: the one dispatch rule of the head."""
     if use_triton(x, backend):
         if x.dtype == torch.float64:
             if backend == "auto":
-                return torch_head
+                return torch_head.EXACT
             raise ValueError("backend triton has no float64: take backend='torch'")
+        if not x.is_cuda and not triton.knobs.runtime.interpret:
+            raise ValueError(
+                f"backend triton needs a CUDA tensor, got one on {x.device}; for Triton's "
+                "interpreter set TRITON_INTERPRET=1 before triton is imported"
+            )
         from r1fast.kernels import triton_head
 
         return triton_head
@@ -66,7 +72,7 @@ def head_module(x: Tensor, backend: Backend) -> ModuleType:
         )
     if backend == "native" or (backend == "auto" and not x.is_cuda and cpu_head.supported(x.dtype)):
         return cpu_head
-    return torch_head
+    return torch_head.FAST if backend == "fast" else torch_head.EXACT
 
 
 class VocabHead:
@@ -87,6 +93,7 @@ class VocabHead:
         backend: Backend = "auto",
         process_group: dist.ProcessGroup | None = None,
         needs: tuple[bool, bool, bool] = (True, True, True),  # gradients of hidden, weight, bias
+        row_numbers: Tensor | None = None,  # (N,) what the caller calls the rows, for messages
     ):
         self.hidden, self.weight, self.bias = hidden.detach(), weight.detach(), bias
         if bias is not None:
@@ -103,6 +110,7 @@ class VocabHead:
         if process_group is not None:
             self._find_slice(target_ids, process_group)
         self.need_hidden, self.need_weight, self.need_bias = needs
+        self.row_numbers = row_numbers
         self.dhidden = self.dweight = self.dbias = self._workspace = None
 
     def _find_slice(self, target_ids: Tensor, group: dist.ProcessGroup) -> None:
@@ -154,7 +162,11 @@ class VocabHead:
         want_entropy: bool,
         own_workspace: bool = False,  # or in the one that the next chunk will overwrite
     ) -> ChunkStats:
-        """Statistics of `hidden[rows]`; with `keep`, E too. Raises ValueError at a NaN or Inf."""
+        """Statistics of `hidden[rows]`; with `keep`, E too. Raises NonFiniteError."""
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            return self._forward(rows, old_logprobs, keep, want_entropy, own_workspace)
+
+    def _forward(self, rows, old_logprobs, keep, want_entropy, own_workspace) -> ChunkStats:
         h, y = self.hidden[rows], self.target_ids[rows]
         z, slope = self._target_logits(h, y)
         c = z if old_logprobs is None else z - old_logprobs.to(self.wide)
@@ -167,12 +179,18 @@ class VocabHead:
         stats.E = None
         stats, good = self._stats(h, y, z, exact, slope, keep, want_entropy, own_workspace)
         if not bool(good.all()):
-            row = rows.start + int((~good).nonzero()[0])
-            raise ValueError(f"row {row}: its logits overflow {self.wide}; check the weights")
+            row = self._row(rows.start + int((~good).nonzero()[0]))
+            for name, x in (("weight", self.weight), ("bias", self.bias)):
+                if x is not None and not bool(x.isfinite().all()):
+                    raise NonFiniteError(f"{name} holds NaN or Inf")
+            raise NonFiniteError(
+                f"row {row}: its logits over the temperature overflow {self.wide}; "
+                f"temperature is {self.temperature:g}"
+            )
         return stats
 
     def _stats(self, h, y, z, c, slope, keep, want_entropy, own_workspace):
-        with torch.cuda.device_of(h):  # Triton launches on the current device
+        with torch.cuda.device_of(h):  # where Triton launches
             s, sz, E = self.module.forward(
                 h, self.weight, self.bias, y, c,
                 inv_temperature=1 / self.temperature, softcap=self.softcap,
@@ -217,7 +235,7 @@ class VocabHead:
 
     def _logits(self, h: Tensor) -> Tensor:  # (R, D) -> (R, V)
         """All logits of a few rows, capped, over the temperature, in the wide dtype."""
-        z = torch.mm(h.to(self.wide), self.weight.to(self.wide).t())
+        z = torch_head.logits(h, self.weight, self.wide)
         if self.bias is not None:
             z = z + self.bias
         if self.softcap is not None:
@@ -227,19 +245,15 @@ class VocabHead:
     def _logsumexp(self, h: Tensor, numbers: Tensor) -> Tensor:  # (R,)
         finite = h.isfinite().all(1)
         if not finite.all():
-            row = int(numbers[~finite][0])
-            raise ValueError(
-                f"hidden holds NaN or Inf in row {row} (of the rows that count); "
-                "look for the first layer that overflows"
+            row = self._row(int(numbers[~finite][0]))
+            raise NonFiniteError(
+                f"hidden holds NaN or Inf in row {row}; look for the first layer that overflows, or "
+                "mask the row"
             )
-        parts = torch.cat([self._logits(part).logsumexp(1) for part in h.split(64)])
-        if self.group is None:
-            return parts
-        top = parts.clone()
-        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self.group)
-        total = (parts - top).exp()
-        dist.all_reduce(total, group=self.group)
-        return top + total.log()
+        return torch.cat([self._lse_of(self._logits(part)) for part in h.split(64)])
+
+    def _row(self, n: int) -> int:
+        return n if self.row_numbers is None else int(self.row_numbers[n])
 
     def backward(
         self,
@@ -249,7 +263,8 @@ class VocabHead:
         dentropy: Tensor | None = None,  # (R,)
     ) -> None:
         """Adds this chunk's gradients. Uses up `stats.E`."""
-        with torch.cuda.device_of(self.hidden):
+        kind = self.hidden.device.type
+        with torch.cuda.device_of(self.hidden), torch.autocast(kind, enabled=False):
             self._backward(rows, stats, dlogprobs, dentropy)
 
     def _backward(self, rows, stats, dlogprobs, dentropy):
@@ -288,7 +303,7 @@ class VocabHead:
         at = y.clamp(min=0)
         if self.need_hidden:
             if self.dhidden is None:
-                self.dhidden = torch.zeros_like(self.hidden)
+                self.dhidden = self._new_dhidden()
             out = E.dhidden(self.weight).mul_(v[:, None])
             out.addcmul_(self.weight[at].to(self.wide), mine[:, None])
             if index is None:
@@ -338,13 +353,18 @@ class VocabHead:
         dist.all_reduce(total, group=self.group)
         return top + total.log()
 
+    def _new_dhidden(self) -> Tensor:
+        """In float32 where ranks will be summed or a loss scale may follow (float16)."""
+        wide = self.group is not None or self.hidden.dtype == torch.float16
+        return torch.zeros_like(self.hidden, dtype=self.wide if wide else None)
+
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dhidden in hidden's dtype, dweight and dbias in the wide dtype), what was asked for.
+        """(dhidden, dweight and dbias): what was asked for, the last two in the wide dtype.
 
         Hands them over: the next `backward` begins at zero.
         """
         if self.need_hidden and self.dhidden is None:
-            self.dhidden = torch.zeros_like(self.hidden)
+            self.dhidden = self._new_dhidden()
         if self.need_weight and self.dweight is None:
             self.dweight = torch.zeros_like(self.weight, dtype=self.wide)
         if self.need_bias and self.dbias is None:
@@ -371,4 +391,10 @@ def to_grad_dtype(gradient: Tensor | None, like: Tensor | None) -> Tensor | None
     """
     if gradient is None:
         return None
-    return gradient.to(getattr(like, "grad_dtype", None) or like.dtype)
+    wanted = getattr(like, "grad_dtype", None) if like.is_leaf else None
+    return gradient.to(wanted or like.dtype)
+
+
+def gradients_needed(*tensors: Tensor | None) -> tuple[bool, ...]:
+    """Asked outside of autograd.Function.apply, which does not know of torch.no_grad."""
+    return tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors)

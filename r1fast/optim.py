@@ -58,6 +58,11 @@ class Optimizer:
                 master.grad += p.grad
             p.grad = None
 
+    def spoil(self) -> None:
+        """Make the gradient of this step non-finite, on every rank once summed: it is then skipped."""
+        p = self.named[0][1]
+        p.grad = torch.full_like(p, math.nan)
+
     def step(self, lr: float) -> tuple[float, bool]:
         """Clip, update, clear. Returns (gradient norm before clipping, whether it was applied).
 

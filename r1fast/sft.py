@@ -10,6 +10,7 @@ from r1fast.batch import pack
 from r1fast.config import Config
 from r1fast.data import Example, batch_indices
 from r1fast.kernels.linear_cross_entropy import linear_cross_entropy
+from r1fast.kernels.loss_rows import NonFiniteError
 from r1fast.metrics import warn
 from r1fast.policy import Policy
 from r1fast.protocol import rest_of_completion
@@ -101,14 +102,19 @@ class SFTTrainer(Trainer):
         with self.timer("train"):
             for batch in pack(owned, s.token_budget, weights, device=self.policy.device):
                 m = batch.completion_mask
-                loss, entropy = linear_cross_entropy(
-                    hidden_states(self.model, batch)[m],
-                    self.model.head_weight,
-                    batch.target_ids[m],
-                    token_weights=batch.token_weights[m],
-                    reduction="sum",
-                    return_entropy=True,
-                )
+                try:
+                    loss, entropy = linear_cross_entropy(
+                        hidden_states(self.model, batch)[m],
+                        self.model.head_weight,
+                        batch.target_ids[m],
+                        token_weights=batch.token_weights[m],
+                        reduction="sum",
+                        return_entropy=True,
+                    )
+                except NonFiniteError as error:
+                    warn(str(error))
+                    self.optimizer.spoil()
+                    continue
                 loss.backward()
                 self.optimizer.accumulate()
                 sums["loss"] += float(loss.detach())

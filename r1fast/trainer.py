@@ -15,7 +15,9 @@ from r1fast import distributed
 from r1fast.batch import pack
 from r1fast.config import Config
 from r1fast.data import batch_indices
-from r1fast.grpo import grpo_objective, rollout_advantages, token_weights
+from r1fast.grpo import grpo_objective, loss_options, rollout_advantages, token_weights
+from r1fast.kernels.loss_rows import NonFiniteError
+from r1fast.kernels.policy_loss_options import PolicyLossOptions
 from r1fast.metrics import warn
 from r1fast.policy import Policy
 from r1fast.rewards.score import RewardScorer
@@ -53,6 +55,10 @@ class GRPOTrainer(Trainer):
         force: bool = False,
     ):
         g = config.grpo
+        try:
+            PolicyLossOptions(**loss_options(g))
+        except ValueError as error:
+            raise ValueError(f"grpo.{error}") from None
         if not problems:
             raise ValueError("there are no training problems (see data.train)")
         if g.prompts_per_step < distributed.world_size():
@@ -252,14 +258,19 @@ class GRPOTrainer(Trainer):
         totals: dict[str, Tensor] = {}
         largest = 0.0
         for batch in batches:
-            loss, sums = grpo_objective(
-                hidden_states(self.model, batch),
-                self.model.head_weight,
-                batch,
-                g,
-                temperature=self.sampling.temperature,
-                num_tokens=num_tokens,
-            )
+            try:
+                loss, sums = grpo_objective(
+                    hidden_states(self.model, batch),
+                    self.model.head_weight,
+                    batch,
+                    g,
+                    temperature=self.sampling.temperature,
+                    num_tokens=num_tokens,
+                )
+            except NonFiniteError as error:
+                warn(str(error))
+                self.optimizer.spoil()
+                continue
             loss.backward()
             self.optimizer.accumulate()
             sums["loss"] = loss.detach()

@@ -256,7 +256,7 @@ def test_hard_logits(case, backend, dtype):
         z = (inputs["hidden"] @ inputs["weight"].T + inputs["bias"]).nan_to_num(0)
         inputs["target_ids"] = z.argmax(1)
         assert (torch.softmax(z, 1).amax(1) > 1 - 1e-6).any()
-    inputs["old_logprobs"] = None
+    inputs["old_logprobs"] = inputs["ref_logprobs"] = inputs["rollout_logprobs"] = None
     rounded = {n: inputs[n].to(dtype) for n in ("hidden", "weight", "bias")}
     exact = run(fused_grpo_loss_ref, inputs | {n: x.double() for n, x in rounded.items()})
     actual = run(fused_grpo_loss, inputs | rounded, backend=backend)
@@ -353,6 +353,77 @@ def test_one_sequence_of_70_000_tokens(loss_type):
     assert (dw - dw_exact).norm() <= 1e-5 * dw_exact.norm()
 
 
+def test_the_row_of_an_error_is_the_callers():
+    inputs = make_inputs()
+    inputs["completion_mask"][:] = True
+    inputs["hidden"] = torch.ones(T, D, dtype=torch.float64)
+    inputs["old_logprobs"] = inputs["ref_logprobs"] = inputs["rollout_logprobs"] = None
+    inputs["hidden"][9] = torch.nan  # of the third sequence
+    with pytest.raises(ValueError, match="NaN or Inf in row 9"):
+        run(fused_grpo_loss, inputs | {"target_ids": torch.zeros(T, dtype=torch.int64)})
+
+
+def test_weights_that_are_not_leaves():
+    """A slice, a cast and an expanded weight: what padded vocabularies and master weights give."""
+    g = torch.Generator().manual_seed(0)
+    y, A = torch.randint(30, (9,), generator=g), torch.randn(9, generator=g)
+    for change in (lambda w: w[:40], lambda w: w * 2, lambda w: w[:1].expand(40, -1)):
+        grads = []
+        for op in (fused_grpo_loss, fused_grpo_loss_ref):
+            leaf = torch.randn(50, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            hidden = torch.randn(9, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
+            (0.3 * op(hidden, change(leaf), y, A, loss_type="dapo")[0]).backward()
+            grads.append((leaf.grad, hidden.grad))
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    master = torch.randn(40, 8, generator=g).requires_grad_()
+    hidden = torch.randn(9, 8, generator=g).bfloat16()
+    fused_grpo_loss(hidden, master.bfloat16(), y, A, loss_type="dapo")[0].backward()
+    assert master.grad.dtype == torch.float32
+
+
+def test_float16_and_a_loss_scale():
+    """exp(z - c) of an unlikely target is beyond float16; so are gradients until they are scaled."""
+    hidden = torch.tensor([[4.0, 0], [20.0, 0]]).half().requires_grad_()
+    weight = torch.tensor([[5.0, 0], [0, 0], [1, 1]]).half().requires_grad_()
+    y, A = torch.tensor([1, 1]), torch.tensor([1.0, -1.0])
+    loss, _ = fused_grpo_loss(hidden, weight, y, A, loss_type="dapo")
+    (loss * 1024).backward()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    (fused_grpo_loss_ref(*exact, y, A, loss_type="dapo")[0] * 1024).backward()
+    for a, e in zip((hidden, weight), exact, strict=True):
+        torch.testing.assert_close(a.grad.double(), e.grad, rtol=2e-3, atol=2.0)
+
+
+def test_no_grad_makes_no_gradient(monkeypatch):
+    inputs = make_inputs()
+    monkeypatch.setattr(VocabHead, "backward", None)
+    monkeypatch.setattr(VocabHead, "_new_dhidden", None)
+    leaves = [inputs[n].requires_grad_() for n in ("hidden", "weight")]
+    with torch.no_grad():
+        loss, _ = fused_grpo_loss(
+            *leaves, inputs["target_ids"], inputs["advantages"], inputs["completion_mask"],
+            cu_seqlens=CU,
+        )  # fmt: skip
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "fast"])
+def test_bfloat16_modes(backend):
+    """Exact wherever it runs; fast has the error of PyTorch's own bfloat16 logits."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(200, 64, generator=g).bfloat16()
+    weight = (torch.randn(3000, 64, generator=g) * 0.8).bfloat16()
+    y = torch.randint(3000, (200,), generator=g)
+    exact = linear_logprobs_ref(hidden.double(), weight.double(), y)
+    usual = (linear_logprobs_ref(hidden, weight, y) - exact).abs().max()
+    with torch.autocast("cpu", torch.bfloat16):
+        metrics = fused_grpo_loss(
+            hidden, weight, y, torch.ones(200), loss_type="dapo", backend=backend, want="logprobs"
+        )[1]
+    error = (metrics["logprobs"] - exact).abs().max()
+    assert error <= (1.2 * usual if backend == "fast" else 5e-5)
+
+
 def test_backward_twice_says_why():
     inputs = make_inputs()
     hidden = inputs["hidden"].clone().requires_grad_()
@@ -383,14 +454,24 @@ def test_backward_twice_says_why():
         ({"temperature": -1.0}, "temperature must be above 0"),
         ({"softcap": 0.0}, "softcap must be above 0 or None"),
         ({"workspace_bytes": -1}, "workspace_bytes must be at least 0"),
-        ({"backend": "cuda"}, "backend must be one of auto, triton, torch, native"),
+        ({"backend": "cuda"}, "backend must be one of auto, triton, torch, native, fast"),
+        (
+            {"cu_seqlens": torch.tensor([0.0, 23.0])},
+            r"cu_seqlens must be integers, got torch\.float32",
+        ),
+        ({"advantages": [1.0] * 5}, "advantages must be a tensor, got list"),
+        ({"old_logprobs": torch.zeros(T, device="meta")}, "old_logprobs is on meta"),
+        ({"rollout_clip_min": 3.0}, r"rollout_clip_min = 3\.0 is above rollout_clip_max = 2\.0"),
+        ({"kl_coef": math.inf}, "kl_coef must be finite"),
+        ({"bias": torch.ones(V, dtype=torch.complex64)}, "bias must be"),
+        ({"weight": torch.full((V, D), torch.nan, dtype=torch.float64)}, "weight holds NaN or Inf"),
         ({"weight": torch.ones(0, D, dtype=torch.float64)}, "weight must not be empty"),
         ({"weight": torch.ones(V, D, dtype=torch.float64, device="meta")}, "on one device"),
         ({"backend": "native"}, "native needs a CPU tensor of float32"),
     ],
 )
 def test_bad_input(change, message):
-    inputs = make_inputs() | change
+    inputs = {k: v for k, v in make_inputs().items() if k != "bias"} | change
     names = ("hidden", "weight", "target_ids", "advantages", "completion_mask")
     with pytest.raises(ValueError, match=message):
-        fused_grpo_loss(*[inputs.pop(n) for n in names], **{**inputs, "bias": None})
+        fused_grpo_loss(*[inputs.pop(n) for n in names], **{"bias": None, **inputs})

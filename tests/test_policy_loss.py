@@ -401,5 +401,7 @@ def test_other_bad_input():
         policy_loss(torch.zeros(2, 2), ones, None, o)
     with pytest.raises(ValueError, match=r"need entropy \(T,\)"):
         policy_loss(x, ones, None, PolicyLossOptions(loss_type="dapo", entropy_coef=1.0))
-    with pytest.raises(ValueError, match="backend must be one of auto, triton, torch, native"):
+    with pytest.raises(
+        ValueError, match="backend must be one of auto, triton, torch, native, fast"
+    ):
         policy_loss(x, ones, None, o, backend="cuda")

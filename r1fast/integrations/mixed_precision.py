@@ -48,6 +48,11 @@ class _InDtype(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
+        if ctx.outputs is None:
+            raise RuntimeError(
+                "backward a second time: the first has freed what it needs. Add the losses up and "
+                "call backward once"
+            )
         used = [
             (x, g)
             for x, g in zip(ctx.outputs, gradients, strict=True)

@@ -18,6 +18,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -203,6 +204,10 @@ def patch(trainer, loss: str = "auto"):
         raise ValueError(
             f"this configuration's loss cannot be fused: {'; '.join(reasons)}. loss='auto' or "
             "'logprobs' trains it on linear_logprobs"
+        )
+    if reasons:
+        logging.getLogger(__name__).warning(
+            "the loss is TRL's own, on r1fast's log-probabilities: %s", "; ".join(reasons)
         )
     unpatch(trainer)
     hooks = _Hooks(trainer, utils, fused=loss != "logprobs" and not reasons)
