@@ -284,6 +284,7 @@ def run_shape(
             variants[name] = make()
         except (ImportError, AttributeError) as error:
             print(f"skipped {name}: {error}")
+    print(f"{label}: measuring {', '.join(variants)}", flush=True)
     times = measure(p, variants, args.modes, args.rounds, seconds)
     cells = {("materialised", "logits"): float(T * V * p.hidden.element_size())}
     rows, table = [], []
