@@ -56,6 +56,15 @@ def spread(x: Tensor, lengths: Tensor, N: int) -> Tensor:  # (S,), (S,) -> (N,)
     return torch.repeat_interleave(x, lengths, output_size=N)
 
 
+def divisor_of(
+    loss_type: str, *, num_sequences: int, num_tokens: int, max_completion_tokens: int | None
+) -> float:
+    """What the sum over sequences (of means or sums) or over tokens is divided by."""
+    if loss_type in ("dapo", "cispo", "bnpo"):
+        return num_tokens
+    return num_sequences * (max_completion_tokens if loss_type == "dr_grpo" else 1)
+
+
 def prepare_rows(
     options: PolicyLossOptions,
     T: int,
@@ -218,18 +227,17 @@ def _weights(
     weights = torch.ones(N, dtype=dtype, device=device)
     if kind in SEQUENCE_MEANS:
         weights = spread(1.0 / lengths.clamp(min=1).to(dtype), lengths, N)
-    if divisor is None and kind in ("dapo", "cispo"):
-        divisor = N if num_tokens is None else num_tokens
-    elif divisor is None and kind == "bnpo":
-        divisor = N
-    elif divisor is None:
-        if num_sequences is None and lengths is None:
+    if divisor is None:
+        if num_sequences is None and lengths is None and kind not in ("dapo", "cispo", "bnpo"):
             raise ValueError(f"loss_type {kind!r} needs cu_seqlens or num_sequences")
-        divisor = len(lengths) if num_sequences is None else num_sequences
-        if kind == "dr_grpo":
-            if max_completion_tokens is None:
-                raise ValueError("loss_type 'dr_grpo' needs max_completion_tokens")
-            divisor *= max_completion_tokens
+        if kind == "dr_grpo" and max_completion_tokens is None:
+            raise ValueError("loss_type 'dr_grpo' needs max_completion_tokens")
+        divisor = divisor_of(
+            kind,
+            num_sequences=num_sequences or (0 if lengths is None else len(lengths)),
+            num_tokens=N if num_tokens is None or kind == "bnpo" else num_tokens,
+            max_completion_tokens=max_completion_tokens,
+        )
     return weights / divisor
 
 

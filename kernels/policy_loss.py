@@ -177,10 +177,8 @@ def token_loss(
 
 def kl_of(old: Tensor, ref: Tensor, estimator: str) -> Tensor:  # (T,)
     """The k1, k2 or k3 estimate of KL(old | ref) at each token."""
-    d = (ref - old).clamp(max=80.0)
-    return {"k1": lambda: -d, "k2": lambda: d * d / 2, "k3": lambda: torch.expm1(d) - d}[
-        estimator
-    ]()
+    zero = torch.zeros_like(old)
+    return _token_loss_ref(old, zero, ref, zero, *[1.0] * 6, "clip", estimator)[1]
 
 
 def rollout_weights(

@@ -14,7 +14,8 @@ from torch import Tensor
 from r1fast.config import GRPOConfig
 from r1fast.kernels.advantages import group_advantages
 from r1fast.kernels.fused_grpo_loss import fused_grpo_loss
-from r1fast.kernels.policy_loss_options import PolicyLossOptions
+from r1fast.kernels.loss_rows import SEQUENCE_MEANS, divisor_of
+from r1fast.kernels.policy_loss_options import LOSS_TYPES, PolicyLossOptions
 from r1fast.types import PackedBatch, RolloutGroup
 
 NAMES = {f.name for f in fields(GRPOConfig)}
@@ -33,18 +34,16 @@ def token_weights(
     grpo, gspo, sapo: mean over tokens, then over sequences. dapo, cispo: mean over all tokens.
     dr_grpo: sum over a constant, num_sequences * max_completion_tokens. luspo: sum over sequences.
     """
-    if loss_type in ("grpo", "gspo", "sapo"):
-        return [1.0 / (num_sequences * n) for n in lengths]
-    shared = {
-        "dapo": num_tokens,
-        "cispo": num_tokens,
-        "dr_grpo": num_sequences * max_completion_tokens,
-        "luspo": num_sequences,
-    }
-    if loss_type not in shared:
-        known = ", ".join(["grpo", "gspo", "sapo", *shared])
-        raise ValueError(f"loss_type must be one of {known}, got {loss_type!r}")
-    return [1.0 / shared[loss_type]] * len(lengths)
+    known = [name for name in LOSS_TYPES if name != "bnpo"]  # whose mean depends on the packing
+    if loss_type not in known:
+        raise ValueError(f"loss_type must be one of {', '.join(known)}, got {loss_type!r}")
+    divisor = divisor_of(
+        loss_type,
+        num_sequences=num_sequences,
+        num_tokens=num_tokens,
+        max_completion_tokens=max_completion_tokens,
+    )
+    return [1.0 / (divisor * (n if loss_type in SEQUENCE_MEANS else 1)) for n in lengths]
 
 
 def rollout_advantages(

@@ -147,7 +147,7 @@ def test_token_weights_by_definition():
     assert token_weights("gspo", lengths, **kwargs) == token_weights("grpo", lengths, **kwargs)
     assert token_weights("cispo", lengths, **kwargs) == [1 / 10] * 3
     assert token_weights("luspo", lengths, **kwargs) == [1 / 3] * 3
-    with pytest.raises(ValueError, match=r"must be one of grpo, gspo, .*, got 'bnpo'"):
+    with pytest.raises(ValueError, match=r"must be one of grpo, dapo, .*, got 'bnpo'"):
         token_weights("bnpo", lengths, **kwargs)
 
 
