@@ -130,21 +130,23 @@ class VocabHead:
         self.max_V = max(sizes)
 
     def rows_per_chunk(self, num_rows: int, workspace_bytes: int | None) -> int:
-        """By default a tenth of the rows, so that all memory stays under an eighth of the logits.
+        """By default an eleventh of many rows: then all memory stays under an eighth of the logits.
 
         Small chunks read and write dweight more often and have more fixed costs, so there is a lower
         limit, and chunks are even.
         """
         if workspace_bytes is None:
-            least = 2048 if self.hidden.is_cuda else 4 * CPU_ROWS
+            least = 2048
+            if not self.hidden.is_cuda:
+                least = (4 if num_rows >= 2048 else 6) * CPU_ROWS
             least = max(least, SMALL_BYTES // self.bytes_of(1))
-            rows = min(max(least, math.ceil(num_rows / 10)), max(least, 4096))
+            rows = min(max(least, math.ceil(num_rows / 11)), max(least, 4096))
         else:
             rows = max(1, workspace_bytes // self.bytes_of(1))
         num_chunks = max(1, math.ceil(num_rows / rows))
         rows = max(1, math.ceil(num_rows / num_chunks))
         if workspace_bytes is None and not self.hidden.is_cuda:
-            rows = max(1, round(rows / CPU_ROWS)) * CPU_ROWS
+            rows = math.ceil(rows / CPU_ROWS) * CPU_ROWS
         return rows
 
     def bytes_of(self, num_rows: int) -> int:
