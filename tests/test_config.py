@@ -84,7 +84,7 @@ def test_there_are_shipped_configs():
         ("--pipeline.stages=base", "pipeline.stages must be a list, got 'base'"),
         (
             "--grpo.loss_type=bnpo",
-            "grpo.loss_type must be one of 'grpo', 'dapo', 'dr_grpo', got 'bnpo'",
+            "grpo.loss_type must be one of 'grpo', 'dapo', 'dr_grpo', 'gspo', 'cispo', 'sapo', 'luspo', got 'bnpo'",
         ),
         ("--model.dtype=3", "model.dtype must be one of 'bfloat16', 'float32', got 3"),
         ("--rollout.num_generations=0", "rollout.num_generations must be at least 1, got 0"),

@@ -377,8 +377,8 @@ def test_every_loss_type_is_walked():
             "needs rollout_logprobs",
         ),
         ({"loss_type": "dr_grpo"}, {"max_completion_tokens": None}, "needs max_completion_tokens"),
-        ({}, {"normaliser": 0.0}, "normaliser must be above 0, got 0.0"),
-        ({}, {"num_sequences": 0}, "num_sequences must be above 0, got 0"),
+        ({}, {"normaliser": 0.0}, "normaliser must be above 0 and finite, got 0.0"),
+        ({}, {"num_sequences": 0}, "num_sequences must be above 0 and finite, got 0"),
     ],
 )
 def test_batches_that_do_not_fit(options, changes, message):
