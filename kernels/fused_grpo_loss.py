@@ -24,7 +24,7 @@ from r1fast.kernels.linear_logprobs import check_head_inputs, linear_logprobs_re
 from r1fast.kernels.loss_rows import check_mask, drop_dead_rows, prepare_rows
 from r1fast.kernels.policy_loss import loss_terms
 from r1fast.kernels.policy_loss_options import PolicyLossOptions
-from r1fast.kernels.vocab_head import VocabHead, gradients_needed, to_grad_dtype
+from r1fast.kernels.vocab_head import VocabHead, grad_dtypes, gradients_needed, to_dtypes
 
 WANT = ("logprobs", "entropy")
 METRICS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "ratio")
@@ -113,9 +113,9 @@ class FusedLossFunction(torch.autograd.Function):
                 s.E = None
         for name in want:
             report[name] = torch.cat(kept[name]) if kept[name] else loss.new_zeros(0)
-        ctx.gradients, ctx.like = head.gradients(), (hidden, weight, bias)
+        ctx.gradients, ctx.dtypes = head.gradients(), grad_dtypes(hidden, weight, bias)
         if hidden.dtype != torch.float16:  # a loss scale must meet it in float32
-            ctx.gradients = tuple(map(to_grad_dtype, ctx.gradients, ctx.like))
+            ctx.gradients = to_dtypes(ctx.gradients, ctx.dtypes)
         return loss
 
     @staticmethod
@@ -131,7 +131,7 @@ class FusedLossFunction(torch.autograd.Function):
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(dloss)
-        return *map(to_grad_dtype, gradients, ctx.like), *[None] * 6
+        return *to_dtypes(gradients, ctx.dtypes), *[None] * 6
 
 
 def _groups(
@@ -207,9 +207,10 @@ def fused_grpo_loss(
 
     Metrics are sums over the tokens that were computed, `num_evaluated` of the `num_tokens` completion
     tokens: divide by the former, after adding up micro-batches. They are ratio, kl (with
-    ref_logprobs), entropy (where needed), clip_ratio/low_mean, high_mean and region_mean. Tokens without advantage are left out where nothing else gives them a
-    gradient. `want` asks for "logprobs" or "entropy" as (T,) tensors, 0 outside the completions: then
-    every completion token is computed.
+    ref_logprobs), entropy (where needed), clip_ratio/low_mean, high_mean and region_mean. Tokens
+    without advantage are left out where nothing else gives them a gradient. `want` asks for
+    "logprobs" or "entropy" as (T,) tensors, 0 outside the completions: then every completion token
+    is computed.
 
     Masked rows may hold anything, NaN included, and are not read. `workspace_bytes` is the size of
     the exponentials at any one time (by default under an eighth of the logits), `process_group` as

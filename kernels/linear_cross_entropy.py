@@ -13,7 +13,7 @@ from torch import Tensor
 
 from r1fast.kernels.dispatch import Backend
 from r1fast.kernels.fused_grpo_loss import FusedLossFunction
-from r1fast.kernels.linear_logprobs import check_head_inputs, linear_logprobs
+from r1fast.kernels.linear_logprobs import check_head_inputs, linear_logprobs, logits_ref
 from r1fast.kernels.loss_rows import LossRows
 from r1fast.kernels.policy_loss_options import PolicyLossOptions
 from r1fast.kernels.vocab_head import gradients_needed
@@ -31,13 +31,10 @@ def linear_cross_entropy_ref(
     reduction: str = "mean",
 ) -> Tensor:
     """What `linear_cross_entropy` computes, in plain PyTorch with the logits in memory."""
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
     return torch.nn.functional.cross_entropy(
-        logits / temperature, target_ids, ignore_index=ignore_index, reduction=reduction
-    )
+        logits_ref(hidden, weight, bias, temperature, softcap), target_ids,
+        ignore_index=ignore_index, reduction=reduction,
+    )  # fmt: skip
 
 
 def linear_cross_entropy(
@@ -111,7 +108,8 @@ def linear_cross_entropy(
     rows = LossRows(torch.ones_like(weights), weights, *[None] * 6)
     loss = FusedLossFunction.apply(
         hidden, weight, bias, target_ids, rows, PolicyLossOptions(loss_type="cispo"),
-        head_options | {"needs": gradients_needed(hidden, weight, bias), "row_numbers": index}, ("entropy",) * return_entropy, report,
+        head_options | {"needs": gradients_needed(hidden, weight, bias), "row_numbers": index},
+        ("entropy",) * return_entropy, report,
     )  # fmt: skip
     if math.isnan(divisor):
         loss = loss + math.nan

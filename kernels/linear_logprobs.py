@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from r1fast.kernels.dispatch import Backend
-from r1fast.kernels.vocab_head import VocabHead, gradients_needed, to_grad_dtype
+from r1fast.kernels.vocab_head import VocabHead, grad_dtypes, gradients_needed, to_dtypes
 
 WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 5 << 28}  # 1.25 GiB on a GPU
 
@@ -35,13 +35,17 @@ def linear_logprobs_ref(
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # (T,)
     """What `linear_logprobs` computes, in plain PyTorch with the logits in memory."""
+    logprobs = torch.log_softmax(logits_ref(hidden, weight, bias, temperature, softcap), dim=1)
+    chosen = logprobs.gather(1, target_ids[:, None])[:, 0]
+    return (chosen, -(logprobs.exp() * logprobs).sum(1)) if return_entropy else chosen
+
+
+def logits_ref(hidden, weight, bias, temperature, softcap) -> Tensor:  # (T, V)
     logits = torch.nn.functional.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logprobs = torch.log_softmax(logits / temperature, dim=1)
-    chosen = logprobs.gather(1, target_ids[:, None])[:, 0]
-    return (chosen, -(logprobs.exp() * logprobs).sum(1)) if return_entropy else chosen
+    return logits / temperature
 
 
 class LinearLogprobsFunction(torch.autograd.Function):
@@ -94,9 +98,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
             head.backward(
                 part, again, dlogprobs[part], None if dentropy is None else dentropy[part]
             )
-        dhidden, dweight, dbias = head.gradients()
-        found = zip((dhidden, dweight, dbias), (hidden, weight, bias), strict=True)
-        return *(to_grad_dtype(x, like) for x, like in found), *[None] * 8
+        return *to_dtypes(head.gradients(), grad_dtypes(hidden, weight, bias)), *[None] * 8
 
 
 def linear_logprobs(

@@ -227,10 +227,9 @@ def loss_terms(
     T, lengths = len(logprobs), rows.lengths
     old = logprobs.detach() if rows.old_logprobs is None else rows.old_logprobs
     ref = logprobs.detach() if rows.ref_logprobs is None else rows.ref_logprobs
-    A, scale = (
-        rows.advantages,
-        torch.ones_like(logprobs) if rows.importance is None else rows.importance,
-    )
+    A, scale = rows.advantages, rows.importance
+    if scale is None:
+        scale = torch.ones_like(logprobs)
     if options.kl_in_reward:
         total = segment_sum(kl_of(old, ref, options.kl_estimator), lengths)
         A = A - options.kl_coef * spread(total, lengths, T)
@@ -253,9 +252,8 @@ def loss_terms(
     log_is = logprobs - old
     if options.importance_sampling_level == "sequence":
         log_is = spread(segment_sum(log_is, lengths) / lengths.clamp(min=1), lengths, T)
-    given = log_is.detach() if options.loss_type == "cispo" and not options.kl_in_loss else log_is
     policy, kl, dpolicy, dpolicy_logp, dkl, dkl_logp, low, high = token_loss(
-        logprobs, given, ref, A, options, backend
+        logprobs, log_is, ref, A, options, backend
     )
     if options.loss_type == "cispo" and logprobs.requires_grad:
         policy = dpolicy_logp.detach() * logprobs  # the ratio is a constant

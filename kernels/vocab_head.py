@@ -342,7 +342,7 @@ class VocabHead:
             dz *= 1 - (z * self.temperature / self.softcap) ** 2
             here = (y[n : n + 64] >= 0).nonzero()[:, 0]
             dz[here, y[n : n + 64][here]] = 0
-            parts.append(dz.to(self.hidden.dtype))
+            parts.append(dz)
         return torch.cat(parts)
 
     def _lse_of(self, z: Tensor) -> Tensor:
@@ -386,15 +386,24 @@ def _add_rows(out: Tensor, index: Tensor, values: Tensor) -> None:
         out.index_add_(0, index, values)
 
 
-def to_grad_dtype(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """`gradient` as autograd wants it: of the dtype of the tensor, or of its `grad_dtype` if set.
+def grad_dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
+    """The dtype autograd wants of each gradient: the tensor's, or its `grad_dtype` where set.
 
-    A bfloat16 parameter with `grad_dtype = torch.float32` gets the float32 sum itself.
+    A bfloat16 parameter with `grad_dtype = torch.float32` gets the float32 sum itself. Only a leaf
+    may be asked.
     """
-    if gradient is None:
-        return None
-    wanted = getattr(like, "grad_dtype", None) if like.is_leaf else None
-    return gradient.to(wanted or like.dtype)
+    found = []
+    for x in tensors:
+        wanted = getattr(x, "grad_dtype", None) if x is not None and x.is_leaf else None
+        found.append(None if x is None else wanted or x.dtype)
+    return tuple(found)
+
+
+def to_dtypes(
+    gradients: tuple[Tensor | None, ...], dtypes: tuple[torch.dtype | None, ...]
+) -> tuple[Tensor | None, ...]:
+    pairs = zip(gradients, dtypes, strict=True)
+    return tuple(x if x is None else x.to(dtype) for x, dtype in pairs)
 
 
 def gradients_needed(*tensors: Tensor | None) -> tuple[bool, ...]:
