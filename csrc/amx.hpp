@@ -55,18 +55,15 @@ R1FAST_AMX void amx_block(bool accumulate, int64_t num_k, const Word* a, int64_t
     if constexpr (M == 2 && N == 2) _tile_zero(3);
   }
   for (int64_t k = 0; k < num_k; k += kTileWords, a += a_step, b += kTileWords * ldb) {
-    _tile_loadd(6, b, b_bytes);
+    // all loads first: a load into a tile that a product still reads would wait for it
     _tile_loadd(4, a, a_bytes);
+    if constexpr (M == 2) _tile_loadd(5, a + kTileWords * lda, a_bytes);
+    _tile_loadd(6, b, b_bytes);
+    if constexpr (N == 2) _tile_loadd(7, b + kTileWords, b_bytes);
     _tile_dpbf16ps(0, 4, 6);
-    if constexpr (N == 2) {
-      _tile_loadd(7, b + kTileWords, b_bytes);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (M == 2) {
-      _tile_loadd(5, a + kTileWords * lda, a_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (N == 2) _tile_dpbf16ps(3, 5, 7);
-    }
+    if constexpr (N == 2) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (M == 2) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (M == 2 && N == 2) _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, c, c_bytes);
   if constexpr (N == 2) _tile_stored(1, c + kTileWords, c_bytes);

@@ -282,7 +282,12 @@ inline void head_dhidden_amx(const HeadView& e, const Bf16* weight, int64_t ld_w
     for (int64_t v = 0; v < e.vocab_size; v += entries) {
       const int64_t count = std::min(entries, e.vocab_size - v), num_tiles = ceil_div(count, kSide);
       for (int64_t tile = 0; tile < num_tiles; ++tile) {
+        const int64_t next = v + (tile + 1) * kSide;
+        Prefetcher next_w(weight + next * ld_weight + first * kSide, std::clamp<int64_t>(e.vocab_size - next, 0, kSide),
+                          std::min((last - first) * kSide, width - first * kSide) * sizeof(Bf16),
+                          ld_weight * sizeof(Bf16), last - first);
         for (int64_t d = first; d < last; ++d) {
+          next_w.step();
           Word* const to = panel + ((d - first) * num_tiles + tile) * kStep;
           for (int64_t half = 0; half < 2; ++half) {
             pack_turned(weight, ld_weight, v + tile * kSide, e.vocab_size, d * kSide + half * kLanes, width,
@@ -291,9 +296,14 @@ inline void head_dhidden_amx(const HeadView& e, const Bf16* weight, int64_t ld_w
         }
       }
       const int64_t whole = std::min(ceil_div(count, 2), num_words - v / 2) / kWords * kWords;
+      Prefetcher next_e(e.words + (v + entries) / 2 * e.ld + first_t,
+                        std::clamp<int64_t>(num_words - (v + entries) / 2, 0, entries / 2),
+                        (last_t - first_t) * sizeof(Word), e.ld * sizeof(Word),
+                        (last - first) * ceil_div(last_t - first_t, kSide));
       for (int64_t d = first; d < last; ++d) {
         const Word* const a = panel + (d - first) * num_tiles * kStep;
         for (int64_t t = first_t; t < last_t; t += kSide) {
+          next_e.step();
           const int64_t n = std::min<int64_t>(kSide, last_t - t) / kLanes;
           float* const c = mine + (d - first) * kSide * ld_sums + t;
           amx_block(2, n, v > 0, whole, a, kStep, kWords, e.words + v / 2 * e.ld + t, e.ld, c, ld_sums);
