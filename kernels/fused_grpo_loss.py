@@ -58,7 +58,7 @@ def fused_grpo_loss_ref(
         bias=bias, temperature=temperature, softcap=softcap, return_entropy=True,
     )  # fmt: skip
     terms = loss_terms(logprobs, entropy, rows, options, "torch")
-    return terms.loss, terms.metrics
+    return terms.loss, {name: total / max(len(index), 1) for name, total in terms.metrics.items()}
 
 
 class FusedLossFunction(torch.autograd.Function):
@@ -205,12 +205,12 @@ def fused_grpo_loss(
     then plain (for grpo, gspo, sapo: of sequence means). The entropy bonus is the mean over
     num_tokens.
 
-    Metrics are sums over the tokens that were computed, `num_evaluated` of the `num_tokens` completion
-    tokens: divide by the former, after adding up micro-batches. They are ratio, kl (with
-    ref_logprobs), entropy (where needed), clip_ratio/low_mean, high_mean and region_mean. Tokens
-    without advantage are left out where nothing else gives them a gradient. `want` asks for
-    "logprobs" or "entropy" as (T,) tensors, 0 outside the completions: then every completion token
-    is computed.
+    Metrics are means over the tokens that were computed, `num_evaluated` of the `num_tokens`
+    completion tokens: the former is their weight where micro-batches are put together. They are
+    ratio, kl (with ref_logprobs), entropy (where needed), clip_ratio/low_mean, high_mean and
+    region_mean. Tokens without advantage are left out where nothing else gives them a gradient.
+    `want` asks for "logprobs" or "entropy" as (T,) tensors, 0 outside the completions: then every
+    completion token is computed.
 
     Masked rows may hold anything, NaN included, and are not read. `workspace_bytes` is the size of
     the exponentials at any one time (by default under an eighth of the logits), `process_group` as
@@ -233,7 +233,7 @@ def fused_grpo_loss(
     check_head_inputs(
         hidden, weight, target_ids, bias, temperature, softcap, process_group, completion_mask
     )
-    want = (want,) if isinstance(want, str) else want
+    want = (want,) if isinstance(want, str) else tuple(want)
     if unknown := set(want) - set(WANT):
         raise ValueError(f"want knows {', '.join(WANT)}, got {', '.join(sorted(unknown))}")
     if workspace_bytes is not None and workspace_bytes < 0:
@@ -261,8 +261,10 @@ def fused_grpo_loss(
             "workspace_bytes": workspace_bytes, "process_group": process_group,
             "needs": gradients_needed(hidden, weight, bias), "row_numbers": index,
         },
-        tuple(want), report,
+        want, report,
     )  # fmt: skip
+    for name in report.keys() - want:
+        report[name] = report[name] / max(len(index), 1)
     for name in want:
         full = report[name].new_zeros(len(hidden))
         full[index] = report[name]

@@ -320,7 +320,7 @@ def policy_loss(
     entropy: Tensor | None = None,  # (T,), where the options need it
     backend: Backend = "auto",
     **batch,
-) -> tuple[Tensor, dict[str, Tensor]]:  # (), metrics: sums over tokens, detached
+) -> tuple[Tensor, dict[str, Tensor]]:  # (), metrics: means over tokens, detached
     """The loss of `fused_grpo_loss` for log-probabilities that are already there.
 
     `batch` is what `loss_rows.prepare_rows` takes: cu_seqlens, old_logprobs, ref_logprobs,
@@ -346,5 +346,6 @@ def policy_loss(
     loss = PolicyLossFunction.apply(
         logprobs[index], None if entropy is None else entropy[index], rows, options, backend, report
     )
+    report = {name: total / max(len(index), 1) for name, total in report.items()}
     report["num_tokens"] = torch.tensor(len(index), device=logprobs.device)
     return loss, report

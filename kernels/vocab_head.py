@@ -140,10 +140,10 @@ class VocabHead:
             least = 2048
             if not self.hidden.is_cuda:
                 least = (13 if num_rows >= 2048 else 17) * CPU_ROWS
-            least = max(least, SMALL_BYTES // self.bytes_of(1))
+            least = max(least, int(SMALL_BYTES / self._bytes_per_row()))
             rows = min(max(least, math.ceil(num_rows / 11)), max(least, 4096))
         else:
-            rows = max(1, workspace_bytes // self.bytes_of(1))
+            rows = max(1, int(workspace_bytes / self._bytes_per_row()))
         num_chunks = max(1, math.ceil(num_rows / rows))
         rows = max(1, math.ceil(num_rows / num_chunks))
         if workspace_bytes is None and not self.hidden.is_cuda:
@@ -155,6 +155,11 @@ class VocabHead:
         dtype = self.hidden.dtype
         numel = self.module.workspace_numel(num_rows, self.max_V, dtype)
         return numel * self.module.workspace_dtype(dtype).itemsize
+
+    def _bytes_per_row(self) -> float:
+        """Of a chunk: a single row would be padded to several."""
+        many = 63 * CPU_ROWS
+        return self.bytes_of(many) / many
 
     def forward(
         self,

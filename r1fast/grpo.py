@@ -95,10 +95,12 @@ def grpo_objective(
         want=("logprobs", "entropy"),
         **loss_options(config),
     )
-    del report["num_evaluated"]
-    report["logprobs"] = report["logprobs"][batch.completion_mask]
-    report["entropy"] = report["entropy"].sum()
-    return loss, report
+    logprobs, entropy = report.pop("logprobs"), report.pop("entropy")
+    num_tokens = report.pop("num_tokens")
+    sums = {name: mean * report["num_evaluated"] for name, mean in report.items()}
+    del sums["num_evaluated"]
+    sums |= {"num_tokens": num_tokens, "entropy": entropy.sum()}
+    return loss, sums | {"logprobs": logprobs[batch.completion_mask]}
 
 
 def loss_options(config: GRPOConfig) -> dict[str, object]:

@@ -6,6 +6,7 @@ from numerics import assert_accurate
 
 from r1fast.kernels import cpu_head
 from r1fast.kernels.linear_logprobs import linear_logprobs, linear_logprobs_ref
+from r1fast.kernels.vocab_head import VocabHead
 
 NEEDS = ("hidden", "weight", "bias")
 BACKENDS = [
@@ -243,3 +244,17 @@ def test_bad_input(change, message):
     positional = [inputs.pop(n) for n in ("hidden", "weight", "target_ids")]
     with pytest.raises(ValueError, match=message):
         linear_logprobs(*positional, **inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_budget_is_used(dtype):
+    """A single row is padded to several: a budget must not be counted in such rows."""
+    head = VocabHead(
+        torch.zeros(4096, 8, dtype=dtype),
+        torch.zeros(3000, 8, dtype=dtype),
+        torch.zeros(4096, dtype=torch.int64),
+    )
+    for rows in (272, 1000):
+        budget = head.bytes_of(rows)
+        used = head.bytes_of(head.rows_per_chunk(4096, budget))
+        assert 0.8 * budget <= used <= budget

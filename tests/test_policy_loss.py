@@ -319,11 +319,11 @@ def test_metrics_by_hand():
         old + ratios.log(), torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64), None,
         PolicyLossOptions(loss_type="dapo"), old_logprobs=old, ref_logprobs=old + 0.1,
     )  # fmt: skip
-    assert metrics["clip_ratio/high_mean"] == metrics["clip_ratio/low_mean"] == 1
-    assert metrics["clip_ratio/region_mean"] == 2
-    assert metrics["ratio"] == pytest.approx(3.8)
+    assert metrics["clip_ratio/high_mean"] == metrics["clip_ratio/low_mean"] == 1 / 4
+    assert metrics["clip_ratio/region_mean"] == 2 / 4
+    assert metrics["ratio"] == pytest.approx(3.8 / 4)
     d = [0.1 - math.log(r) for r in ratios.tolist()]
-    assert metrics["kl"] == pytest.approx(sum(math.exp(x) - x - 1 for x in d))
+    assert metrics["kl"] == pytest.approx(sum(math.exp(x) - x - 1 for x in d) / 4)
     assert metrics["num_tokens"] == 4
     assert not any(x.requires_grad for x in metrics.values())
 

@@ -165,11 +165,11 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         return loss, self._metrics(report, mask, loss.detach().new_zeros(()))
 
     def _metrics(self, report: dict, mask: Tensor, zero: Tensor) -> tuple[Tensor, ...]:
-        num_tokens = mask.sum().clamp(min=1)
+        share = report.get("num_evaluated", zero) / mask.sum().clamp(min=1)
         clipped = zero
         if self.loss_type not in ("sapo", "vespo"):  # they clip nothing
-            clipped = report.get("clip_ratio/region_mean", zero) / num_tokens
-        kl = report.get("kl", zero) / num_tokens
+            clipped = report.get("clip_ratio/region_mean", zero) * share
+        kl = report.get("kl", zero) * share
         return (kl, clipped) if self.beta != 0 else (clipped,)
 
     @torch.no_grad()
