@@ -33,7 +33,7 @@ struct HeadView {
 // Vocabulary entries whose sums are taken apart: part of the result, unlike the other block sizes.
 constexpr int64_t kVocabBlock = 256;
 constexpr int64_t kDweightBlock = 128;   // entries a task
-constexpr int64_t kDhiddenBlock = 256;   // words of E a step
+constexpr int64_t kDhiddenBlock = 128;   // words of E a step: a panel of W stays in the first-level cache
 constexpr int64_t kTurnedBytes = 512 << 10;  // of W, likewise
 constexpr int64_t kCopyBytes = 300 << 10;  // of W, in the second-level cache beside a panel of h
 
