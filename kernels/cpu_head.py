@@ -3,8 +3,8 @@
     u = h W^T + bias    z = softcap tanh(u / softcap)    x = z / temperature - anchor    e = exp(x)
     E = e (1 - (z / softcap)^2), 0 at the target       s = sum_{j != y} e       sz = sum_{j != y} e x
 
-`anchor` is near the row's logsumexp, so e needs no running maximum. The native kernels (AVX-512 in float32, AVX512-BF16
-in bfloat16, both with float32 sums) keep E transposed in a workspace that calls may share; `epilogue_` works in place
+`anchor` is near the row's logsumexp, so e needs no running maximum. The native kernels (AVX-512 in float32, AMX or
+AVX512-BF16 in bfloat16, all with float32 sums) keep E transposed in a workspace that calls may share; `epilogue_` works in place
 on logits that a GEMM of PyTorch has made. Results are the same bits for any number of threads.
 """
 
