@@ -7,6 +7,7 @@ Shapes: B decode slots, T prompt tokens, H query heads, K kv heads, L cached pos
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,22 @@ from torch import Tensor
 from r1fast.kernels.attention import PackedAttention
 from r1fast.model import Decoder
 from r1fast.rollout.kv_cache import KVCache
-from r1fast.rollout.sampler import SamplingParams, sample, uniforms
+from r1fast.rollout.result import EngineStats
+from r1fast.rollout.sampler import SamplingParams, sample, sample_seed, uniforms
 from r1fast.rollout.scheduler import Request, Scheduler
-from r1fast.types import Completion
+from r1fast.types import Completion, Problem, RolloutGroup, TokenEvent
 
 PREFILL_TOKENS = 8192  # in one prefill forward
 COMPACT_BELOW = 0.8  # share of the slots still running
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """Prompt lookup: what followed the last n-gram where it stood before is drafted and verified."""
+
+    num_draft: int = 4  # tokens drafted at once
+    ngram: int = 3  # tokens that must agree, at most
+    min_ngram: int = 2
 
 
 class Engine:
@@ -33,7 +44,14 @@ class Engine:
         *,
         decode: Callable[[list[int]], str] = lambda ids: "",  # tokenizer.decode for the texts
         max_batch_size: int = 256,
+        cache_bytes: int | None = None,  # for keys and values; None: found
+        block_size: int = 16,
+        prefix_cache: bool = True,
+        prefill_tokens: int = 2048,  # forwarded in one step, so that decoding goes on
+        batch_invariant: bool = False,
+        speculation: "Speculation | None" = None,
     ):
+        self._queue, self._ids, self.stats = [], 0, EngineStats()
         self.model, self.decode, self.max_batch_size = model, decode, max_batch_size
         self.device = model.head_weight.device
         self.eos = torch.tensor(sorted(set(eos_ids)), device=self.device)
@@ -44,7 +62,7 @@ class Engine:
             raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size}")
 
     @torch.inference_mode()
-    def generate(
+    def _generate(
         self,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[Sequence[int]],  # (N, G) one for each completion of each prompt
@@ -95,6 +113,76 @@ class Engine:
                 num_finished += len(finished)
                 on_finish(num_finished)
         return results
+
+    def add(self, prompt_ids, seeds, sampling, *, name="", stream=True, return_entropy=False) -> int:
+        """Ask for len(seeds) samples of one prompt; they begin in the next steps. Returns an id.
+
+        With `stream` every step has an event for each sample, else there is one when it ends.
+        Raises ValueError, which calls the request `name`, for bad input.
+        """
+        self._check([prompt_ids])
+        self._ids += 1
+        self._queue.append((self._ids, prompt_ids, list(seeds), sampling, stream, return_entropy))
+        return self._ids
+
+    def step(self) -> list[TokenEvent]:
+        """Schedule, run, postprocess: about one token of every running sample."""
+        events = []
+        if self._queue:
+            id, prompt, seeds, sampling, stream, entropy = self._queue.pop(0)
+            for i, c in enumerate(
+                self._generate([prompt], [seeds], sampling, return_entropy=entropy)[0]
+            ):
+                last = len(c.token_ids) - 1
+                events += [
+                    TokenEvent(id, i, [t], [lp], self.decode([t]) if n < last else "",
+                               finish_reason=c.finish_reason if n == last else None)
+                    for n, (t, lp) in enumerate(zip(c.token_ids, c.logprobs, strict=True))
+                ]  # fmt: skip
+        return events
+
+    def abort(self, request_id: int) -> None:
+        """Its unfinished samples end with finish_reason "abort" in the next step; unknown ids too."""
+        self._queue = [q for q in self._queue if q[0] != request_id]
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._queue)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix: weights that were changed behind the engine's back."""
+
+    def stream(self, prompts, num_generations, sampling, *, seed=0):
+        """The events of `num_generations` samples of each prompt; request_id is the prompt's index."""
+        ids = {
+            self.add(p, [sample_seed(seed, i, g) for g in range(num_generations)], sampling): i
+            for i, p in enumerate(prompts)
+        }
+        while self.has_work:
+            for event in self.step():
+                yield replace(event, request_id=ids[event.request_id])
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_generations: int | None,
+        sampling: SamplingParams,
+        *,
+        seed: int = 0,
+        seeds: Sequence[Sequence[int]] | None = None,  # (N, G), instead of those made from seed
+        problems: Sequence[Problem] | None = None,  # whose prompts these are
+        return_entropy: bool = False,
+        on_finish: Callable[[int], None] = lambda num_finished: None,
+        on_token: Callable[[TokenEvent], None] | None = None,
+    ) -> list[RolloutGroup]:
+        seeds = seeds or [
+            [sample_seed(seed, i, g) for g in range(num_generations)] for i in range(len(prompts))
+        ]
+        out = self._generate(
+            prompts, seeds, sampling, return_entropy=return_entropy, on_finish=on_finish
+        )
+        problems = problems or [Problem("", id=f"prompt {i}") for i in range(len(prompts))]
+        return [RolloutGroup(*x) for x in zip(problems, prompts, out, strict=True)]
 
     def _check(self, prompts) -> None:
         V, context = self.model.spec.vocab_size, self.model.spec.max_position_embeddings
