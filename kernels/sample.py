@@ -73,7 +73,8 @@ def sample_ref(
     dtype = torch.promote_types(logits.dtype, torch.float32)
     B, V = logits.shape
     temperature, top_k, top_p, min_p = (
-        torch.as_tensor(x, device=logits.device).expand(B) for x in (temperature, top_k, top_p, min_p)
+        torch.as_tensor(x, device=logits.device).expand(B)
+        for x in (temperature, top_k, top_p, min_p)
     )
     greedy = temperature == 0
     divisor = torch.where(greedy, 1, temperature).to(dtype)[:, None]
@@ -92,7 +93,7 @@ def sample_ref(
     chosen = tokens[:, None]
     truncated = sampled.gather(1, chosen)[:, 0] - cdf[:, -1].log().to(dtype)
     entropy = -torch.where(policy > -torch.inf, policy.exp() * policy, 0).sum(-1)
-    order = policy.sort(-1, descending=True, stable=True).indices[:, :num_top]
+    order = policy.sort(dim=-1, descending=True, stable=True).indices[:, :num_top]
     nan = torch.nan
     return Sampled(
         tokens,
@@ -112,7 +113,7 @@ def _is_bad(logits: Tensor) -> Tensor:  # (B, V) -> (B,)
 def _truncate(probs: Tensor, off: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """Zero what is cut; rows that are `off` stay."""
     V = probs.shape[1]
-    ordered, index = probs.sort(-1, descending=True, stable=True)
+    ordered, index = probs.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(V, device=probs.device)
     kept = (rank < top_k[:, None]) | (top_k[:, None] == 0)
     left = torch.where(kept, ordered, 0).double()
