@@ -114,7 +114,9 @@ class Engine:
                 on_finish(num_finished)
         return results
 
-    def add(self, prompt_ids, seeds, sampling, *, name="", stream=True, return_entropy=False) -> int:
+    def add(
+        self, prompt_ids, seeds, sampling, *, name="", stream=True, return_entropy=False
+    ) -> int:
         """Ask for len(seeds) samples of one prompt; they begin in the next steps. Returns an id.
 
         With `stream` every step has an event for each sample, else there is one when it ends.

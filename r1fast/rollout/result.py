@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from r1fast.types import Completion
+from r1fast.types import Completion, TokenEvent
 
 
 @dataclass(slots=True)
@@ -53,3 +53,16 @@ def best_completions(
         return c.finish_reason != "error", sum(c.logprobs) / scale
 
     return sorted(completions, key=score, reverse=True)[:n]
+
+
+def extend(completion: Completion, event: TokenEvent) -> None:
+    """Make `completion` longer by what an event of its sample brings."""
+    completion.text += event.text
+    completion.token_ids += event.token_ids
+    completion.logprobs += event.logprobs
+    completion.truncated_logprobs += event.truncated_logprobs
+    completion.top_logprobs += event.top_logprobs or []
+    completion.entropies += event.entropies or []
+    completion.finish_reason = event.finish_reason
+    completion.stop_reason = event.stop_reason
+    completion.error = event.error
