@@ -139,8 +139,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def _described(policy: Policy, engine: Engine) -> str:
     """Parameters, type, device and the size of the cache."""
-    weights = {p.data_ptr(): p for p in policy.model.parameters()}.values()  # tied ones once
-    count = sum(p.numel() for p in weights)
+    count = policy.model.num_parameters()
     size = f"{count / 1e9:.2f} billion" if count >= 5e8 else f"{count / 1e6:.2f} million"
     dtype = str(policy.model.head_weight.dtype).removeprefix("torch.")
     stats = engine.stats
