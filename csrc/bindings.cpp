@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "block_allocator.hpp"
 #include "epilogue.hpp"
 #include "head.hpp"
 #include "packing.hpp"
@@ -252,12 +253,59 @@ void bind_head(py::module_& m) {
 #endif
 }
 
+using Int32Array = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+
+// Its calls are short and belong to one thread: they keep the GIL.
+void bind_block_allocator(py::module_& m) {
+  using r1fast::BlockAllocator;
+  py::class_<BlockAllocator>(m, "BlockAllocator", "Holders of the blocks of a KV cache, and its prefix cache.")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t>(), py::arg("num_blocks"), py::arg("block_size"),
+           py::arg("max_cached") = -1, py::arg("hash_bits") = 64)
+      .def_property_readonly("num_blocks", &BlockAllocator::num_blocks)
+      .def_property_readonly("block_size", &BlockAllocator::block_size)
+      .def_property_readonly("num_used", &BlockAllocator::num_used)
+      .def_property_readonly("num_cached", &BlockAllocator::num_cached)
+      .def_property_readonly("num_available", &BlockAllocator::num_available)
+      .def_property_readonly("peak_used", &BlockAllocator::peak_used)
+      .def("holders", &BlockAllocator::holders, py::arg("block"))
+      .def(
+          "allocate",
+          [](BlockAllocator& self, int64_t count) {
+            std::vector<int32_t> blocks(static_cast<size_t>(std::max<int64_t>(std::min(count, self.num_blocks()), 0)));
+            self.allocate(count, blocks.data());
+            return py::array_t<int32_t>(static_cast<py::ssize_t>(blocks.size()), blocks.data());
+          },
+          py::arg("count"))
+      .def(
+          "share", [](BlockAllocator& self, const Int32Array& blocks) { self.share(blocks.data(), blocks.size()); },
+          py::arg("blocks"))
+      .def(
+          "free", [](BlockAllocator& self, const Int32Array& blocks) { self.free(blocks.data(), blocks.size()); },
+          py::arg("blocks"))
+      .def(
+          "lookup",
+          [](BlockAllocator& self, const Int32Array& tokens) {
+            std::vector<int32_t> found(static_cast<size_t>(tokens.size() / self.block_size()));
+            const int64_t count = self.lookup(tokens.data(), tokens.size(), found.data());
+            return py::array_t<int32_t>(count, found.data());
+          },
+          py::arg("tokens"))
+      .def(
+          "insert",
+          [](BlockAllocator& self, const Int32Array& tokens, const Int32Array& blocks) {
+            self.insert(tokens.data(), tokens.size(), blocks.data(), blocks.size());
+          },
+          py::arg("tokens"), py::arg("blocks"))
+      .def("reset", &BlockAllocator::reset);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU-side hot loops of r1fast. Signatures and shapes are in _C.pyi.";
 
   bind_head(m);
+  bind_block_allocator(m);
 
   m.def(
       "pack",
