@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from r1fast.types import Completion
+from r1fast.types import Completion, TokenEvent
 
 
 @dataclass(slots=True)
@@ -53,3 +53,19 @@ def best_completions(
         return c.finish_reason != "error", sum(c.logprobs) / scale
 
     return sorted(completions, key=score, reverse=True)[:n]
+
+
+def completion_of(events: Sequence[TokenEvent]) -> Completion:
+    """The whole of a sample, from all its events."""
+    last = events[-1]
+    return Completion(
+        [t for e in events for t in e.token_ids],
+        [x for e in events for x in e.logprobs],
+        last.finish_reason,
+        "".join(e.text for e in events),
+        [x for e in events for x in e.entropies or ()],
+        [x for e in events for x in e.truncated_logprobs],
+        [x for e in events for x in e.top_logprobs or ()],
+        last.stop_reason,
+        last.error,
+    )
