@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "block_allocator.hpp"
+#include "decode_attention.hpp"
 #include "epilogue.hpp"
 #include "head.hpp"
 #include "packing.hpp"
@@ -299,6 +300,60 @@ void bind_block_allocator(py::module_& m) {
       .def("reset", &BlockAllocator::reset);
 }
 
+// The paged cache and decode attention. The caller, kernels/paged_*.py, has checked dtypes, shapes and strides.
+void bind_decode(py::module_& m) {
+  using Address = uintptr_t;
+  using r1fast::DecodeWorkspace;
+  using r1fast::PagedCache;
+
+  m.def(
+      "write_kv",
+      [](Address keys, Address values, int64_t num_kv_heads, int64_t head_dim, bool bf16, Address k, int64_t ld_k,
+         Address v, int64_t ld_v, Address slots, int64_t num_tokens, int64_t num_threads) {
+        with_dtype(bf16, [&](auto kind) {
+          using T = decltype(kind);
+          const PagedCache<T> cache{at<T>(keys), at<T>(values), num_kv_heads, head_dim};
+          r1fast::write_kv(cache, at<const T>(k), ld_k, at<const T>(v), ld_v, at<const int64_t>(slots), num_tokens,
+                           num_threads);
+        });
+      },
+      py::arg("keys"), py::arg("values"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("bf16"), py::arg("k"),
+      py::arg("ld_k"), py::arg("v"), py::arg("ld_v"), py::arg("slots"), py::arg("num_tokens"),
+      py::arg("num_threads"), "Stores k and v (N, K, Dh) in their slots of the tiled cache.");
+
+  py::class_<DecodeWorkspace>(m, "DecodeWorkspace", "Memory of decode attention, kept between calls.")
+      .def(py::init<>())
+      .def(
+          "attend",
+          [](DecodeWorkspace& self, Address q, Address out, int64_t num_heads, float scale, Address keys,
+             Address values, int64_t num_kv_heads, int64_t head_dim, bool bf16, Address block_table,
+             int64_t max_blocks, int64_t block_size, Address context_lens, Address query_starts, Address group_starts,
+             Address shared_blocks, int64_t num_groups, const std::string& level, int64_t num_threads) {
+            with_dtype(bf16, [&](auto kind) {
+              using T = decltype(kind);
+              const r1fast::DecodeProblem<T> problem{at<const T>(q),
+                                                     at<T>(out),
+                                                     num_heads,
+                                                     scale,
+                                                     at<const int32_t>(block_table),
+                                                     max_blocks,
+                                                     block_size / r1fast::kTile,
+                                                     at<const int32_t>(context_lens),
+                                                     at<const int32_t>(query_starts),
+                                                     at<const int32_t>(group_starts),
+                                                     at<const int32_t>(shared_blocks),
+                                                     num_groups};
+              const PagedCache<T> cache{at<T>(keys), at<T>(values), num_kv_heads, head_dim};
+              self.run(problem, cache, level, num_threads);
+            });
+          },
+          py::arg("q"), py::arg("out"), py::arg("num_heads"), py::arg("scale"), py::arg("keys"), py::arg("values"),
+          py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("bf16"), py::arg("block_table"),
+          py::arg("max_blocks"), py::arg("block_size"), py::arg("context_lens"), py::arg("query_starts"),
+          py::arg("group_starts"), py::arg("shared_blocks"), py::arg("num_groups"), py::arg("level"),
+          py::arg("num_threads"), "out (Nq, H, Dh): attention of q over the tiled cache.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -306,6 +361,7 @@ PYBIND11_MODULE(_C, m) {
 
   bind_head(m);
   bind_block_allocator(m);
+  bind_decode(m);
 
   m.def(
       "pack",
