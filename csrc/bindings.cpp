@@ -5,8 +5,10 @@
 
 #include "block_allocator.hpp"
 #include "decode_attention.hpp"
+#include "decoder_rows.hpp"
 #include "epilogue.hpp"
 #include "head.hpp"
+#include "linear.hpp"
 #include "packing.hpp"
 
 namespace py = pybind11;
@@ -354,6 +356,83 @@ void bind_decode(py::module_& m) {
           py::arg("num_threads"), "out (Nq, H, Dh): attention of q over the tiled cache.");
 }
 
+// The decoder's own products and what stands between them. The caller, rollout/native.py, has checked shapes and strides.
+void bind_decoder(py::module_& m) {
+  using Address = uintptr_t;
+  using r1fast::Team;
+  py::class_<Team>(m, "Team", "Helper threads that the kernels called inside `with` use.")
+      .def(py::init([](int64_t num_threads) { return std::make_unique<Team>(num_threads - 1); }), py::arg("num_threads"))
+      .def("__enter__", [](Team& self) { Team::current() = &self; })
+      .def("__exit__", [](Team&, const py::args&) { Team::current() = nullptr; });
+
+#if defined(__x86_64__)
+  using r1fast::After;
+  using r1fast::Bf16;
+  py::enum_<After>(m, "After").value("store", After::kStore).value("add", After::kAdd).value("silu", After::kSilu);
+
+  const auto bind_linear = [&m](auto kind, const char* name) {
+    using T = decltype(kind);
+    using Linear = r1fast::PackedLinear<T>;
+    py::class_<Linear>(m, name, "A weight (N, D) packed for x W^T.")
+        .def(py::init([](Address weight, int64_t ld, Address bias, int64_t num_out, int64_t num_in, bool halved) {
+               py::gil_scoped_release release;
+               return std::make_unique<Linear>(at<const T>(weight), ld, at<const T>(bias), num_out, num_in, halved);
+             }),
+             py::arg("weight"), py::arg("ld"), py::arg("bias"), py::arg("num_out"), py::arg("num_in"),
+             py::arg("halved"))
+        .def_property_readonly("num_bytes", &Linear::num_bytes)
+        .def(
+            "run",
+            [](const Linear& self, Address x, int64_t ld_x, int64_t num_rows, Address y, int64_t ld_y, After after,
+               bool to_float32, int64_t num_threads) {
+              py::gil_scoped_release release;
+              if (to_float32) {
+                self.run(at<const T>(x), ld_x, num_rows, at<float>(y), ld_y, after, num_threads);
+              } else {
+                self.run(at<const T>(x), ld_x, num_rows, at<T>(y), ld_y, after, num_threads);
+              }
+            },
+            py::arg("x"), py::arg("ld_x"), py::arg("num_rows"), py::arg("y"), py::arg("ld_y"), py::arg("after"),
+            py::arg("to_float32"), py::arg("num_threads"));
+  };
+  bind_linear(0.0f, "PackedLinearF32");
+  bind_linear(Bf16{}, "PackedLinearBF16");
+
+  m.def(
+      "rms_norm",
+      [](Address x, int64_t ld_x, Address weight, float eps, int64_t num_rows, int64_t dim, bool bf16, Address y,
+         int64_t ld_y, int64_t num_threads) {
+        with_dtype(bf16, [&](auto kind) {
+          using T = decltype(kind);
+          r1fast::rms_norm(at<const T>(x), ld_x, at<const T>(weight), eps, num_rows, dim, at<T>(y), ld_y, num_threads);
+        });
+      },
+      py::arg("x"), py::arg("ld_x"), py::arg("weight"), py::arg("eps"), py::arg("num_rows"), py::arg("dim"),
+      py::arg("bf16"), py::arg("y"), py::arg("ld_y"), py::arg("num_threads"));
+
+  m.def(
+      "write_heads",
+      [](Address qkv, int64_t ld, Address q_norm, Address k_norm, float eps, Address rotations, Address positions,
+         int64_t num_heads, Address q, Address keys, Address values, int64_t num_kv_heads, int64_t head_dim, bool bf16,
+         Address slots, int64_t num_tokens, int64_t num_threads) {
+        with_dtype(bf16, [&](auto kind) {
+          using T = decltype(kind);
+          const r1fast::HeadsCall<T> call{at<const T>(qkv),       ld,
+                                          at<const T>(q_norm),    at<const T>(k_norm),
+                                          eps,                    at<const float>(rotations),
+                                          at<const int64_t>(positions), num_heads,
+                                          at<T>(q)};
+          const r1fast::PagedCache<T> cache{at<T>(keys), at<T>(values), num_kv_heads, head_dim};
+          r1fast::write_heads(call, cache, at<const int64_t>(slots), num_tokens, num_threads);
+        });
+      },
+      py::arg("qkv"), py::arg("ld"), py::arg("q_norm"), py::arg("k_norm"), py::arg("eps"), py::arg("rotations"),
+      py::arg("positions"), py::arg("num_heads"), py::arg("q"), py::arg("keys"), py::arg("values"),
+      py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("bf16"), py::arg("slots"), py::arg("num_tokens"),
+      py::arg("num_threads"));
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -361,6 +440,7 @@ PYBIND11_MODULE(_C, m) {
 
   bind_head(m);
   bind_block_allocator(m);
+  bind_decoder(m);
   bind_decode(m);
 
   m.def(
