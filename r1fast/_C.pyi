@@ -77,6 +77,9 @@ Address: TypeAlias = int
 def head_native(bf16: bool) -> bool:
     """Whether this CPU runs the native_ functions, for float32 or bfloat16."""
 
+def head_amx() -> bool:
+    """Whether this CPU, and its kernel, let the native_ functions multiply bfloat16 on AMX tiles."""
+
 def head_ld(num_rows: int) -> int:
     """Words of 32 bits between two rows of the transposed E of `num_rows` rows of hidden."""
 
@@ -119,6 +122,12 @@ def compact_rows(
     num_kept: int,
     num_threads: int,
 ) -> None: ...
+def narrow_to_bf16(x: Address, size: int, num_threads: int) -> None:
+    """float32 becomes bfloat16 in the first half of its memory."""
+
+def advise_huge_pages(memory: Address, num_bytes: int) -> None:
+    """Asks for huge pages where fresh memory is large; nothing where there are none."""
+
 def native_forward(
     hidden: Address,  # (R, D)
     ld_hidden: int,
@@ -137,6 +146,7 @@ def native_forward(
     vocab_size: int,
     s: Address,
     sz: Address,
+    amx: bool,  # only for bfloat16, where head_amx(); ValueError otherwise
     num_threads: int,
 ) -> None: ...
 def native_dhidden(
@@ -149,6 +159,7 @@ def native_dhidden(
     width: int,
     bf16: bool,
     dhidden: Address,  # (R, D) float32, contiguous
+    amx: bool,
     num_threads: int,
 ) -> None: ...
 def native_dweight(
@@ -164,6 +175,7 @@ def native_dweight(
     dweight: Address,  # (V, D) float32
     ld_dweight: int,
     accumulate: bool,
+    amx: bool,
     num_threads: int,
 ) -> None: ...
 def native_dbias(
