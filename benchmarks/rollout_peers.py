@@ -43,13 +43,12 @@ def run_r1fast(path: str, dtype: str) -> tuple[Callable[[Case], dict], Any]:
     from r1fast.rollout.sampler import SamplingParams
 
     model = load_model(path, dtype=dtype, device="cpu")
-    engine = Engine(model, [0])
+    engine = Engine(model, [0], block_size=16)
     numbers = itertools.count(1)
 
     def run(case: Case) -> dict:
         engine.reset_prefix_cache()
-        engine.stats.peak_blocks = 0
-        num_tokens, logprobs = 0, 0.0
+        num_tokens, logprobs, num_blocks = 0, 0.0, 0
         for prompt, lengths in zip(case.prompts, case.lengths, strict=True):
             for length in sorted(set(lengths), reverse=True):
                 seeds = [next(numbers) for n in lengths if n == length]
@@ -59,8 +58,10 @@ def run_r1fast(path: str, dtype: str) -> tuple[Callable[[Case], dict], Any]:
             for event in engine.step():
                 num_tokens += len(event.token_ids)
                 logprobs += sum(event.logprobs)
-        cache = engine.stats.peak_blocks * engine.stats.block_bytes
-        return {"tokens": num_tokens, "logprob": logprobs / num_tokens, "cache_bytes": cache}
+            num_blocks = max(num_blocks, engine.stats.blocks_used)
+        return {
+            "tokens": num_tokens, "logprob": logprobs / num_tokens, "positions": 16 * num_blocks,
+        }  # fmt: skip
 
     return run, model
 
@@ -120,9 +121,15 @@ def run_continuous(path: str, dtype: str) -> tuple[Callable[[Case], dict], Any]:
             max_batch_tokens=max(512, num_samples), return_logprobs=True,
         )  # fmt: skip
         found = {}
-        with torch.inference_mode(), model.continuous_batching_context_manager(
-            generation_config=generation, continuous_batching_config=batching, block=True, timeout=5
-        ) as manager:
+        with (
+            torch.inference_mode(),
+            model.continuous_batching_context_manager(
+                generation_config=generation,
+                continuous_batching_config=batching,
+                block=True,
+                timeout=5,
+            ) as manager,
+        ):
             for prompt, lengths in zip(case.prompts, case.lengths, strict=True):
                 for n in lengths:
                     manager.add_request(prompt, max_new_tokens=n, eos_token_id=-1)
@@ -170,7 +177,11 @@ def gemm_rate(model: Any, rows: int, seconds: float = 1.0) -> float:
 
     steps = [plain]
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        packed = [torch.ops.mkldnn._reorder_linear_weight(w.detach().to_mkldnn(), rows) for w in weights] if hasattr(torch.ops.mkldnn, "_reorder_linear_weight") else weights
+        packed = (
+            [torch.ops.mkldnn._reorder_linear_weight(w.detach().to_mkldnn(), rows) for w in weights]
+            if hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+            else weights
+        )
 
         def one_dnn(ws: list) -> None:
             for w, like in zip(ws, weights, strict=True):
@@ -240,7 +251,9 @@ def _status_bytes(pids: list[int], field: str) -> int:
     total = 0
     for pid in pids:
         with open(f"/proc/{pid}/status") as file:
-            total += next(1024 * int(line.split()[1]) for line in file if line.startswith(f"{field}:"))
+            total += next(
+                1024 * int(line.split()[1]) for line in file if line.startswith(f"{field}:")
+            )
     return total
 
 
@@ -284,7 +297,9 @@ class Worker:
 class VllmServer:
     """vLLM's CPU build as a server, in the virtual environment `venv`."""
 
-    def __init__(self, venv: Path, path: str, dtype: str, log: Path, *, eager: bool, timeout: float):
+    def __init__(
+        self, venv: Path, path: str, dtype: str, log: Path, *, eager: bool, timeout: float
+    ):
         start = time.perf_counter()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -3,8 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "block_allocator.hpp"
+#include "decode_attention.hpp"
+#include "decoder_rows.hpp"
 #include "epilogue.hpp"
 #include "head.hpp"
+#include "linear.hpp"
 #include "packing.hpp"
 
 namespace py = pybind11;
@@ -96,6 +100,12 @@ void with_dtype(bool bf16, const Body& body) {
   }
 }
 
+#if defined(__x86_64__)
+void check_amx(bool amx, bool bf16) {
+  if (amx && !(bf16 && r1fast::amx_supported())) throw std::invalid_argument("AMX needs bf16, and a CPU that has it");
+}
+#endif
+
 // The head. The native_ functions are compiled for x86-64 alone, and run where `head_native` says so.
 void bind_head(py::module_& m) {
   using r1fast::Bf16;
@@ -111,6 +121,17 @@ void bind_head(py::module_& m) {
 #endif
       },
       py::arg("bf16"), "Whether this CPU runs the native_ functions.");
+
+  m.def(
+      "head_amx",
+      [] {
+#if defined(__x86_64__)
+        return r1fast::amx_supported();
+#else
+        return false;
+#endif
+      },
+      "Whether this CPU, and the kernel, let the native_ functions multiply bf16 on AMX.");
 
   m.def("head_ld", &r1fast::head_ld, py::arg("num_rows"), "Words between two rows of the transposed E.");
 
@@ -155,6 +176,17 @@ void bind_head(py::module_& m) {
       py::arg("e"), py::arg("ld"), py::arg("bf16"), py::arg("vocab_size"), py::arg("kept"), py::arg("num_kept"),
       py::arg("num_threads"), "Moves the kept rows of E (R, V) to its head.");
 
+  m.def(
+      "narrow_to_bf16",
+      [](Address x, int64_t size, int64_t num_threads) {
+        py::gil_scoped_release release;
+        r1fast::narrow_to_bf16(at<float>(x), size, num_threads);
+      },
+      py::arg("x"), py::arg("size"), py::arg("num_threads"), "fp32 becomes bf16 in the first half of its memory.");
+
+  m.def("advise_huge_pages", [](Address from, int64_t num_bytes) { r1fast::advise_huge_pages(at<void>(from), num_bytes); },
+        py::arg("memory"), py::arg("num_bytes"), "Asks for huge pages where fresh memory is large.");
+
 #if defined(__x86_64__)
   using r1fast::HeadView;
   using r1fast::Word;
@@ -163,56 +195,73 @@ void bind_head(py::module_& m) {
       "native_forward",
       [](Address hidden, int64_t ld_hidden, Address weight, int64_t ld_weight, int64_t width, bool bf16, Address bias,
          Address target_ids, Address anchor, float inv_temperature, float softcap, Address e, int64_t ld,
-         int64_t num_rows, int64_t vocab_size, Address s, Address sz, int64_t num_threads) {
+         int64_t num_rows, int64_t vocab_size, Address s, Address sz, bool amx, int64_t num_threads) {
         const r1fast::LogitMap map{at<float>(bias), at<int64_t>(target_ids), at<float>(anchor), inv_temperature,
                                    softcap};
         const HeadView view{at<Word>(e), ld, num_rows, vocab_size};
+        check_amx(amx, bf16);
         with_dtype(bf16, [&](auto kind) {
           using T = decltype(kind);
-          r1fast::head_forward(at<const T>(hidden), ld_hidden, at<const T>(weight), ld_weight, width, map, view,
-                               at<float>(s), at<float>(sz), num_threads);
+          const auto forward = [&](auto tiles) {
+            r1fast::head_forward<decltype(tiles)>(at<const T>(hidden), ld_hidden, at<const T>(weight), ld_weight, width,
+                                                  map, view, at<float>(s), at<float>(sz), num_threads);
+          };
+          if constexpr (sizeof kind == sizeof(Bf16)) {
+            if (amx) return forward(r1fast::AmxTiles{});
+          }
+          forward(r1fast::Avx512Tiles{});
         });
       },
       py::arg("hidden"), py::arg("ld_hidden"), py::arg("weight"), py::arg("ld_weight"), py::arg("width"),
       py::arg("bf16"), py::arg("bias"), py::arg("target_ids"), py::arg("anchor"), py::arg("inv_temperature"),
       py::arg("softcap"), py::arg("e"), py::arg("ld"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("s"),
-      py::arg("sz"), py::arg("num_threads"), "Writes E, transposed (or not, if e is 0), s and sz (if not 0).");
+      py::arg("sz"), py::arg("amx"), py::arg("num_threads"), "Writes E, transposed (or not, if e is 0), s and sz (if not 0).");
 
   m.def(
       "native_dhidden",
       [](Address e, int64_t ld, int64_t num_rows, int64_t vocab_size, Address weight, int64_t ld_weight,
-         int64_t width, bool bf16, Address dhidden, int64_t num_threads) {
+         int64_t width, bool bf16, Address dhidden, bool amx, int64_t num_threads) {
         const HeadView view{at<Word>(e), ld, num_rows, vocab_size};
+        check_amx(amx, bf16);
         with_dtype(bf16, [&](auto kind) {
+          if constexpr (sizeof kind == sizeof(Bf16)) {
+            if (amx) {
+              return r1fast::head_dhidden_amx(view, at<const Bf16>(weight), ld_weight, width, at<float>(dhidden),
+                                              num_threads);
+            }
+          }
           r1fast::head_dhidden(view, at<const decltype(kind)>(weight), ld_weight, width, at<float>(dhidden),
                                num_threads);
         });
       },
       py::arg("e"), py::arg("ld"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("weight"),
-      py::arg("ld_weight"), py::arg("width"), py::arg("bf16"), py::arg("dhidden"), py::arg("num_threads"),
+      py::arg("ld_weight"), py::arg("width"), py::arg("bf16"), py::arg("dhidden"), py::arg("amx"),
+      py::arg("num_threads"),
       "dhidden = E @ W.");
 
   m.def(
       "native_dweight",
       [](Address e, int64_t ld, int64_t num_rows, int64_t vocab_size, bool bf16, Address x, int64_t ld_x,
-         bool x_bf16, int64_t width, Address dweight, int64_t ld_dweight, bool accumulate, int64_t num_threads) {
+         bool x_bf16, int64_t width, Address dweight, int64_t ld_dweight, bool accumulate, bool amx, int64_t num_threads) {
         if (x_bf16 && !bf16) throw std::invalid_argument("an fp32 E takes an fp32 x");
         const HeadView view{at<Word>(e), ld, num_rows, vocab_size};
+        check_amx(amx, bf16);
         with_dtype(x_bf16, [&](auto kind) {
           const auto* rows = at<const decltype(kind)>(x);
+          const auto dweight_of = [&](auto tiles, auto e_bf16) {
+            r1fast::head_dweight<decltype(tiles), decltype(e_bf16)::value>(
+                view, rows, ld_x, width, at<float>(dweight), ld_dweight, accumulate, num_threads);
+          };
           if constexpr (sizeof kind == sizeof(float)) {
-            if (!bf16) {
-              return r1fast::head_dweight<false>(view, rows, ld_x, width, at<float>(dweight), ld_dweight, accumulate,
-                                                 num_threads);
-            }
+            if (!bf16) return dweight_of(r1fast::Avx512Tiles{}, std::false_type{});
           }
-          r1fast::head_dweight<true>(view, rows, ld_x, width, at<float>(dweight), ld_dweight, accumulate,
-                                     num_threads);
+          if (amx) return dweight_of(r1fast::AmxTiles{}, std::true_type{});
+          dweight_of(r1fast::Avx512Tiles{}, std::true_type{});
         });
       },
       py::arg("e"), py::arg("ld"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("bf16"), py::arg("x"),
       py::arg("ld_x"), py::arg("x_bf16"), py::arg("width"), py::arg("dweight"), py::arg("ld_dweight"),
-      py::arg("accumulate"), py::arg("num_threads"), "dweight = or += E^T @ x, x (R, D).");
+      py::arg("accumulate"), py::arg("amx"), py::arg("num_threads"), "dweight = or += E^T @ x, x (R, D).");
 
   m.def(
       "native_dbias",
@@ -252,12 +301,192 @@ void bind_head(py::module_& m) {
 #endif
 }
 
+using Int32Array = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+
+// Its calls are short and belong to one thread: they keep the GIL.
+void bind_block_allocator(py::module_& m) {
+  using r1fast::BlockAllocator;
+  py::class_<BlockAllocator>(m, "BlockAllocator", "Holders of the blocks of a KV cache, and its prefix cache.")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t>(), py::arg("num_blocks"), py::arg("block_size"),
+           py::arg("max_cached") = -1, py::arg("hash_bits") = 64)
+      .def_property_readonly("num_blocks", &BlockAllocator::num_blocks)
+      .def_property_readonly("block_size", &BlockAllocator::block_size)
+      .def_property_readonly("num_used", &BlockAllocator::num_used)
+      .def_property_readonly("num_cached", &BlockAllocator::num_cached)
+      .def_property_readonly("num_available", &BlockAllocator::num_available)
+      .def_property_readonly("peak_used", &BlockAllocator::peak_used)
+      .def("holders", &BlockAllocator::holders, py::arg("block"))
+      .def(
+          "allocate",
+          [](BlockAllocator& self, int64_t count) {
+            std::vector<int32_t> blocks(static_cast<size_t>(std::max<int64_t>(std::min(count, self.num_blocks()), 0)));
+            self.allocate(count, blocks.data());
+            return py::array_t<int32_t>(static_cast<py::ssize_t>(blocks.size()), blocks.data());
+          },
+          py::arg("count"))
+      .def(
+          "share", [](BlockAllocator& self, const Int32Array& blocks) { self.share(blocks.data(), blocks.size()); },
+          py::arg("blocks"))
+      .def(
+          "free", [](BlockAllocator& self, const Int32Array& blocks) { self.free(blocks.data(), blocks.size()); },
+          py::arg("blocks"))
+      .def(
+          "lookup",
+          [](BlockAllocator& self, const Int32Array& tokens) {
+            std::vector<int32_t> found(static_cast<size_t>(tokens.size() / self.block_size()));
+            const int64_t count = self.lookup(tokens.data(), tokens.size(), found.data());
+            return py::array_t<int32_t>(count, found.data());
+          },
+          py::arg("tokens"))
+      .def(
+          "insert",
+          [](BlockAllocator& self, const Int32Array& tokens, const Int32Array& blocks) {
+            self.insert(tokens.data(), tokens.size(), blocks.data(), blocks.size());
+          },
+          py::arg("tokens"), py::arg("blocks"))
+      .def("reset", &BlockAllocator::reset);
+}
+
+// The paged cache and decode attention. The caller, kernels/paged_*.py, has checked dtypes, shapes and strides.
+void bind_decode(py::module_& m) {
+  using Address = uintptr_t;
+  using r1fast::DecodeWorkspace;
+  using r1fast::PagedCache;
+
+  m.def(
+      "write_kv",
+      [](Address keys, Address values, int64_t num_kv_heads, int64_t head_dim, bool bf16, Address k, int64_t ld_k,
+         Address v, int64_t ld_v, Address slots, int64_t num_tokens, int64_t num_threads) {
+        with_dtype(bf16, [&](auto kind) {
+          using T = decltype(kind);
+          const PagedCache<T> cache{at<T>(keys), at<T>(values), num_kv_heads, head_dim};
+          r1fast::write_kv(cache, at<const T>(k), ld_k, at<const T>(v), ld_v, at<const int64_t>(slots), num_tokens,
+                           num_threads);
+        });
+      },
+      py::arg("keys"), py::arg("values"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("bf16"), py::arg("k"),
+      py::arg("ld_k"), py::arg("v"), py::arg("ld_v"), py::arg("slots"), py::arg("num_tokens"),
+      py::arg("num_threads"), "Stores k and v (N, K, Dh) in their slots of the tiled cache.");
+
+  py::class_<DecodeWorkspace>(m, "DecodeWorkspace", "Memory of decode attention, kept between calls.")
+      .def(py::init<>())
+      .def(
+          "attend",
+          [](DecodeWorkspace& self, Address q, Address out, int64_t num_heads, float scale, Address keys,
+             Address values, int64_t num_kv_heads, int64_t head_dim, bool bf16, Address block_table,
+             int64_t max_blocks, int64_t block_size, Address context_lens, Address query_starts, Address group_starts,
+             Address shared_blocks, int64_t num_groups, const std::string& level, int64_t num_threads) {
+            with_dtype(bf16, [&](auto kind) {
+              using T = decltype(kind);
+              const r1fast::DecodeProblem<T> problem{at<const T>(q),
+                                                     at<T>(out),
+                                                     num_heads,
+                                                     scale,
+                                                     at<const int32_t>(block_table),
+                                                     max_blocks,
+                                                     block_size / r1fast::kTile,
+                                                     at<const int32_t>(context_lens),
+                                                     at<const int32_t>(query_starts),
+                                                     at<const int32_t>(group_starts),
+                                                     at<const int32_t>(shared_blocks),
+                                                     num_groups};
+              const PagedCache<T> cache{at<T>(keys), at<T>(values), num_kv_heads, head_dim};
+              self.run(problem, cache, level, num_threads);
+            });
+          },
+          py::arg("q"), py::arg("out"), py::arg("num_heads"), py::arg("scale"), py::arg("keys"), py::arg("values"),
+          py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("bf16"), py::arg("block_table"),
+          py::arg("max_blocks"), py::arg("block_size"), py::arg("context_lens"), py::arg("query_starts"),
+          py::arg("group_starts"), py::arg("shared_blocks"), py::arg("num_groups"), py::arg("level"),
+          py::arg("num_threads"), "out (Nq, H, Dh): attention of q over the tiled cache.");
+}
+
+// The decoder's own products and what stands between them. The caller, rollout/native.py, has checked shapes and strides.
+void bind_decoder(py::module_& m) {
+  using Address = uintptr_t;
+  using r1fast::Team;
+  py::class_<Team>(m, "Team", "Helper threads that the kernels called inside `with` use.")
+      .def(py::init([](int64_t num_threads) { return std::make_unique<Team>(num_threads - 1); }), py::arg("num_threads"))
+      .def("__enter__", [](Team& self) { Team::current() = &self; })
+      .def("__exit__", [](Team&, const py::args&) { Team::current() = nullptr; });
+
+#if defined(__x86_64__)
+  using r1fast::After;
+  using r1fast::Bf16;
+  py::enum_<After>(m, "After").value("store", After::kStore).value("add", After::kAdd).value("silu", After::kSilu);
+
+  const auto bind_linear = [&m](auto kind, const char* name) {
+    using T = decltype(kind);
+    using Linear = r1fast::PackedLinear<T>;
+    py::class_<Linear>(m, name, "A weight (N, D) packed for x W^T.")
+        .def(py::init([](Address weight, int64_t ld, Address bias, int64_t num_out, int64_t num_in, bool halved) {
+               py::gil_scoped_release release;
+               return std::make_unique<Linear>(at<const T>(weight), ld, at<const T>(bias), num_out, num_in, halved);
+             }),
+             py::arg("weight"), py::arg("ld"), py::arg("bias"), py::arg("num_out"), py::arg("num_in"),
+             py::arg("halved"))
+        .def_property_readonly("num_bytes", &Linear::num_bytes)
+        .def(
+            "run",
+            [](const Linear& self, Address x, int64_t ld_x, int64_t num_rows, Address y, int64_t ld_y, After after,
+               bool to_float32, int64_t num_threads) {
+              py::gil_scoped_release release;
+              if (to_float32) {
+                self.run(at<const T>(x), ld_x, num_rows, at<float>(y), ld_y, after, num_threads);
+              } else {
+                self.run(at<const T>(x), ld_x, num_rows, at<T>(y), ld_y, after, num_threads);
+              }
+            },
+            py::arg("x"), py::arg("ld_x"), py::arg("num_rows"), py::arg("y"), py::arg("ld_y"), py::arg("after"),
+            py::arg("to_float32"), py::arg("num_threads"));
+  };
+  bind_linear(0.0f, "PackedLinearF32");
+  bind_linear(Bf16{}, "PackedLinearBF16");
+
+  m.def(
+      "rms_norm",
+      [](Address x, int64_t ld_x, Address weight, float eps, int64_t num_rows, int64_t dim, bool bf16, Address y,
+         int64_t ld_y, int64_t num_threads) {
+        with_dtype(bf16, [&](auto kind) {
+          using T = decltype(kind);
+          r1fast::rms_norm(at<const T>(x), ld_x, at<const T>(weight), eps, num_rows, dim, at<T>(y), ld_y, num_threads);
+        });
+      },
+      py::arg("x"), py::arg("ld_x"), py::arg("weight"), py::arg("eps"), py::arg("num_rows"), py::arg("dim"),
+      py::arg("bf16"), py::arg("y"), py::arg("ld_y"), py::arg("num_threads"));
+
+  m.def(
+      "write_heads",
+      [](Address qkv, int64_t ld, Address q_norm, Address k_norm, float eps, Address rotations, Address positions,
+         int64_t num_heads, Address q, Address keys, Address values, int64_t num_kv_heads, int64_t head_dim, bool bf16,
+         Address slots, int64_t num_tokens, int64_t num_threads) {
+        with_dtype(bf16, [&](auto kind) {
+          using T = decltype(kind);
+          const r1fast::HeadsCall<T> call{at<const T>(qkv),       ld,
+                                          at<const T>(q_norm),    at<const T>(k_norm),
+                                          eps,                    at<const float>(rotations),
+                                          at<const int64_t>(positions), num_heads,
+                                          at<T>(q)};
+          const r1fast::PagedCache<T> cache{at<T>(keys), at<T>(values), num_kv_heads, head_dim};
+          r1fast::write_heads(call, cache, at<const int64_t>(slots), num_tokens, num_threads);
+        });
+      },
+      py::arg("qkv"), py::arg("ld"), py::arg("q_norm"), py::arg("k_norm"), py::arg("eps"), py::arg("rotations"),
+      py::arg("positions"), py::arg("num_heads"), py::arg("q"), py::arg("keys"), py::arg("values"),
+      py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("bf16"), py::arg("slots"), py::arg("num_tokens"),
+      py::arg("num_threads"));
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU-side hot loops of r1fast. Signatures and shapes are in _C.pyi.";
 
   bind_head(m);
+  bind_block_allocator(m);
+  bind_decoder(m);
+  bind_decode(m);
 
   m.def(
       "pack",

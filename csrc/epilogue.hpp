@@ -198,4 +198,30 @@ void compact_rows(T* e, int64_t ld, int64_t num_columns, const int64_t* kept, in
                });
 }
 
+// fp32 rounded to bf16 in the first half of its own memory. Elements [m, 2 m) are written where [m / 2, m) were read,
+// so each doubling can be shared out.
+inline void narrow_to_bf16(float* x, int64_t size, int64_t num_threads) {
+  constexpr int64_t kStep = 4096;
+  char* const bytes = reinterpret_cast<char*>(x);
+  const auto narrow = [&](int64_t begin, int64_t end) {
+    float from[kStep];
+    Bf16 to[kStep];
+    for (int64_t n; begin < end; begin += n) {
+      n = std::min(kStep, end - begin);
+      std::memcpy(from, bytes + begin * 4, static_cast<size_t>(n) * 4);
+      for (int64_t i = 0; i < n; ++i) store(to + i, from[i]);
+      std::memcpy(bytes + begin * 2, to, static_cast<size_t>(n) * 2);
+    }
+  };
+  const int64_t alone = std::min<int64_t>(size, 16 * kStep);
+  narrow(0, alone);
+  for (int64_t begin = alone, end; begin < size; begin = end) {
+    end = std::min(size, 2 * begin);
+    const int64_t num_tasks = ceil_div(end - begin, 4 * kStep);
+    parallel_for(num_tasks, worthwhile_threads(num_threads, static_cast<double>(end - begin)), [&](int64_t task, int64_t) {
+      narrow(begin + task * 4 * kStep, std::min(end, begin + (task + 1) * 4 * kStep));
+    });
+  }
+}
+
 }  // namespace r1fast

@@ -29,11 +29,6 @@ inline bool native_supported(bool bf16) {
          __builtin_cpu_supports("fma") && (!bf16 || __builtin_cpu_supports("avx512bf16"));
 }
 
-// Vectors in the next panel: 3, but never a lone 1 after a 3.
-inline int64_t panel_vectors(int64_t num_left) {
-  return num_left == 4 ? 2 : std::min<int64_t>(num_left, kTileVectors);
-}
-
 // Of the 16 columns from `column` on, those below `num_columns`.
 inline __mmask16 column_mask(int64_t column, int64_t num_columns) {
   const int64_t left = num_columns - column;
@@ -119,6 +114,28 @@ inline void tile_into(Into into, int64_t num_vectors, int64_t num_k, const Word*
   tile(into, num_k, a, lda, panel, c, ldc, num_rows, num_columns);
 }
 
+// How the head divides its products, for this instruction set; amx.hpp has the other.
+struct Avx512Tiles {
+  static constexpr int64_t kRows = kTileRows;           // of A at a time
+  static constexpr int64_t kMaxVectors = kTileVectors;  // of B
+  static constexpr int64_t kWordMultiple = 1;           // words of k come in multiples of this, padded with zeros
+
+  // Vectors in the next panel: 3, but never a lone 1 after a 3.
+  static int64_t panel_vectors(int64_t num_left) {
+    return num_left == 4 ? 2 : std::min<int64_t>(num_left, kMaxVectors);
+  }
+
+  struct Session {
+    Session() {}  // nothing to set up
+  };
+
+  template <bool kBf16>
+  static void into(Into into, int64_t num_vectors, int64_t num_k, const Word* a, int64_t lda, const Word* panel,
+                   float* c, int64_t ldc, int64_t num_rows, int64_t num_columns) {
+    tile_into<kBf16, false>(into, num_vectors, num_k, a, lda, panel, c, ldc, num_rows, num_columns);
+  }
+};
+
 // Asks for a strided matrix's cache lines a few at a time, while something else is computed: its rows are too far
 // apart for the hardware to see what comes next.
 class Prefetcher {
@@ -159,13 +176,15 @@ inline Word word_of_row(const T* row, int64_t size, int64_t k) {
   }
 }
 
-// Rows [begin, end) of a row-major matrix, one a lane, as a panel [k][width]; lanes without a row are zero.
+// Rows [begin, end) of a row-major matrix, one a lane, as a panel [num_k][width]. What lies outside it is zero.
 template <class T>
-void pack_lanes(const T* matrix, int64_t ld, int64_t begin, int64_t end, int64_t size, int64_t width, Word* panel) {
-  const int64_t num_k = ceil_div(size, sizeof(Word) / sizeof(T));
+void pack_lanes(const T* matrix, int64_t ld, int64_t begin, int64_t end, int64_t size, int64_t num_k, int64_t width,
+                Word* panel) {
+  const int64_t num_words = ceil_div(size, sizeof(Word) / sizeof(T));
   for (int64_t lane = 0; lane < width; ++lane) {
     for (int64_t k = 0; k < num_k; ++k) {
-      panel[k * width + lane] = begin + lane < end ? word_of_row(matrix + (begin + lane) * ld, size, k) : 0;
+      const bool inside = begin + lane < end && k < num_words;
+      panel[k * width + lane] = inside ? word_of_row(matrix + (begin + lane) * ld, size, k) : 0;
     }
   }
 }

@@ -1,10 +1,11 @@
-// A language-model head on AVX-512: z = h W^T with its epilogue (epilogue.hpp) in one pass, then E @ W and E^T @ X.
+// A language-model head on AVX-512, and AMX where the products are of bf16: z = h W^T with its epilogue (epilogue.hpp) in one pass, then E @ W and E^T @ X.
 //
 // E is stored transposed, in words [vocabulary][ld]: the vector lanes are rows of h, so the sums over the vocabulary
 // need no horizontal additions. bf16 keeps two vocabulary entries in a word. Work is shared out in blocks of the
 // vocabulary (forward, dweight) or of the result (dhidden): the number of threads changes no bit of the results.
 #pragma once
 
+#include "amx.hpp"
 #include "epilogue.hpp"
 #include "gemm.hpp"
 
@@ -33,6 +34,7 @@ struct HeadView {
 constexpr int64_t kVocabBlock = 256;
 constexpr int64_t kDweightBlock = 128;   // entries a task
 constexpr int64_t kDhiddenBlock = 256;   // words of E a step
+constexpr int64_t kTurnedBytes = 512 << 10;  // of W, likewise
 constexpr int64_t kCopyBytes = 300 << 10;  // of W, in the second-level cache beside a panel of h
 
 template <class T>
@@ -50,11 +52,11 @@ struct Forward {
   float* sz_blocks;  // null: not asked for
 };
 
-// The epilogue of one tile: rows are vocabulary entries from `v` on, lanes are rows of h from `t` on.
-template <bool kBf16, bool kSoftcap, bool kWantSz, class T>
-R1FAST_AVX512 void tile_epilogue(const Forward<T>& f, float (&tile)[kTileRows][kLanes * kTileVectors],
-                                 int64_t num_vectors, int64_t v, int64_t t, int64_t block) {
-  float slope[kTileRows][kLanes * kTileVectors];
+// The epilogue of 8 rows of sums: vocabulary entries from `v` on, their lanes rows of h from `t` on.
+template <bool kBf16, bool kSoftcap, bool kWantSz, int64_t kLd, class T>
+R1FAST_AVX512 void tile_epilogue(const Forward<T>& f, float (*tile)[kLd], int64_t num_vectors, int64_t v, int64_t t,
+                                 int64_t block) {
+  float slope[kTileRows][kLd];
   float bias[kTileRows] = {};
   if (f.map.bias != nullptr) {
     for (int i = 0; i < kTileRows && v + i < f.e.vocab_size; ++i) bias[i] = f.map.bias[v + i];
@@ -108,42 +110,46 @@ R1FAST_AVX512 void tile_epilogue(const Forward<T>& f, float (&tile)[kTileRows][k
   }
 }
 
-template <bool kBf16, class T>
-void forward_block(const Forward<T>& f, int64_t block, int64_t next_block, int64_t copy_rows, int64_t ld_copy,
-                   Word* copy) {
+template <class Tiles, class T>
+void forward_block(const Forward<T>& f, int64_t block, int64_t next_block, int64_t num_k, int64_t copy_rows,
+                   int64_t ld_copy, Word* copy) {
+  constexpr bool kBf16 = sizeof(T) == sizeof(Bf16);
+  constexpr int64_t kLd = kLanes * Tiles::kMaxVectors;
   const bool softcap = f.map.softcap != 0, want_sz = f.sz_blocks != nullptr;
-  const auto plain = want_sz ? &tile_epilogue<kBf16, false, true, T> : &tile_epilogue<kBf16, false, false, T>;
-  const auto capped = want_sz ? &tile_epilogue<kBf16, true, true, T> : &tile_epilogue<kBf16, true, false, T>;
+  const auto plain = want_sz ? &tile_epilogue<kBf16, false, true, kLd, T> : &tile_epilogue<kBf16, false, false, kLd, T>;
+  const auto capped = want_sz ? &tile_epilogue<kBf16, true, true, kLd, T> : &tile_epilogue<kBf16, true, false, kLd, T>;
   const auto finish = softcap ? capped : plain;
-  const int64_t num_k = ceil_div(f.width, kBf16 ? 2 : 1), num_vectors = f.padded_rows / kLanes;
+  const typename Tiles::Session session;
+  const int64_t num_vectors = f.padded_rows / kLanes;
   const int64_t end = std::min(f.e.vocab_size, (block + 1) * kVocabBlock);
   std::fill_n(f.s_blocks + block * f.padded_rows, f.padded_rows, 0.0f);
   if (want_sz) std::fill_n(f.sz_blocks + block * f.padded_rows, f.padded_rows, 0.0f);
   for (int64_t begin = block * kVocabBlock; begin < end; begin += copy_rows) {
     // A copy: rows of W may be unaligned, of odd width, and a power of two apart, all in one set of the cache.
     const int64_t count = std::min(copy_rows, end - begin);
-    for (int64_t i = 0; i < round_up(count, kTileRows); ++i) {
+    for (int64_t i = 0; i < round_up(count, Tiles::kRows); ++i) {
       Word* const row = copy + i * ld_copy;
-      row[num_k - 1] = 0;
+      const int64_t num_words = i < count ? f.width * sizeof(T) / sizeof(Word) : 0;  // that are full
+      std::fill(row + num_words, row + num_k, 0.0f);
       if (i < count) {
         std::memcpy(static_cast<void*>(row), f.weight + (begin + i) * f.ld_weight,
                     static_cast<size_t>(f.width) * sizeof(T));
-      } else {
-        std::fill_n(row, num_k, 0.0f);
       }
     }
     const int64_t next = begin + copy_rows < end ? begin + copy_rows : next_block * kVocabBlock;
     Prefetcher prefetcher(f.weight + next * f.ld_weight, std::clamp<int64_t>(f.e.vocab_size - next, 0, copy_rows),
                           f.width * sizeof(T), f.ld_weight * sizeof(T),
-                          ceil_div(num_vectors, kTileVectors) * ceil_div(count, kTileRows));
+                          ceil_div(num_vectors, Tiles::kMaxVectors) * ceil_div(count, Tiles::kRows));
     for (int64_t p = 0, n; p < num_vectors; p += n) {
-      n = panel_vectors(num_vectors - p);
-      for (int64_t i = 0; i < count; i += kTileRows) {
+      n = Tiles::panel_vectors(num_vectors - p);
+      for (int64_t i = 0; i < count; i += Tiles::kRows) {
         prefetcher.step();
-        float tile[kTileRows][kLanes * kTileVectors];
-        tile_into<kBf16, false>(Into::kBuffer, n, num_k, copy + i * ld_copy, ld_copy, f.panels + p * kLanes * num_k,
-                                &tile[0][0], kLanes * kTileVectors, kTileRows, kLanes * n);
-        finish(f, tile, n, begin + i, p * kLanes, block);
+        alignas(64) float tile[Tiles::kRows][kLd];
+        Tiles::template into<kBf16>(Into::kBuffer, n, num_k, copy + i * ld_copy, ld_copy,
+                                    f.panels + p * kLanes * num_k, &tile[0][0], kLd, Tiles::kRows, kLanes * n);
+        for (int64_t r = 0; r < std::min(Tiles::kRows, count - i); r += kTileRows) {
+          finish(f, tile + r, n, begin + i + r, p * kLanes, block);
+        }
       }
     }
   }
@@ -151,15 +157,16 @@ void forward_block(const Forward<T>& f, int64_t block, int64_t next_block, int64
 }
 
 // s and sz are (R); sz and e.words may be null.
-template <class T>
+template <class Tiles, class T>
 void head_forward(const T* hidden, int64_t ld_hidden, const T* weight, int64_t ld_weight, int64_t width,
                   const LogitMap& map, const HeadView& e, float* s, float* sz, int64_t num_threads) {
-  constexpr bool kBf16 = sizeof(T) == sizeof(Bf16);
+  constexpr int64_t kPerWord = sizeof(Word) / sizeof(T);
   const int64_t num_rows = e.num_rows, padded_rows = round_up(num_rows, kLanes);
-  const int64_t num_k = ceil_div(width, kBf16 ? 2 : 1), num_blocks = ceil_div(e.vocab_size, kVocabBlock);
+  const int64_t num_k = round_up(ceil_div(width, kPerWord), Tiles::kWordMultiple);
+  const int64_t num_blocks = ceil_div(e.vocab_size, kVocabBlock);
   const int64_t ld_copy = 16 * (ceil_div(num_k, 16) | 1);
   int64_t copy_rows = kVocabBlock;
-  while (copy_rows > kTileRows && copy_rows * ld_copy * 4 > kCopyBytes) copy_rows /= 2;
+  while (copy_rows > Tiles::kRows && copy_rows * ld_copy * 4 > kCopyBytes) copy_rows /= 2;
   const int64_t threads = worthwhile_threads(num_threads, 0.1 * num_rows * width * e.vocab_size);
 
   const AlignedBuffer<float> panels(padded_rows * num_k), copies(threads * copy_rows * ld_copy), anchor(padded_rows);
@@ -170,14 +177,15 @@ void head_forward(const T* hidden, int64_t ld_hidden, const T* weight, int64_t l
     targets.data()[t] = t < num_rows ? static_cast<int32_t>(map.target_ids[t]) : -1;
   }
   for (int64_t p = 0, n; p < padded_rows / kLanes; p += n) {
-    n = panel_vectors(padded_rows / kLanes - p);
-    pack_lanes(hidden, ld_hidden, p * kLanes, num_rows, width, n * kLanes, panels.data() + p * kLanes * num_k);
+    n = Tiles::panel_vectors(padded_rows / kLanes - p);
+    pack_lanes(hidden, ld_hidden, p * kLanes, num_rows, width, num_k, n * kLanes, panels.data() + p * kLanes * num_k);
   }
   const Forward<T> f{weight,      ld_weight,    width,         map,         e,
                      panels.data(), targets.data(), anchor.data(), padded_rows, partial.data(),
                      sz == nullptr ? nullptr : partial.data() + num_blocks * padded_rows};
   parallel_for(num_blocks, threads, [&](int64_t block, int64_t thread) {
-    forward_block<kBf16>(f, block, block + threads, copy_rows, ld_copy, copies.data() + thread * copy_rows * ld_copy);
+    forward_block<Tiles>(f, block, block + threads, num_k, copy_rows, ld_copy,
+                         copies.data() + thread * copy_rows * ld_copy);
   });
   for (int64_t t = 0; t < num_rows; ++t) {
     double sum = 0, sum_z = 0;
@@ -219,7 +227,7 @@ void head_dhidden(const HeadView& e, const T* weight, int64_t ld_weight, int64_t
                         (last_tile - first_tile) * kTileRows * sizeof(Word), e.ld * sizeof(Word),
                         (last_tile - first_tile) * ceil_div(last_vector - first_vector, kTileVectors));
       for (int64_t d = first_vector, n; d < last_vector; d += n) {
-        n = panel_vectors(last_vector - d);
+        n = Avx512Tiles::panel_vectors(last_vector - d);
         pack_columns<kBf16>(weight, ld_weight, v, last, d * kLanes, width, n, panel);
         // the next panel of W, and the next rows of E a part with every panel
         const bool wraps = d + n >= last_vector;
@@ -236,6 +244,68 @@ void head_dhidden(const HeadView& e, const T* weight, int64_t ld_weight, int64_t
                                  dhidden + t * width + d * kLanes, width,
                                  std::min<int64_t>(kTileRows, e.num_rows - t), width - d * kLanes);
         }
+      }
+    }
+  });
+}
+
+// The same on AMX, as dhidden^T = W^T E^T: the transposed E is a B as it lies, and W is turned a block at a time.
+inline void head_dhidden_amx(const HeadView& e, const Bf16* weight, int64_t ld_weight, int64_t width, float* dhidden,
+                             int64_t num_threads) {
+  constexpr int64_t kSide = AmxTiles::kRows, kWords = kTileWords, kStep = kSide * kWords;
+  const int64_t threads = worthwhile_threads(num_threads, 0.1 * e.num_rows * width * e.vocab_size);
+  const int64_t num_parts = threads == 1 ? 1 : 2 * threads;  // as in head_dhidden
+  const int64_t num_panels = ceil_div(width, kSide), num_columns = ceil_div(e.num_rows, kSide);
+  const int64_t width_parts = std::min(num_parts, num_panels);
+  const int64_t row_parts = std::min(ceil_div(num_parts, width_parts), num_columns);
+  const int64_t most_panels = ceil_div(num_panels, width_parts);
+  // entries a step, so that the turned W stays in the second-level cache
+  const int64_t entries = std::clamp<int64_t>(kTurnedBytes / (most_panels * kSide * 2) / kSide * kSide, 256, 1024);
+  const int64_t num_words = e.vocab_size / 2 / kWords * kWords;  // of E's rows of words, in whole tiles
+  const int64_t tail_words = round_up(e.vocab_size, kVocabPadding) / 2 - num_words;
+  const int64_t padded_rows = round_up(e.num_rows, kLanes), ld_sums = padded_rows | kLanes;
+  const int64_t turned_size = most_panels * entries / 2 * kSide, sums_size = most_panels * kSide * ld_sums;
+  const AlignedBuffer<float> turned(threads * turned_size), sums(threads * sums_size);
+  // the last rows of words, with zeros below
+  const AlignedBuffer<float> tail(kWords * e.ld);
+  std::fill_n(tail.data(), kWords * e.ld, 0.0f);
+  std::copy_n(e.words + num_words * e.ld, tail_words * e.ld, tail.data());
+
+  parallel_for(width_parts * row_parts, threads, [&](int64_t task, int64_t thread) {
+    const AmxTiles::Session session;
+    Word* const panel = turned.data() + thread * turned_size;
+    float* const mine = sums.data() + thread * sums_size;
+    const int64_t width_part = task % width_parts, row_part = task / width_parts;
+    const int64_t first = num_panels * width_part / width_parts, last = num_panels * (width_part + 1) / width_parts;
+    const int64_t first_t = num_columns * row_part / row_parts * kSide;
+    const int64_t last_t = std::min(num_columns * (row_part + 1) / row_parts * kSide, padded_rows);
+    for (int64_t v = 0; v < e.vocab_size; v += entries) {
+      const int64_t count = std::min(entries, e.vocab_size - v), num_tiles = ceil_div(count, kSide);
+      for (int64_t tile = 0; tile < num_tiles; ++tile) {
+        for (int64_t d = first; d < last; ++d) {
+          Word* const to = panel + ((d - first) * num_tiles + tile) * kStep;
+          for (int64_t half = 0; half < 2; ++half) {
+            pack_turned(weight, ld_weight, v + tile * kSide, e.vocab_size, d * kSide + half * kLanes, width,
+                        to + half * kWords * kWords);
+          }
+        }
+      }
+      const int64_t whole = std::min(ceil_div(count, 2), num_words - v / 2) / kWords * kWords;
+      for (int64_t d = first; d < last; ++d) {
+        const Word* const a = panel + (d - first) * num_tiles * kStep;
+        for (int64_t t = first_t; t < last_t; t += kSide) {
+          const int64_t n = std::min<int64_t>(kSide, last_t - t) / kLanes;
+          float* const c = mine + (d - first) * kSide * ld_sums + t;
+          amx_block(2, n, v > 0, whole, a, kStep, kWords, e.words + v / 2 * e.ld + t, e.ld, c, ld_sums);
+          if (whole < num_tiles * kWords) {
+            amx_block(2, n, true, kWords, a + whole / kWords * kStep, kStep, kWords, tail.data() + t, e.ld, c, ld_sums);
+          }
+        }
+      }
+    }
+    for (int64_t t = first_t; t < std::min(last_t, e.num_rows); ++t) {
+      for (int64_t d = first * kSide; d < std::min(last * kSide, width); ++d) {
+        dhidden[t * width + d] = mine[(d - first * kSide) * ld_sums + t];
       }
     }
   });
@@ -260,25 +330,29 @@ R1FAST_AVX512 inline void pair_rows(const Word* pairs, int64_t ld, int64_t num_p
 }
 
 // dweight (V, D) = or += E^T @ x, x (R, D) in fp32 or bf16.
-template <bool kBf16, class X>
+template <class Tiles, bool kBf16, class X>
 void head_dweight(const HeadView& e, const X* x, int64_t ld_x, int64_t width, float* dweight, int64_t ld_dweight,
                   bool accumulate, int64_t num_threads) {
-  const int64_t num_k = ceil_div(e.num_rows, kBf16 ? 2 : 1), num_vectors = ceil_div(width, kLanes);
-  const int64_t ld_pairs = 16 * (ceil_div(num_k, 16) | 1);
+  const int64_t num_words = ceil_div(e.num_rows, kBf16 ? 2 : 1), num_k = round_up(num_words, Tiles::kWordMultiple);
+  const int64_t num_vectors = ceil_div(width, kLanes), ld_pairs = 16 * (ceil_div(num_k, 16) | 1);
   const int64_t threads = worthwhile_threads(num_threads, 0.1 * e.num_rows * width * e.vocab_size);
   const AlignedBuffer<float> panels(num_vectors * kLanes * num_k);
   const AlignedBuffer<float> pairs(kBf16 ? threads * kDweightBlock * ld_pairs : 1);
   for (int64_t d = 0, n; d < num_vectors; d += n) {
-    n = panel_vectors(num_vectors - d);
-    pack_columns<kBf16>(x, ld_x, 0, e.num_rows, d * kLanes, width, n, panels.data() + d * kLanes * num_k);
+    n = Tiles::panel_vectors(num_vectors - d);
+    Word* const panel = panels.data() + d * kLanes * num_k;
+    pack_columns<kBf16>(x, ld_x, 0, e.num_rows, d * kLanes, width, n, panel);
+    std::fill(panel + num_words * kLanes * n, panel + num_k * kLanes * n, 0.0f);
   }
   parallel_for(ceil_div(e.vocab_size, kDweightBlock), threads, [&](int64_t task, int64_t thread) {
+    const typename Tiles::Session session;
     const int64_t v = task * kDweightBlock, count = std::min(kDweightBlock, e.vocab_size - v);
     const Word* rows = e.words + v * e.ld;
     int64_t ld = e.ld;
     if (kBf16) {
       Word* const mine = pairs.data() + thread * kDweightBlock * ld_pairs;
-      pair_rows(e.words + v / 2 * e.ld, e.ld, round_up(count, kVocabPadding) / 2, num_k, mine, ld_pairs);
+      pair_rows(e.words + v / 2 * e.ld, e.ld, round_up(count, kVocabPadding) / 2, num_words, mine, ld_pairs);
+      for (int64_t i = 0; i < count; ++i) std::fill(mine + i * ld_pairs + num_words, mine + i * ld_pairs + num_k, 0.0f);
       rows = mine;
       ld = ld_pairs;
     }
@@ -286,14 +360,14 @@ void head_dweight(const HeadView& e, const X* x, int64_t ld_x, int64_t width, fl
     Prefetcher next_e(e.words + next / (kBf16 ? 2 : 1) * e.ld,
                       std::clamp<int64_t>(e.vocab_size - next, 0, kDweightBlock) / (kBf16 ? 2 : 1),
                       e.num_rows * sizeof(Word), e.ld * sizeof(Word),
-                      ceil_div(num_vectors, kTileVectors) * ceil_div(count, kTileRows));
+                      ceil_div(num_vectors, Tiles::kMaxVectors) * ceil_div(count, Tiles::kRows));
     for (int64_t d = 0, n; d < num_vectors; d += n) {
-      n = panel_vectors(num_vectors - d);
-      for (int64_t i = 0; i < count; i += kTileRows) {
+      n = Tiles::panel_vectors(num_vectors - d);
+      for (int64_t i = 0; i < count; i += Tiles::kRows) {
         next_e.step();
-        tile_into<kBf16, false>(accumulate ? Into::kAdd : Into::kSet, n, num_k, rows + i * ld, ld,
-                                panels.data() + d * kLanes * num_k, dweight + (v + i) * ld_dweight + d * kLanes,
-                                ld_dweight, std::min<int64_t>(kTileRows, count - i), width - d * kLanes);
+        Tiles::template into<kBf16>(accumulate ? Into::kAdd : Into::kSet, n, num_k, rows + i * ld, ld,
+                                    panels.data() + d * kLanes * num_k, dweight + (v + i) * ld_dweight + d * kLanes,
+                                    ld_dweight, std::min(Tiles::kRows, count - i), width - d * kLanes);
       }
     }
   });

@@ -25,6 +25,36 @@ def supported(dtype: torch.dtype) -> bool:
     return _C.head_native(dtype == torch.bfloat16)
 
 
+def has_amx(dtype: torch.dtype) -> bool:
+    """Whether the native kernels multiply `dtype` on AMX tiles, several times as fast, rather than AVX-512."""
+    from r1fast import _C
+
+    return dtype == torch.bfloat16 and _C.head_amx()
+
+
+def empty(shape: tuple[int, ...] | int, dtype: torch.dtype) -> Tensor:
+    """torch.empty in huge pages where it is large: its first use costs half as much."""
+    from r1fast import _C
+
+    x = torch.empty(shape, dtype=dtype)
+    _C.advise_huge_pages(x.data_ptr(), x.nbytes)
+    return x
+
+
+def narrow_to_bf16(x: Tensor) -> Tensor:
+    """A contiguous float32 tensor rounded to bfloat16 where it lies: no fresh memory, `x` is used up.
+
+    The result keeps the memory of `x`, twice what it needs.
+    """
+    from r1fast import _C
+
+    assert x.is_cpu, x.device
+    assert x.dtype == torch.float32, x.dtype
+    assert x.is_contiguous(), x.stride()
+    _C.narrow_to_bf16(x.data_ptr(), x.numel(), torch.get_num_threads())
+    return x.view(-1).view(torch.bfloat16)[: x.numel()].view(x.shape)
+
+
 def workspace_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of the memory that holds E, whatever the dtype of the hidden states."""
     return torch.float32
@@ -78,6 +108,7 @@ class TransposedE:
     num_rows: int
     vocab_size: int
     dtype: torch.dtype
+    amx: bool
 
     @property
     def _where(self) -> tuple[int, int, int, int]:
@@ -119,6 +150,7 @@ class TransposedE:
                 width,
                 self._bf16,
                 dhidden.data_ptr(),
+                self.amx,
                 torch.get_num_threads(),
             )
         return dhidden
@@ -141,6 +173,7 @@ class TransposedE:
             dweight.data_ptr(),
             _row_stride(dweight),
             accumulate,
+            self.amx,
             torch.get_num_threads(),
         )
 
@@ -180,6 +213,7 @@ def forward(
     keep: bool,
     want_sz: bool,
     workspace: Tensor | None = None,  # at least workspace_numel(R, V, dtype) float32
+    amx: bool | None = None,  # default: where there is AMX
 ) -> tuple[Tensor, Tensor | None, TransposedE | None]:  # s (R,), sz (R,), E
     """One pass over the vocabulary. `keep=False` makes the sums alone."""
     from r1fast import _C
@@ -195,6 +229,7 @@ def forward(
     target_ids = _vector(target_ids, num_rows, torch.int64)
     anchor = _vector(anchor, num_rows)
 
+    amx = has_amx(dtype) if amx is None else amx
     e = None
     if keep:
         numel = _C.head_words(num_rows, vocab_size, bf16)
@@ -205,7 +240,7 @@ def forward(
         assert workspace.is_contiguous(), workspace.stride()
         assert workspace.numel() >= numel, (workspace.shape, numel)
         assert workspace.data_ptr() % 64 == 0, workspace.data_ptr()  # streaming stores
-        e = TransposedE(workspace.view(-1), _C.head_ld(num_rows), num_rows, vocab_size, dtype)
+        e = TransposedE(workspace.view(-1), _C.head_ld(num_rows), num_rows, vocab_size, dtype, amx)
     s = torch.empty(num_rows)
     sz = torch.empty(num_rows) if want_sz else None
     _C.native_forward(
@@ -226,6 +261,7 @@ def forward(
         vocab_size,
         s.data_ptr(),
         _address(sz),
+        amx,
         torch.get_num_threads(),
     )
     return s, sz, e

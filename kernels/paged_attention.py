@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from r1fast.kernels.dispatch import Backend
 from r1fast.kernels.paged_cache import PagedLayout, copy_blocks, read_kv, write_kv
 
 __all__ = [
@@ -46,6 +47,7 @@ class DecodePlan:
     group_starts: Tensor  # (num_groups + 1,) from 0 to B
     shared_blocks: Tensor  # (num_groups,)
     query_starts: Tensor | None = None  # (B + 1,) from 0 to Nq; None: one query a sequence
+    workspace: object = None  # memory of the CPU kernel, made by the first call
 
 
 def paged_attention_ref(
@@ -83,17 +85,85 @@ def paged_attention_ref(
     return out
 
 
+def paged_attention_native(
+    q: Tensor,
+    layout: PagedLayout,
+    keys: Tensor,
+    values: Tensor,
+    plan: DecodePlan,
+    scale: float,
+    out: Tensor,
+    level: str = "auto",  # auto, baseline, avx2 or avx512
+) -> None:
+    """csrc/decode_attention.hpp over tiled storage."""
+    from r1fast import _C
+
+    if plan.workspace is None:
+        plan.workspace = _C.DecodeWorkspace()
+    plan.workspace.attend(
+        q.data_ptr(), out.data_ptr(), q.shape[1], scale,
+        keys.data_ptr(), values.data_ptr(), layout.num_kv_heads, layout.head_dim,
+        layout.dtype == torch.bfloat16,
+        plan.block_table.data_ptr(), plan.block_table.stride(0), layout.block_size,
+        plan.context_lens.data_ptr(),
+        0 if plan.query_starts is None else plan.query_starts.data_ptr(),
+        plan.group_starts.data_ptr(), plan.shared_blocks.data_ptr(), len(plan.shared_blocks),
+        level, torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def paged_attention(
-    q: Tensor,  # (Nq, H, Dh), K divides H
+    q: Tensor,  # (Nq, H, Dh), K divides H, of the layout's dtype
     layout: PagedLayout,
     keys: Tensor,  # as layout.allocate gave them
     values: Tensor,
     plan: DecodePlan,
     *,
     scale: float | None = None,  # default Dh ** -0.5
-    backend: str = "auto",
+    backend: Backend = "auto",
     out: Tensor | None = None,  # (Nq, H, Dh)
 ) -> Tensor:  # (Nq, H, Dh)
-    """Exact attention of each query over its sequence's cache."""
+    """Exact attention of each query over its sequence's cache; 0 for a query that sees nothing.
+
+    A row's result is the same bits whatever rows are beside it, whatever is shared and for any number of threads.
+    """
     layout.check(keys, values)
+    scale = layout.head_dim**-0.5 if scale is None else scale
+    backend = _choose(layout, backend)
+    _check(q, layout, plan)
+    q = q.contiguous()
+    out = torch.empty_like(q) if out is None else out
+    assert (out.shape, out.dtype, out.is_contiguous()) == (q.shape, q.dtype, True), out.shape
+    if backend == "native":
+        paged_attention_native(q, layout, keys, values, plan, scale, out)
+        return out
     return paged_attention_ref(q, layout, keys, values, plan, scale=scale, out=out)
+
+
+def _choose(layout: PagedLayout, backend: Backend) -> str:
+    if backend == "native" and not layout.is_tiled:
+        raise ValueError("backend native needs the tiled layout, got rows")
+    if backend == "auto":
+        return "native" if layout.is_tiled else "torch"
+    return backend
+
+
+def _check(q: Tensor, layout: PagedLayout, plan: DecodePlan) -> None:
+    """Our own mistakes: what the kernels would read past."""
+    assert q.dtype == layout.dtype, (q.dtype, layout.dtype)
+    assert q.dim() == 3, q.shape
+    assert q.shape[2] == layout.head_dim, (q.shape, layout)
+    assert q.shape[1] % layout.num_kv_heads == 0, (q.shape, layout)
+    B, num_groups = len(plan.context_lens), len(plan.shared_blocks)
+    tensors = plan.block_table, plan.context_lens, plan.group_starts, plan.shared_blocks
+    tensors += () if plan.query_starts is None else (plan.query_starts,)
+    for x in tensors:
+        assert x.dtype == torch.int32, x.dtype
+        assert x.stride(-1) == 1 or x.numel() < 2, x.stride()
+        assert x.device == q.device, (x.device, q.device)
+    assert len(plan.block_table) == B, (plan.block_table.shape, B)
+    assert len(plan.group_starts) == num_groups + 1, (plan.group_starts.shape, num_groups)
+    if plan.query_starts is None:
+        assert len(q) == B, (q.shape, B)
+    else:
+        assert len(plan.query_starts) == B + 1, (plan.query_starts.shape, B)

@@ -119,7 +119,22 @@ def write_kv(
     """Stores each token's key and value in its slot. Slots are not checked."""
     layout.check(keys, values)
     assert k.shape == v.shape == (len(slot_mapping), layout.num_kv_heads, layout.head_dim), k.shape
-    write_kv_ref(layout, keys, values, k, v, slot_mapping)
+    if not layout.is_tiled:
+        write_kv_ref(layout, keys, values, k, v, slot_mapping)
+        return
+    from r1fast import _C
+
+    k, v = (x if _rows_ok(x, layout.dtype) else x.to(layout.dtype).contiguous() for x in (k, v))
+    _C.write_kv(
+        keys.data_ptr(), values.data_ptr(), layout.num_kv_heads, layout.head_dim,
+        layout.dtype == torch.bfloat16, k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0),
+        slot_mapping.contiguous().data_ptr(), len(slot_mapping), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _rows_ok(x: Tensor, dtype: torch.dtype) -> bool:
+    """(N, K, Dh) of this dtype, contiguous within a token."""
+    return x.dtype == dtype and x.stride(2) == 1 and x.stride(1) == x.shape[2]
 
 
 def read_kv(

@@ -32,7 +32,8 @@ from r1fast.kernels.loss_rows import NonFiniteError
 
 S_RANGE = (1e-20, 1e20)  # outside, the anchor was too far off for float32
 SMALL_BYTES = 4 << 20  # of exponentials: not worth dividing
-CPU_ROWS = 48  # the C++ kernels work on so many at a time
+CPU_ROWS = 16  # the C++ kernels work on so many at a time, best in an odd number of such parts
+NARROW_BYTES = 1 << 20  # of float32 that is rounded to bfloat16 in place: fresh memory is slow
 COMPACT_BELOW = 7 / 8  # share of live rows under which moving them pays
 
 
@@ -138,7 +139,7 @@ class VocabHead:
         if workspace_bytes is None:
             least = 2048
             if not self.hidden.is_cuda:
-                least = (4 if num_rows >= 2048 else 6) * CPU_ROWS
+                least = (13 if num_rows >= 2048 else 17) * CPU_ROWS
             least = max(least, SMALL_BYTES // self.bytes_of(1))
             rows = min(max(least, math.ceil(num_rows / 11)), max(least, 4096))
         else:
@@ -197,7 +198,7 @@ class VocabHead:
                 h, self.weight, self.bias, y, c,
                 inv_temperature=1 / self.temperature, softcap=self.softcap,
                 keep=keep, want_sz=want_entropy,
-                workspace=self._take_workspace(len(h)) if keep and not own_workspace else None,
+                workspace=self._take_workspace(len(h), own_workspace) if keep else None,
             )  # fmt: skip
         if self.group is not None:
             both = torch.stack([s, sz]) if want_entropy else s[None]
@@ -211,15 +212,20 @@ class VocabHead:
         good = (S > S_RANGE[0]) & (S < S_RANGE[1])
         return ChunkStats(logprobs, entropy, log_S, S, s, e / S, slope, E), good
 
-    def _take_workspace(self, R: int) -> Tensor:
+    def _take_workspace(self, R: int, own: bool) -> Tensor:
         dtype = self.hidden.dtype
         numel = self.module.workspace_numel(R, len(self.weight), dtype)
+        if own:
+            return self._empty(numel, self.module.workspace_dtype(dtype))
         if self._workspace is None or self._workspace.numel() < numel:
             self._workspace = None
-            self._workspace = torch.empty(
-                numel, dtype=self.module.workspace_dtype(dtype), device=self.hidden.device
-            )
+            self._workspace = self._empty(numel, self.module.workspace_dtype(dtype))
         return self._workspace
+
+    def _empty(self, shape, dtype: torch.dtype) -> Tensor:
+        if self.hidden.is_cuda:
+            return torch.empty(shape, dtype=dtype, device=self.hidden.device)
+        return cpu_head.empty(shape, dtype)
 
     def _target_logits(self, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:  # (R,), (R,)
         """z_y / temperature in the wide dtype, and the softcap's slope there."""
@@ -314,9 +320,7 @@ class VocabHead:
                 self.dhidden[rows.start + index] = out.to(self.dhidden.dtype)
         if self.need_weight:
             if self.dweight is None:
-                self.dweight = torch.empty(
-                    self.weight.shape, dtype=self.wide, device=self.weight.device
-                )
+                self.dweight = self._empty(self.weight.shape, self.wide)
                 E.dweight_(x * v[:, None], self.dweight, accumulate=False)
             else:
                 E.dweight_(x * v[:, None], self.dweight, accumulate=True)
@@ -324,9 +328,7 @@ class VocabHead:
         if self.need_bias:
             first = self.dbias is None
             if first:
-                self.dbias = torch.empty(
-                    self.weight.shape[:1], dtype=self.wide, device=self.weight.device
-                )
+                self.dbias = self._empty(self.weight.shape[:1], self.wide)
             E.dbias_(v, self.dbias, accumulate=not first)
             _add_rows(self.dbias, at, mine)
 
@@ -402,8 +404,15 @@ def grad_dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
 def to_dtypes(
     gradients: tuple[Tensor | None, ...], dtypes: tuple[torch.dtype | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    pairs = zip(gradients, dtypes, strict=True)
-    return tuple(x if x is None else x.to(dtype) for x, dtype in pairs)
+    """The gradients in the dtypes asked for; they are used up. A large one on the CPU stays in its memory."""
+    found = []
+    for x, dtype in zip(gradients, dtypes, strict=True):
+        narrow = x is not None and (x.dtype, dtype) == (torch.float32, torch.bfloat16)
+        if narrow and x.is_cpu and x.is_contiguous() and x.nbytes >= NARROW_BYTES:
+            found.append(cpu_head.narrow_to_bf16(x))
+        else:
+            found.append(x if x is None else x.to(dtype))
+    return tuple(found)
 
 
 def gradients_needed(*tensors: Tensor | None) -> tuple[bool, ...]:

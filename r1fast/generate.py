@@ -11,7 +11,7 @@ from r1fast.config import Config, load_config
 from r1fast.metrics import note, printable, rule, say, say_part
 from r1fast.policy import Policy, load_policy
 from r1fast.rollout.engine import Engine
-from r1fast.rollout.result import extend
+from r1fast.rollout.result import completion_of
 from r1fast.rollout.sampler import SamplingParams, sample_seed
 from r1fast.templates import encode_prompts
 from r1fast.types import Completion, Problem, TokenEvent
@@ -60,15 +60,16 @@ def generate(target: str, overrides: list[str], options: Options) -> None:
     seed = sample_seed(_number(options, "seed", config.seed), "generate")
     began, num_tokens, num_failed = time.monotonic(), 0, 0
     alone = len(prompts) == num == 1 and "json" not in options
-    growing = [[Completion([], [], None) for _ in range(num)] for _ in prompts]
+    parts: list[list[list[TokenEvent]]] = [[[] for _ in range(num)] for _ in prompts]
     for event in engine.stream(prompts, num, sampling, seed=seed):
         num_tokens += len(event.token_ids)
-        completion = growing[event.request_id][event.sample]
-        extend(completion, event)
+        events = parts[event.request_id][event.sample]
+        events.append(event)
         if alone:
             say_part(printable(event.text))
         if not event.finish_reason:
             continue
+        completion = completion_of(events)
         num_failed += event.finish_reason == "error"
         if "json" in options:
             say(_json_line(event, completion, len(prompts[event.request_id])))

@@ -155,15 +155,17 @@ class GRPOTrainer(Trainer):
         """This rank's groups: positions rank, rank + world size, ... of the step's problems."""
         G, seed = self.config.rollout.num_generations, self.config.seed
         picks = list(enumerate(self._choose(step)))[self.rank :: self.world_size]
-        completions = self.engine.generate(
+        groups = self.engine.generate(
             [ids for _, (_, ids) in picks],
-            [[sample_seed(seed, self.stage, step, p, g) for g in range(G)] for p, _ in picks],
+            G,
             self.sampling,
+            seeds=[[sample_seed(seed, self.stage, step, p, g) for g in range(G)] for p, _ in picks],
+            problems=[problem for _, (problem, _) in picks],
         )
-        return [
-            RolloutGroup(problem, ids, group)
-            for (_, (problem, ids)), group in zip(picks, completions, strict=True)
-        ]
+        for completion in (c for group in groups for c in group.completions):
+            if completion.finish_reason == "error":  # nothing to train on, and no group without it
+                raise FloatingPointError(f"step {step + 1}: {completion.error}")
+        return groups
 
     def _rollout_row(self, groups: list[RolloutGroup]) -> dict[str, float]:
         names = sorted({n for g in groups for r in g.rewards for n in r.parts})

@@ -29,10 +29,14 @@ def needs(dtype):
         pytest.skip(f"no native kernels for {dtype} on this CPU")
 
 
-@pytest.fixture(params=DTYPES, ids=["fp32", "bf16"])
-def dtype(request):
-    needs(request.param)
-    return request.param
+@pytest.fixture(params=["fp32", "bf16", "bf16 on AMX"])
+def dtype(request, monkeypatch):
+    dtype, amx = DTYPES[request.param != "fp32"], "AMX" in request.param
+    needs(dtype)
+    if amx and not cpu_head.has_amx(dtype):
+        pytest.skip("no AMX on this CPU")
+    monkeypatch.setattr(cpu_head, "has_amx", lambda dtype: amx)
+    return dtype
 
 
 def make_inputs(num_rows, width, vocab_size, dtype, bias=False, seed=0):
@@ -92,6 +96,23 @@ def assert_close(actual, expected, relative, absolute=1e-30):
     error = (actual.double() - expected.double()).abs()
     worst = (error - relative * expected.double().abs() - absolute).max().item()
     assert worst <= 0, f"max error {error.max():.3e}, over the allowed by {worst:.3e}"
+
+
+def test_amx_is_refused_where_it_cannot_be():
+    needs(torch.float32)
+    inputs = make_inputs(3, 4, 5, torch.float32)
+    with pytest.raises(ValueError, match="AMX needs bf16"):
+        run(*inputs, torch.zeros(3), amx=True)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 65536, 65537, 131072, 1_000_003])
+def test_narrow_in_place(size):
+    x = torch.randn(size, generator=torch.Generator().manual_seed(size))
+    x[::7] *= 1e-40
+    expected = x.to(torch.bfloat16)
+    narrowed = cpu_head.narrow_to_bf16(x)
+    assert torch.equal(narrowed, expected)
+    assert narrowed.data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize(("num_rows", "width", "vocab_size"), SHAPES)

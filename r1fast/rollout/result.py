@@ -55,14 +55,17 @@ def best_completions(
     return sorted(completions, key=score, reverse=True)[:n]
 
 
-def extend(completion: Completion, event: TokenEvent) -> None:
-    """Make `completion` longer by what an event of its sample brings."""
-    completion.text += event.text
-    completion.token_ids += event.token_ids
-    completion.logprobs += event.logprobs
-    completion.truncated_logprobs += event.truncated_logprobs
-    completion.top_logprobs += event.top_logprobs or []
-    completion.entropies += event.entropies or []
-    completion.finish_reason = event.finish_reason
-    completion.stop_reason = event.stop_reason
-    completion.error = event.error
+def completion_of(events: Sequence[TokenEvent]) -> Completion:
+    """The whole of a sample, from all its events."""
+    last = events[-1]
+    return Completion(
+        [t for e in events for t in e.token_ids],
+        [x for e in events for x in e.logprobs],
+        last.finish_reason,
+        "".join(e.text for e in events),
+        [x for e in events for x in e.entropies or ()],
+        [x for e in events for x in e.truncated_logprobs],
+        [x for e in events for x in e.top_logprobs or ()],
+        last.stop_reason,
+        last.error,
+    )

@@ -9,8 +9,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
+
+from r1fast.kernels import sample as kernel
 
 MAX_TOP_LOGPROBS = 64
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, splitmix64's increment
@@ -100,33 +101,13 @@ def sample(
     params: SamplingParams,
     return_entropy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # (B,) tokens, (B,) logprobs, (B,) entropies
-    """Log-probabilities are of the policy at the temperature, before top-k and top-p.
+    """One token a row at the same parameters; those that change logits are left to the engine.
 
-    Greedy reports them at temperature 1.
+    Log-probabilities are of the policy at the temperature, before top-k, top-p and min-p. Greedy reports
+    them at temperature 1.
     """
-    logprobs = torch.log_softmax(logits.float() / (params.temperature or 1.0), dim=-1)
-    if params.temperature == 0:
-        tokens = logprobs.argmax(-1)
-    else:
-        probs = logprobs.exp()
-        if params.top_k or params.top_p < 1:
-            probs = _truncate(probs, params.top_k, params.top_p)
-        cdf = probs.double().cumsum(-1)
-        # strictly above: a token of probability 0 is never drawn
-        tokens = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
-        tokens = tokens.clamp_max(logits.shape[-1] - 1)
-    chosen = logprobs.gather(1, tokens[:, None])[:, 0]
-    entropy = -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1) if return_entropy else None
-    return tokens, chosen, entropy
-
-
-def _truncate(probs: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Zero everything outside the top k and outside the smallest set with mass >= top_p."""
-    ordered, index = probs.sort(-1, descending=True)
-    if top_k:
-        ordered[:, top_k:] = 0
-    if top_p < 1:
-        total = ordered.sum(-1, keepdim=True)
-        before = ordered.cumsum(-1) - ordered
-        ordered = torch.where(before < top_p * total, ordered, 0.0)
-    return torch.zeros_like(probs).scatter_(1, index, ordered)
+    drawn = kernel.sample(
+        logits, u, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p,
+        min_p=params.min_p, return_entropy=return_entropy,
+    )  # fmt: skip
+    return drawn.tokens, drawn.logprobs, drawn.entropies

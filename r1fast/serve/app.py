@@ -22,7 +22,7 @@ from starlette.routing import Route
 from r1fast.metrics import warn
 from r1fast.policy import Policy
 from r1fast.rollout.engine import Engine
-from r1fast.rollout.result import extend
+from r1fast.rollout.result import completion_of
 from r1fast.rollout.sampler import sample_seed
 from r1fast.serve.engine_thread import EngineThread, Job
 from r1fast.serve.requests import (
@@ -307,13 +307,13 @@ class _EventStream(StreamingResponse):
 
 async def _collect(job: Job) -> list[list[Completion]]:
     """Everything a job makes. Raises RequestError where a sample ends in an error."""
-    completions = [[Completion([], [], None) for _ in seeds] for seeds in job.seeds]
+    parts = [[[] for _ in seeds] for seeds in job.seeds]
     async for items in job.events():
         for prompt, event in items:
             if event.finish_reason == "error":
                 raise RequestError(f"the engine failed: {event.error}", status=500)
-            extend(completions[prompt][event.sample], event)
-    return completions
+            parts[prompt][event.sample].append(event)
+    return [[completion_of(events) for events in group] for group in parts]
 
 
 async def _left(request: Request) -> None:

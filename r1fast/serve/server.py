@@ -16,6 +16,7 @@ from r1fast.config import Config
 from r1fast.metrics import note, say, warn
 from r1fast.policy import Policy, load_policy
 from r1fast.rollout.engine import Engine
+from r1fast.rollout.sampler import SamplingParams
 from r1fast.serve.app import Limits, Service
 
 MIB = 2**20
@@ -72,6 +73,8 @@ def serve(config: Config, path: str, options: ServeOptions) -> None:
             decode=policy.decode,
             max_batch_size=config.rollout.max_batch_size,
         )
+        # the first request is not to pay for the cache, nor for preparing the weights
+        engine.generate([[policy.eos_id]], 1, SamplingParams(max_tokens=1))
         name = options.model_name or Path(path).resolve().name
         limits = Limits(
             config.rollout.max_batch_size + options.max_queued, options.max_body_mib * MIB
@@ -145,4 +148,4 @@ def _described(policy: Policy, engine: Engine) -> str:
     stats = engine.stats
     gib = stats.num_blocks * stats.block_bytes / 2**30
     cache = f"{gib:.1f} GiB" if gib >= 1 else f"{1024 * gib:.0f} MiB"
-    return f"{size} parameters, {dtype}, {policy.device}; cache {cache}, {stats.num_blocks} blocks"
+    return f"{size} parameters, {dtype}, {policy.device}; cache up to {cache}, {stats.num_blocks:,} blocks"
