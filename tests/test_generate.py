@@ -70,7 +70,7 @@ def test_the_template_is_the_models_own(model, tmp_path, capsys):
 def test_one_completion_is_shown_as_it_is_made(model, monkeypatch, capsys):
     """Part by part, and together what the whole is."""
     parts = []
-    words = ["generate", model, "--prompt", PROMPT, "--max-tokens=20", "--temperature=0"]
+    words = ["generate", model, "--prompt", PROMPT, "--max-tokens=20", "--temperature=1"]
     assert main([*words, "--json"]) == 0
     (row,) = rows(capsys.readouterr().out)
     monkeypatch.setattr(generate_module, "say_part", parts.append)

@@ -244,7 +244,7 @@ class Service:
         if not self.api_key:
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), self.api_key.encode())
+        right = hmac.compare_digest(given.strip().encode("latin-1"), self.api_key.encode())
         if kind.lower() != "bearer" or not right:
             raise RequestError(
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",

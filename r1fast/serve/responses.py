@@ -138,7 +138,9 @@ class Responder:
             return {"content": entries}
         rows, offsets = [], []
         for t, lp, row in zip(ids, logprobs, tops, strict=True):
-            rows.append({self._name(i): _number(x) for i, x in [*row, (t, lp)]})
+            # tokens of equal text, as halves of characters, share a key: the likeliest keeps it
+            pairs = sorted([*row, (t, lp)], key=lambda pair: pair[1])
+            rows.append({self._name(i): _number(x) for i, x in pairs})
             offsets.append(offset)
             offset += len(self.token_text(t))
         return {
