@@ -419,12 +419,14 @@ void bind_decoder(py::module_& m) {
     using T = decltype(kind);
     using Linear = r1fast::PackedLinear<T, decltype(tiles)>;
     py::class_<Linear>(m, name, "A weight (N, D) packed for x W^T.")
-        .def(py::init([](Address weight, int64_t ld, Address bias, int64_t num_out, int64_t num_in, bool halved) {
+        .def(py::init([](Address weight, int64_t ld, Address bias, int64_t num_out, int64_t num_in, bool halved,
+                         int64_t num_threads) {
                py::gil_scoped_release release;
-               return std::make_unique<Linear>(at<const T>(weight), ld, at<const T>(bias), num_out, num_in, halved);
+               return std::make_unique<Linear>(at<const T>(weight), ld, at<const T>(bias), num_out, num_in, halved,
+                                               num_threads);
              }),
              py::arg("weight"), py::arg("ld"), py::arg("bias"), py::arg("num_out"), py::arg("num_in"),
-             py::arg("halved"))
+             py::arg("halved"), py::arg("num_threads"))
         .def_property_readonly("num_bytes", &Linear::num_bytes)
         .def_property_readonly("words_read", &Linear::words_read)
         .def(

@@ -23,7 +23,8 @@ class PackedLinear {
  public:
   // weight (num_out, num_in), rows `ld` elements apart; bias (num_out) or null, which must outlive this. The halves of
   // `halved` weights are packed side by side, for kSilu.
-  PackedLinear(const T* weight, int64_t ld, const T* bias, int64_t num_out, int64_t num_in, bool halved)
+  PackedLinear(const T* weight, int64_t ld, const T* bias, int64_t num_out, int64_t num_in, bool halved,
+               int64_t num_threads)
       : bias_(bias),
         num_out_(halved ? num_out / 2 : num_out),
         
@@ -31,19 +32,11 @@ class PackedLinear {
         num_panels_(ceil_div(num_out_, kPanel)),
         halves_(halved ? 2 : 1),
         packed_(num_panels_ * halves_ * num_k_ * kPanel) {
-    for (int64_t p = 0; p < num_panels_; ++p) {
-      for (int64_t half = 0; half < halves_; ++half) {
-        const T* const rows = weight + half * num_out_ * ld;
-        Word* const to = panel(p, half);
-        for (int64_t lane = 0; lane < kPanel; ++lane) {
-          const int64_t row = p * kPanel + lane;
-          for (int64_t k = 0; k < num_k_; ++k) {
-            const bool inside = row < num_out_ && k * kPerWord < num_in;
-            to[k * kPanel + lane] = inside ? word_of_row(rows + row * ld, num_in, k) : 0;
-          }
-        }
-      }
-    }
+    parallel_for(num_panels_ * halves_, num_threads, [&](int64_t task, int64_t) {
+      const int64_t p = task / halves_, half = task % halves_;
+      pack_lanes(weight + half * num_out_ * ld, ld, p * kPanel, std::min((p + 1) * kPanel, num_out_), num_in, num_k_,
+                 kPanel, panel(p, half));
+    });
   }
 
   int64_t num_bytes() const { return num_panels_ * halves_ * num_k_ * kPanel * static_cast<int64_t>(sizeof(Word)); }
