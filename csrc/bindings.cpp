@@ -415,17 +415,20 @@ void bind_decoder(py::module_& m) {
   using r1fast::Bf16;
   py::enum_<After>(m, "After").value("store", After::kStore).value("add", After::kAdd).value("silu", After::kSilu);
 
-  const auto bind_linear = [&m](auto kind, const char* name) {
+  const auto bind_linear = [&m](auto kind, auto tiles, const char* name) {
     using T = decltype(kind);
-    using Linear = r1fast::PackedLinear<T>;
+    using Linear = r1fast::PackedLinear<T, decltype(tiles)>;
     py::class_<Linear>(m, name, "A weight (N, D) packed for x W^T.")
-        .def(py::init([](Address weight, int64_t ld, Address bias, int64_t num_out, int64_t num_in, bool halved) {
+        .def(py::init([](Address weight, int64_t ld, Address bias, int64_t num_out, int64_t num_in, bool halved,
+                         int64_t num_threads) {
                py::gil_scoped_release release;
-               return std::make_unique<Linear>(at<const T>(weight), ld, at<const T>(bias), num_out, num_in, halved);
+               return std::make_unique<Linear>(at<const T>(weight), ld, at<const T>(bias), num_out, num_in, halved,
+                                               num_threads);
              }),
              py::arg("weight"), py::arg("ld"), py::arg("bias"), py::arg("num_out"), py::arg("num_in"),
-             py::arg("halved"))
+             py::arg("halved"), py::arg("num_threads"))
         .def_property_readonly("num_bytes", &Linear::num_bytes)
+        .def_property_readonly("words_read", &Linear::words_read)
         .def(
             "run",
             [](const Linear& self, Address x, int64_t ld_x, int64_t num_rows, Address y, int64_t ld_y, After after,
@@ -440,8 +443,9 @@ void bind_decoder(py::module_& m) {
             py::arg("x"), py::arg("ld_x"), py::arg("num_rows"), py::arg("y"), py::arg("ld_y"), py::arg("after"),
             py::arg("to_float32"), py::arg("num_threads"));
   };
-  bind_linear(0.0f, "PackedLinearF32");
-  bind_linear(Bf16{}, "PackedLinearBF16");
+  bind_linear(0.0f, r1fast::Avx512Tiles{}, "PackedLinearF32");
+  bind_linear(Bf16{}, r1fast::Avx512Tiles{}, "PackedLinearBF16");
+  bind_linear(Bf16{}, r1fast::AmxTiles{}, "PackedLinearAMX");
 
   m.def(
       "rms_norm",

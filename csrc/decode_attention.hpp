@@ -64,7 +64,6 @@ struct StripKernels {
   void (*attend)(const Strip<T>&, const Rows&);
   void (*merge)(const Rows&, const Rows&);
   void (*finish)(const float*, float, int64_t, T*);
-  bool takes_words;  // of bf16 queries
 };
 
 #define R1FAST_STRIP_KERNELS(suffix, attributes)                                                           \
@@ -88,18 +87,17 @@ R1FAST_STRIP_KERNELS(avx512, R1FAST_AVX512)
 template <class T>
 StripKernels<T> strip_kernels(const std::string& level) {
 #if defined(__x86_64__)
-  constexpr bool kBf16 = sizeof(T) == 2;
-  if ((level == "auto" || level == "avx512") && native_supported(kBf16)) {
-    return {&attend_strip_native<T>, &merge_rows_avx512, &finish_row_avx512<T>, kBf16};
+  if ((level == "auto" || level == "avx512") && native_supported(false)) {
+    return {&attend_strip_native<T>, &merge_rows_avx512, &finish_row_avx512<T>};
   }
   if ((level == "auto" || level == "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return {&attend_strip_avx2<T>, &merge_rows_avx2, &finish_row_avx2<T>, false};
+    return {&attend_strip_avx2<T>, &merge_rows_avx2, &finish_row_avx2<T>};
   }
 #endif
   if (level != "auto" && level != "baseline") {
     throw std::invalid_argument("level must be auto, baseline, avx2 or avx512, one that this CPU has; got " + level);
   }
-  return {&attend_strip_baseline<T>, &merge_rows_baseline, &finish_row_baseline<T>, false};
+  return {&attend_strip_baseline<T>, &merge_rows_baseline, &finish_row_baseline<T>};
 }
 
 // What a call needs beside its arguments, kept from one call to the next: nothing is allocated once it is large enough.
@@ -156,6 +154,35 @@ class DecodeWorkspace {
     int64_t ld;
     int64_t rows;
     float* partials;
+  };
+
+  // Strips one after the other: each is attended to when the next one is known.
+  template <class T>
+  struct Walk {
+    const Call<T>& call;
+    int64_t head;
+    Strip<T> strips[2];
+    Rows rows[2];
+    int64_t count = 0;
+
+    void visit(int64_t sequence, int64_t position, int64_t num_positions, const Rows& of) {
+      Strip<T>& strip = strips[count % 2];
+      strip = {{}, {}, num_positions, call.cache.head_dim, call.problem.scale, &strip};
+      for (int64_t t = 0; t < kStripTiles; ++t) {  // behind the last tile the first one again: it can be fetched
+        const int64_t offset = t * kTile < num_positions ? t * kTile : 0;
+        const int64_t tile = call.problem.tile(sequence, position + offset);
+        strip.keys[t] = call.cache.key_tile(tile, head);
+        strip.values[t] = call.cache.value_tile(tile, head);
+      }
+      rows[count % 2] = of;
+      if (count++ > 0) {
+        strips[count % 2].next = &strip;
+        call.kernels.attend(strips[count % 2], rows[count % 2]);
+      }
+    }
+    void finish() {
+      if (count > 0) call.kernels.attend(strips[(count - 1) % 2], rows[(count - 1) % 2]);
+    }
   };
 
   // Fills units_; returns query rows times positions, about, over one kv head's query heads.
@@ -225,12 +252,7 @@ class DecodeWorkspace {
                           float* scratch) {
     const int64_t count = (unit.end - unit.begin) * call.heads, dim = call.cache.head_dim, ld = call.ld;
     for (int64_t r = 0; r < count; ++r) {
-      const T* const q = call.problem.q + query_head(call, unit, head, r) * dim;
-      if (call.kernels.takes_words) {
-        std::memcpy(scratch + r * ld, q, sizeof(T) * dim);
-      } else {
-        load_query(q, dim, scratch + r * ld);
-      }
+      load_query(call.problem.q + query_head(call, unit, head, r) * dim, dim, scratch + r * ld);
     }
     float* const state = scratch + count * ld;
     const bool whole = first_chunk == 0 && end_chunk == unit.num_chunks;
@@ -273,45 +295,34 @@ class DecodeWorkspace {
   static void attend_chunk(const Call<T>& call, const Unit& unit, int64_t head, int64_t chunk, const Rows& rows) {
     const int64_t begin = chunk * kChunkPositions, end = begin + kChunkPositions;
     const int64_t shared_end = std::clamp(unit.shared, begin, end);
-    for (int64_t p = begin; p < shared_end; p += kStrip) attend_at(call, unit.sequence, head, p, kStrip, rows);
+    Walk<T> walk{call, head, {}, {}};
+    for (int64_t p = begin; p < shared_end; p += kStrip) walk.visit(unit.sequence, p, kStrip, rows);
     int64_t sequence = unit.sequence;
     for (int64_t q = unit.begin; q < unit.end;) {
       while (call.problem.first_query(sequence + 1) <= q) ++sequence;
       const int64_t q_end = std::min(call.problem.first_query(sequence + 1), unit.end);
       const Rows own = rows.slice((q - unit.begin) * call.heads, (q_end - unit.begin) * call.heads);
-      attend_own(call, sequence, q, q_end, head, shared_end, end, own);
+      attend_own(walk, sequence, q, q_end, shared_end, end, own);
       q = q_end;
     }
+    walk.finish();
   }
 
   // Queries [q, q_end) of one sequence over positions [begin, end): those that see a whole strip together.
   template <class T>
-  static void attend_own(const Call<T>& call, int64_t sequence, int64_t q, int64_t q_end, int64_t head, int64_t begin,
-                         int64_t end, const Rows& rows) {
-    const int64_t most = std::min(end, call.problem.limit(sequence, q_end - 1));
+  static void attend_own(Walk<T>& walk, int64_t sequence, int64_t q, int64_t q_end, int64_t begin, int64_t end,
+                         const Rows& rows) {
+    const DecodeProblem<T>& problem = walk.call.problem;
+    const int64_t heads = walk.call.heads, most = std::min(end, problem.limit(sequence, q_end - 1));
     for (int64_t p = begin; p < most; p += kStrip) {
       int64_t i = 0;  // limits increase
       for (; i < q_end - q; ++i) {
-        const int64_t in_sight = call.problem.limit(sequence, q + i) - p;
+        const int64_t in_sight = problem.limit(sequence, q + i) - p;
         if (in_sight >= kStrip) break;
-        if (in_sight > 0) {
-          attend_at(call, sequence, head, p, in_sight, rows.slice(i * call.heads, (i + 1) * call.heads));
-        }
+        if (in_sight > 0) walk.visit(sequence, p, in_sight, rows.slice(i * heads, (i + 1) * heads));
       }
-      if (i < q_end - q) attend_at(call, sequence, head, p, kStrip, rows.slice(i * call.heads, rows.count));
+      if (i < q_end - q) walk.visit(sequence, p, kStrip, rows.slice(i * heads, rows.count));
     }
-  }
-
-  template <class T>
-  static void attend_at(const Call<T>& call, int64_t sequence, int64_t head, int64_t position, int64_t num_positions,
-                        const Rows& rows) {
-    Strip<T> strip{{}, {}, num_positions, call.cache.head_dim, call.problem.scale};
-    for (int64_t t = 0; t * kTile < num_positions; ++t) {
-      const int64_t tile = call.problem.tile(sequence, position + t * kTile);
-      strip.keys[t] = call.cache.key_tile(tile, head);
-      strip.values[t] = call.cache.value_tile(tile, head);
-    }
-    call.kernels.attend(strip, rows);
   }
 
   std::vector<Unit> units_;

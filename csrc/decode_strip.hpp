@@ -24,9 +24,10 @@ struct Strip {
   int64_t num_positions;  // in sight, 1 to kStrip
   int64_t head_dim;
   float scale;
+  const Strip* next;  // to be fetched meanwhile: memory is far when every sequence has blocks of its own
 };
 
-// Rows of one kv head: `ld` floats apart in q and a. q holds floats, or words of bf16 where the kernel wants them.
+// Rows of one kv head: `ld` floats apart in q and a.
 struct Rows {
   const float* q;
   float* m;
@@ -82,7 +83,7 @@ R1FAST_INLINE void add_value(float p, const Bf16* value, int64_t head_dim, float
   for (; d < head_dim; ++d) a[accumulator_of<Bf16>(d)] += p * to_float(value[d]);
 }
 
-// In plain C++, for the compiler to vectorise. q holds floats.
+// In plain C++, for the compiler to vectorise.
 template <class T>
 R1FAST_INLINE void attend_strip(const Strip<T>& strip, const Rows& rows) {
   const int64_t num_tiles = ceil_div(strip.num_positions, kTile);
@@ -154,27 +155,46 @@ R1FAST_INLINE void load_query(const Bf16* q, int64_t head_dim, float* row) {
 }
 
 #if defined(__x86_64__)
-// M rows by 16 N positions, then by 16 N accumulators: both tiles stay in registers.
+// The low and the high halves of 16 words, as floats.
+R1FAST_AVX512_INLINE void halves(__m512i words, __m512& low, __m512& high) {
+  low = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, words, 16));
+  high = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+// Scores of M rows by N tiles, from word `k` of q and of the keys. bf16 is multiplied as fp32: dot products of bf16
+// pairs have a quarter of the throughput on the first CPUs that have them.
 template <int M, int N>
-R1FAST_AVX512_INLINE void score_rows(const Strip<float>& strip, const float* q, int64_t ld, __m512 (&s)[M][N]) {
-  for (int64_t d = 0; d < strip.head_dim; ++d) {
-    __m512 key[N];
-    for (int j = 0; j < N; ++j) key[j] = _mm512_loadu_ps(strip.keys[j] + d * kTile);
-    for (int i = 0; i < M; ++i) {
-      const __m512 value = _mm512_set1_ps(q[i * ld + d]);
-      for (int j = 0; j < N; ++j) s[i][j] = _mm512_fmadd_ps(value, key[j], s[i][j]);
-    }
+R1FAST_AVX512_INLINE void score_word(const Strip<float>& strip, const float* q, int64_t ld, int64_t k,
+                                     __m512 (&s)[M][N]) {
+  __m512 key[N];
+  for (int j = 0; j < N; ++j) key[j] = _mm512_loadu_ps(strip.keys[j] + k * kTile);
+  for (int i = 0; i < M; ++i) {
+    const __m512 value = _mm512_set1_ps(q[i * ld + k]);
+    for (int j = 0; j < N; ++j) s[i][j] = _mm512_fmadd_ps(value, key[j], s[i][j]);
   }
 }
 
 template <int M, int N>
-R1FAST_AVX512_INLINE void score_rows(const Strip<Bf16>& strip, const float* q, int64_t ld, __m512 (&s)[M][N]) {
-  for (int64_t d = 0; d < strip.head_dim; d += 2) {
-    __m512bh key[N];
-    for (int j = 0; j < N; ++j) key[j] = (__m512bh)_mm512_loadu_si512(strip.keys[j] + d * kTile);
-    for (int i = 0; i < M; ++i) {
-      const __m512bh value = (__m512bh)_mm512_set1_ps(q[i * ld + d / 2]);
-      for (int j = 0; j < N; ++j) s[i][j] = _mm512_dpbf16_ps(s[i][j], value, key[j]);
+R1FAST_AVX512_INLINE void score_word(const Strip<Bf16>& strip, const float* q, int64_t ld, int64_t k,
+                                     __m512 (&s)[M][N]) {
+  __m512 low[N], high[N];
+  for (int j = 0; j < N; ++j) halves(_mm512_loadu_si512(strip.keys[j] + 2 * k * kTile), low[j], high[j]);
+  for (int i = 0; i < M; ++i) {
+    const __m512 first = _mm512_set1_ps(q[i * ld + 2 * k]), second = _mm512_set1_ps(q[i * ld + 2 * k + 1]);
+    for (int j = 0; j < N; ++j) s[i][j] = _mm512_fmadd_ps(first, low[j], s[i][j]);
+    for (int j = 0; j < N; ++j) s[i][j] = _mm512_fmadd_ps(second, high[j], s[i][j]);
+  }
+}
+
+// M rows by 16 N positions; a line of the next strip's keys is fetched for each that is read.
+template <class T, int M, int N>
+R1FAST_AVX512_INLINE void score_rows(const Strip<T>& strip, const float* q, int64_t ld, __m512 (&s)[M][N]) {
+  const int64_t num_words = strip.head_dim * static_cast<int64_t>(sizeof(T)) / 4;
+  for (int part = 0; part < N; ++part) {
+    const char* line = reinterpret_cast<const char*>(strip.next->keys[part]);
+    for (int64_t k = num_words * part / N; k < num_words * (part + 1) / N; ++k) {
+      for (int j = 0; j < N; ++j, line += 64) _mm_prefetch(line, _MM_HINT_T0);
+      score_word<M, N>(strip, q, ld, k, s);
     }
   }
 }
@@ -198,7 +218,7 @@ R1FAST_AVX512_INLINE void softmax_rows(const Strip<T>& strip, const Rows& rows, 
   for (int i = 0; i < M; ++i) {
     for (int j = 0; j < N; ++j) s[i][j] = _mm512_setzero_ps();
   }
-  score_rows<M, N>(strip, rows.q, rows.ld, s);
+  score_rows<T, M, N>(strip, rows.q, rows.ld, s);
   const __mmask16 in_sight = column_mask((N - 1) * kTile, strip.num_positions);
   const __m512 minus_infinity = _mm512_set1_ps(-kInfinity);
   for (int i = 0; i < M; ++i) {
@@ -231,8 +251,10 @@ R1FAST_AVX512_INLINE void add_values(const Strip<float>& strip, const Rows& rows
   }
   for (int64_t begin = 0; begin < strip.num_positions; begin += kTile) {
     const float* value = strip.values[begin / kTile] + column;
+    const float* next = strip.next->values[begin / kTile] + column;
     const int64_t end = std::min(begin + kTile, strip.num_positions);
-    for (int64_t t = begin; t < end; ++t, value += strip.head_dim) {
+    for (int64_t t = begin; t < end; ++t, value += strip.head_dim, next += strip.head_dim) {
+      for (int j = 0; j < N; ++j) _mm_prefetch(next + 16 * j, _MM_HINT_T0);
       __m512 v[N];
       for (int j = 0; j < N - 1; ++j) v[j] = _mm512_loadu_ps(value + 16 * j);
       v[N - 1] = _mm512_maskz_loadu_ps(mask, value + 16 * (N - 1));
@@ -256,17 +278,17 @@ R1FAST_AVX512_INLINE void add_values(const Strip<Bf16>& strip, const Rows& rows,
       a[i][j] = _mm512_mul_ps(_mm512_loadu_ps(rows.a + i * rows.ld + column + 16 * j), _mm512_set1_ps(shrink[i]));
     }
   }
-  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   for (int64_t begin = 0; begin < strip.num_positions; begin += kTile) {
     const Bf16* value = strip.values[begin / kTile] + column;
+    const Bf16* next = strip.next->values[begin / kTile] + column;
     const int64_t end = std::min(begin + kTile, strip.num_positions);
-    for (int64_t t = begin; t < end; ++t, value += strip.head_dim) {
+    for (int64_t t = begin; t < end; ++t, value += strip.head_dim, next += strip.head_dim) {
+      for (int j = 0; j < N; ++j) _mm_prefetch(next + 32 * j, _MM_HINT_T0);
       __m512 v[2 * N];
       for (int j = 0; j < N; ++j) {
         const __m512i words = j < N - 1 ? _mm512_loadu_si512(value + 32 * j)
                                         : _mm512_maskz_loadu_epi32(mask, value + 32 * (N - 1));
-        v[2 * j] = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, words, 16));
-        v[2 * j + 1] = _mm512_castsi512_ps(_mm512_and_si512(words, high));
+        halves(words, v[2 * j], v[2 * j + 1]);
       }
       for (int i = 0; i < M; ++i) {
         const __m512 weight = _mm512_set1_ps(p[i][t]);

@@ -3,11 +3,11 @@
 //   kStore      y = x W^T + b                    kAdd     y = y + (x W^T + b)
 //   kSilu       y = silu(g) u                    g, u = the halves of x W^T + b
 //
-// In bf16 every line above is rounded where PyTorch rounds it. An element is summed over k in one fixed order, see gemm.hpp:
-// a row's result depends neither on the rows beside it nor on how many there are.
+// In bf16 every line above is rounded where PyTorch rounds it. An element is summed over k in one fixed order, see gemm.hpp and
+// amx.hpp: a row's result depends neither on the rows beside it nor on how many there are.
 #pragma once
 
-#include "gemm.hpp"
+#include "amx.hpp"
 
 #if defined(__x86_64__)
 namespace r1fast {
@@ -17,45 +17,46 @@ enum class After { kStore, kAdd, kSilu };
 R1FAST_INLINE float rounded(float x, float) { return x; }
 R1FAST_INLINE float rounded(float x, Bf16) { return float_of(bf16_bits(x) << 16); }
 
-template <class T>
+// Tiles: Avx512Tiles or, for bf16, AmxTiles.
+template <class T, class Tiles>
 class PackedLinear {
  public:
   // weight (num_out, num_in), rows `ld` elements apart; bias (num_out) or null, which must outlive this. The halves of
   // `halved` weights are packed side by side, for kSilu.
-  PackedLinear(const T* weight, int64_t ld, const T* bias, int64_t num_out, int64_t num_in, bool halved)
+  PackedLinear(const T* weight, int64_t ld, const T* bias, int64_t num_out, int64_t num_in, bool halved,
+               int64_t num_threads)
       : bias_(bias),
         num_out_(halved ? num_out / 2 : num_out),
-        num_k_(ceil_div(num_in, kPerWord)),
+        
+        num_k_(round_up(ceil_div(num_in, kPerWord), Tiles::kWordMultiple)),
         num_panels_(ceil_div(num_out_, kPanel)),
         halves_(halved ? 2 : 1),
         packed_(num_panels_ * halves_ * num_k_ * kPanel) {
-    for (int64_t p = 0; p < num_panels_; ++p) {
-      for (int64_t half = 0; half < halves_; ++half) {
-        const T* const rows = weight + half * num_out_ * ld;
-        Word* const to = panel(p, half);
-        for (int64_t lane = 0; lane < kPanel; ++lane) {
-          const int64_t row = p * kPanel + lane;
-          for (int64_t k = 0; k < num_k_; ++k) {
-            to[k * kPanel + lane] = row < num_out_ ? word_of_row(rows + row * ld, num_in, k) : 0;
-          }
-        }
-      }
-    }
+    parallel_for(num_panels_ * halves_, num_threads, [&](int64_t task, int64_t) {
+      const int64_t p = task / halves_, half = task % halves_;
+      pack_lanes(weight + half * num_out_ * ld, ld, p * kPanel, std::min((p + 1) * kPanel, num_out_), num_in, num_k_,
+                 kPanel, panel(p, half));
+    });
   }
 
   int64_t num_bytes() const { return num_panels_ * halves_ * num_k_ * kPanel * static_cast<int64_t>(sizeof(Word)); }
 
-  // x (num_rows, num_in) with rows up to the next multiple of 8 that may be read; Y is T, or float for kStore alone.
+  // Words of x that are read of a row, and rows beyond num_rows that may be: all must be there, and finite.
+  static constexpr int64_t kRows = Tiles::kRows;
+  int64_t words_read() const { return num_k_; }
+
+  // x (num_rows, num_in); Y is T, or float for kStore alone.
   template <class Y>
   void run(const T* x, int64_t ld_x, int64_t num_rows, Y* y, int64_t ld_y, After after, int64_t num_threads) const {
     if ((after == After::kSilu) != (halves_ == 2)) throw std::invalid_argument("silu is of halved weights");
     const int64_t num_groups = ceil_div(num_rows, kGroupRows);
     const double steps = 1.0 * num_rows * num_out_ * halves_ * num_k_;
     parallel_for(num_groups * num_panels_, worthwhile_threads(num_threads, steps), [&](int64_t task, int64_t) {
+      const typename Tiles::Session session;
       const int64_t p = task % num_panels_, first = task / num_panels_ * kGroupRows;
       const int64_t last = std::min(first + kGroupRows, num_rows);
-      for (int64_t row = first; row < last; row += kTileRows) {
-        block(x + row * ld_x, ld_x, std::min<int64_t>(last - row, kTileRows), p, y + row * ld_y, ld_y, after);
+      for (int64_t row = first; row < last; row += kRows) {
+        block(x + row * ld_x, ld_x, std::min(last - row, kRows), p, y + row * ld_y, ld_y, after);
       }
     });
   }
@@ -63,7 +64,7 @@ class PackedLinear {
  private:
   static constexpr bool kBf16 = sizeof(T) == sizeof(Bf16);
   static constexpr int64_t kPerWord = sizeof(Word) / sizeof(T);
-  static constexpr int64_t kPanel = kLanes * kTileVectors;
+  static constexpr int64_t kPanel = kLanes * Tiles::kMaxVectors;
   static constexpr int64_t kGroupRows = 128;  // of x, that stay in the cache while a task meets one panel after another
 
   Word* panel(int64_t p, int64_t half) const { return reinterpret_cast<Word*>(packed_.data()) + (p * halves_ + half) * num_k_ * kPanel; }
@@ -71,11 +72,11 @@ class PackedLinear {
   template <class Y>
   R1FAST_AVX512 void block(const T* x, int64_t ld_x, int64_t num_rows, int64_t p, Y* y, int64_t ld_y,
                            After after) const {
-    alignas(64) float sums[2][kTileRows * kPanel];
+    alignas(64) float sums[2][kRows * kPanel];
     const int64_t begin = p * kPanel, count = std::min(kPanel, num_out_ - begin);
     for (int64_t half = 0; half < halves_; ++half) {
-      tile_into<kBf16, false>(Into::kBuffer, kTileVectors, num_k_, reinterpret_cast<const Word*>(x), ld_x / kPerWord,
-                              panel(p, half), sums[half], kPanel, kTileRows, kPanel);
+      Tiles::template into<kBf16>(Into::kBuffer, Tiles::kMaxVectors, num_k_, reinterpret_cast<const Word*>(x),
+                                  ld_x / kPerWord, panel(p, half), sums[half], kPanel, num_rows, kPanel);
     }
     alignas(64) float bias[2][kPanel] = {};
     if (bias_ != nullptr) {

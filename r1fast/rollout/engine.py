@@ -191,8 +191,12 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Schedule, run, postprocess: about one token of every running sample."""
         events, self._ended = self._ended, []
-        if self.scheduler is None:
-            return events
+        if self.scheduler is not None:
+            with self.runner.team:
+                self._step(events)
+        return events
+
+    def _step(self, events: list[TokenEvent]) -> None:
         self.scheduler.grow(1 + (self.speculation.num_draft if self.speculation else 0))
         if self.rows.num_running:
             self._decode(events)
@@ -203,10 +207,9 @@ class Engine:
             complete = self.scheduler.computed(chunks)
             logits = self.runner.logits(hidden) if complete else ()
             for job, row in zip(complete, logits, strict=True):
-                job.logits = row
+                job.logits = row.clone()
             self._counts.prefill_tokens += sum(end - start for _, start, end in chunks)
             self._start(events)
-        return events
 
     def _start(self, events: list[TokenEvent]) -> None:
         """First tokens of the samples for which there are slots."""
