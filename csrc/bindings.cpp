@@ -10,6 +10,7 @@
 #include "head.hpp"
 #include "linear.hpp"
 #include "packing.hpp"
+#include "sampling.hpp"
 
 namespace py = pybind11;
 
@@ -404,12 +405,6 @@ void bind_decode(py::module_& m) {
 // The decoder's own products and what stands between them. The caller, rollout/native.py, has checked shapes and strides.
 void bind_decoder(py::module_& m) {
   using Address = uintptr_t;
-  using r1fast::Team;
-  py::class_<Team>(m, "Team", "Helper threads that the kernels called inside `with` use.")
-      .def(py::init([](int64_t num_threads) { return std::make_unique<Team>(num_threads - 1); }), py::arg("num_threads"))
-      .def("__enter__", [](Team& self) { Team::current() = &self; })
-      .def("__exit__", [](Team&, const py::args&) { Team::current() = nullptr; });
-
 #if defined(__x86_64__)
   using r1fast::After;
   using r1fast::Bf16;
@@ -482,6 +477,49 @@ void bind_decoder(py::module_& m) {
 #endif
 }
 
+// The caller, kernels/sample.py, has checked dtypes and shapes; 0 is the address of what is absent.
+void bind_sample(py::module_& m) {
+  using Address = uintptr_t;
+
+  m.def(
+      "sample",
+      [](Address logits, int64_t ld, bool bf16, int64_t num_rows, int64_t vocab_size, Address u, Address temperature,
+         Address top_k, Address top_p, Address min_p, Address tokens, Address logprobs, Address truncated_logprobs,
+         Address is_bad, Address row_starts, Address ids, Address penalty, Address bias, Address entropies,
+         int64_t num_top, Address top_ids, Address top_logprobs, const std::string& level, int64_t num_threads) {
+        with_dtype(bf16, [&](auto kind) {
+          using T = decltype(kind);
+          const r1fast::SampleProblem<T> problem{at<const T>(logits),
+                                                 ld,
+                                                 num_rows,
+                                                 vocab_size,
+                                                 at<const double>(u),
+                                                 at<const float>(temperature),
+                                                 at<const int64_t>(top_k),
+                                                 at<const float>(top_p),
+                                                 at<const float>(min_p),
+                                                 at<int64_t>(tokens),
+                                                 at<float>(logprobs),
+                                                 at<float>(truncated_logprobs),
+                                                 at<bool>(is_bad),
+                                                 at<const int64_t>(row_starts),
+                                                 at<const int64_t>(ids),
+                                                 at<const float>(penalty),
+                                                 at<const float>(bias),
+                                                 at<float>(entropies),
+                                                 num_top,
+                                                 at<int64_t>(top_ids),
+                                                 at<float>(top_logprobs)};
+          r1fast::sample(problem, level, num_threads);
+        });
+      },
+      py::arg("logits"), py::arg("ld"), py::arg("bf16"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("u"),
+      py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("tokens"),
+      py::arg("logprobs"), py::arg("truncated_logprobs"), py::arg("is_bad"), py::arg("row_starts"), py::arg("ids"),
+      py::arg("penalty"), py::arg("bias"), py::arg("entropies"), py::arg("num_top"), py::arg("top_ids"),
+      py::arg("top_logprobs"), py::arg("level"), py::arg("num_threads"), "A token and its log-probability, a row.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -491,6 +529,7 @@ PYBIND11_MODULE(_C, m) {
   bind_block_allocator(m);
   bind_decoder(m);
   bind_decode(m);
+  bind_sample(m);
 
   m.def(
       "pack",

@@ -1,5 +1,6 @@
-// Threads and aligned memory for the CPU kernels. Threads are started per call, where the work of a call is milliseconds:
-// a pool of its own would fight with PyTorch's over the cores. A caller of many short kernels brings a Team.
+// Threads and aligned memory for the CPU kernels. Where OpenMP is to be had the threads are PyTorch's own: both ask one
+// libgomp, whose threads are still awake after the matrix product before. Without it, threads are started per call: a
+// pool of its own would fight with PyTorch's over the cores.
 #pragma once
 
 #include <algorithm>
@@ -17,103 +18,14 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 namespace r1fast {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// Helpers that stay between calls: for a short while they look for work, then they sleep. The kernels that are called by
-// a thread inside its Scope use them. One that the machine does not run just now is not waited for.
-class Team {
- public:
-  // `num_helpers` beside the thread that calls; fewer if no more can be had.
-  explicit Team(int64_t num_helpers) : shared_(std::make_shared<Shared>()) {
-    try {
-      for (int64_t i = 0; i < num_helpers; ++i) {
-        std::thread([shared = shared_, i] { help(*shared, i + 1); }).detach();
-      }
-    } catch (const std::system_error&) {
-    }
-  }
-  ~Team() {
-    shared_->stop.store(true);
-    wake();
-  }
-  Team(const Team&) = delete;
-  Team& operator=(const Team&) = delete;
-
-  static Team*& current() {
-    thread_local Team* team = nullptr;
-    return team;
-  }
-
-  // Calls work(0) here and work(thread) on up to `num_helpers` helpers, those that come in time.
-  void run(int64_t num_helpers, void (*work)(const void*, int64_t), const void* argument) {
-    Shared& s = *shared_;
-    s.work = work;
-    s.argument = argument;
-    s.wanted = num_helpers;
-    s.left.store(0, std::memory_order_relaxed);
-    const uint64_t opened = (s.gate.load(std::memory_order_relaxed) / kEpoch + 1) * kEpoch + kOpen;
-    s.gate.store(opened, std::memory_order_seq_cst);
-    if (s.sleeping.load(std::memory_order_seq_cst) > 0) wake();
-    work(argument, 0);
-    const uint64_t joined = s.gate.fetch_and(~kOpen, std::memory_order_acq_rel) % kOpen;
-    while (s.left.load(std::memory_order_acquire) != joined) pause();
-  }
-
- private:
-  // gate: how many have joined, whether one may join, and above these the number of the call
-  static constexpr uint64_t kOpen = 1 << 15, kEpoch = 1 << 16;
-  static constexpr int kSpins = 4000;  // some tens of microseconds
-
-  struct Shared {
-    std::atomic<uint64_t> gate{0};
-    std::atomic<uint64_t> left{0};
-    std::atomic<int64_t> sleeping{0};
-    std::atomic<bool> stop{false};
-    void (*work)(const void*, int64_t) = nullptr;
-    const void* argument = nullptr;
-    int64_t wanted = 0;
-    std::mutex mutex;
-    std::condition_variable awake;
-  };
-
-  static void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
-
-  void wake() {
-    const std::lock_guard<std::mutex> lock(shared_->mutex);
-    shared_->awake.notify_all();
-  }
-
-  static void help(Shared& s, int64_t thread) {
-    uint64_t seen = 0;
-    const auto is_new = [&](uint64_t gate) { return (gate & kOpen) != 0 && gate / kEpoch != seen; };
-    for (;;) {
-      for (int i = 0; i < kSpins && !is_new(s.gate.load(std::memory_order_acquire)); ++i) pause();
-      uint64_t gate = s.gate.load(std::memory_order_acquire);
-      if (!is_new(gate)) {
-        std::unique_lock<std::mutex> lock(s.mutex);
-        s.sleeping.fetch_add(1, std::memory_order_seq_cst);
-        s.awake.wait(lock, [&] { return s.stop.load() || is_new(s.gate.load(std::memory_order_seq_cst)); });
-        s.sleeping.fetch_sub(1);
-        if (s.stop.load()) return;
-        continue;
-      }
-      if (!s.gate.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel)) continue;
-      seen = gate / kEpoch;
-      if (thread <= s.wanted) s.work(s.argument, thread);
-      s.left.fetch_add(1, std::memory_order_release);
-    }
-  }
-
-  std::shared_ptr<Shared> shared_;
-};
 
 // Calls body(task, thread) once for every task in [0, num_tasks), tasks handed out as threads come free: a core that
 // another process uses takes fewer. So what a task writes must not depend on the thread that runs it.
@@ -123,12 +35,14 @@ void parallel_for(int64_t num_tasks, int64_t num_threads, const Body& body) {
   const auto work = [&](int64_t thread) {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) body(task, thread);
   };
-  const int64_t num_helpers = std::min(num_threads, num_tasks) - 1;
-  if (Team* const team = Team::current(); team != nullptr && num_helpers > 0) {
-    team->run(num_helpers, [](const void* f, int64_t thread) { (*static_cast<decltype(&work)>(f))(thread); }, &work);
-    return;
-  }
+  const int64_t num_wanted = std::min(num_threads, num_tasks);
+#if defined(_OPENMP)
+  if (num_wanted <= 1) return work(0);
+#pragma omp parallel num_threads(static_cast<int>(num_wanted))
+  work(omp_get_thread_num());
+#else
   std::vector<std::thread> threads;
+  const int64_t num_helpers = num_wanted - 1;
   threads.reserve(static_cast<size_t>(std::max<int64_t>(num_helpers, 0)));
   try {
     for (int64_t i = 0; i < num_helpers; ++i) threads.emplace_back(work, i + 1);
@@ -136,12 +50,18 @@ void parallel_for(int64_t num_tasks, int64_t num_threads, const Body& body) {
   }
   work(0);
   for (std::thread& thread : threads) thread.join();
+#endif
 }
 
-// Threads worth having for a number of multiply-adds, or of similar steps: a start costs tens of microseconds, a
-// helper of a team about one.
+// Threads worth having for a number of multiply-adds, or of similar steps: a start costs tens of microseconds, to ask one
+// of OpenMP's that is awake costs few.
 inline int64_t worthwhile_threads(int64_t num_threads, double steps) {
-  return steps < (Team::current() == nullptr ? 2e6 : 1e5) ? 1 : std::max<int64_t>(num_threads, 1);
+#if defined(_OPENMP)
+  constexpr double kWorthwhile = 2e5;
+#else
+  constexpr double kWorthwhile = 2e6;
+#endif
+  return steps < kWorthwhile ? 1 : std::max<int64_t>(num_threads, 1);
 }
 
 // Asks for huge pages in fresh memory: touching it for the first time then costs half as much. Only a hint.

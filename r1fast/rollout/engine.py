@@ -192,8 +192,7 @@ class Engine:
         """Schedule, run, postprocess: about one token of every running sample."""
         events, self._ended = self._ended, []
         if self.scheduler is not None:
-            with self.runner.team:
-                self._step(events)
+            self._step(events)
         return events
 
     def _step(self, events: list[TokenEvent]) -> None:

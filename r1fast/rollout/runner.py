@@ -4,7 +4,6 @@ Two forwards with one meaning: `native` on a CPU that has AVX-512, else the mode
 Shapes: B running rows, Nq tokens of a step, N tokens of prompts, D model width, V vocabulary.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1fast import _C
 from r1fast.kernels.attention import PackedAttention
 from r1fast.kernels.paged_attention import DecodePlan, paged_attention, read_kv
 from r1fast.model import Decoder
@@ -46,7 +44,6 @@ class Runner:
                 "batch_invariant needs float32 or bfloat16 weights on a CPU with AVX-512, got "
                 f"{model.head_weight.dtype} on {self.device}"
             )
-        self.team = _C.Team(torch.get_num_threads()) if self.is_native else nullcontext()
         self._native: NativeForward | None = None
 
     def weights_key(self) -> tuple:
