@@ -49,11 +49,10 @@ def run_r1fast(path: str, dtype: str) -> tuple[Callable[[Case], dict], Any]:
     def run(case: Case) -> dict:
         engine.reset_prefix_cache()
         num_tokens, logprobs, num_blocks = 0, 0.0, 0
+        sampling = SamplingParams(ignore_eos=True)
         for prompt, lengths in zip(case.prompts, case.lengths, strict=True):
-            for length in sorted(set(lengths), reverse=True):
-                seeds = [next(numbers) for n in lengths if n == length]
-                sampling = SamplingParams(max_tokens=length, ignore_eos=True)
-                engine.add(prompt, seeds, sampling, stream=False)
+            seeds = [next(numbers) for _ in lengths]
+            engine.add(prompt, seeds, sampling, stream=False, lengths=lengths)
         while engine.has_work:
             for event in engine.step():
                 num_tokens += len(event.token_ids)

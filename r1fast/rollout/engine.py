@@ -94,6 +94,7 @@ class Engine:
         name: str = "",
         stream: bool = True,
         return_entropy: bool = False,
+        lengths: Sequence[int] | None = None,  # most tokens of each sample, instead of max_tokens
     ) -> int:
         """Ask for len(seeds) samples of one prompt; they begin in the next steps. Returns an id.
 
@@ -106,7 +107,11 @@ class Engine:
         self._check(prompt_ids, sampling, name)
         self._refresh()
         prompt = np.array(prompt_ids, np.int64)
-        limit = min(len(prompt) + sampling.max_tokens, self.context)
+        limits = [
+            min(len(prompt) + n, self.context)
+            for n in (lengths or [sampling.max_tokens] * len(seeds))
+        ]
+        limit = max(limits, default=0)
         cache = self.scheduler.cache
         if (needed := cache.blocks_for(limit)) > cache.num_blocks:
             raise ValueError(
@@ -115,9 +120,9 @@ class Engine:
                 f"{cache.block_size} positions: give the cache {needed * cache.block_bytes} bytes "
                 "or more, or lower max_tokens"
             )
-        request = Request(self._num_requests, name, prompt, sampling, stream, return_entropy, limit)
-        for i, seed in enumerate(seeds):
-            sample = Sample(request, i, seed)
+        request = Request(self._num_requests, name, prompt, sampling, stream, return_entropy)
+        for i, (seed, own) in enumerate(zip(seeds, limits, strict=True)):
+            sample = Sample(request, i, seed, own)
             if stream or sampling.stop:
                 sample.text = TextStream(self.decode, sampling.stop)
             if sampling.repetition_penalty != 1:

@@ -19,7 +19,6 @@ class Request:
     sampling: SamplingParams
     stream: bool
     return_entropy: bool
-    limit: int  # tokens of prompt and completion
     samples: list["Sample"] = field(default_factory=list)
 
 
@@ -30,6 +29,7 @@ class Sample:
     request: Request
     index: int
     seed: int
+    limit: int  # tokens of prompt and completion
     slot: int = -1
     is_done: bool = False
     num_emitted: int = 0  # tokens that events have shown

@@ -78,7 +78,7 @@ class Rows:
         self.tokens[slot, : len(tokens)] = tokens
         self.blocks[slot, : len(blocks)] = blocks
         self.length[slot], self.num_blocks[slot] = len(tokens), len(blocks)
-        self.prompt_length[slot], self.limit[slot] = len(request.prompt), request.limit
+        self.prompt_length[slot], self.limit[slot] = len(request.prompt), sample.limit
         self.min_length[slot] = len(request.prompt) + p.min_tokens
         self.seed[slot], self.group[slot] = sample.seed, request.id
         self._num_started += 1
