@@ -121,7 +121,7 @@ def run_continuous(path: str, dtype: str) -> tuple[Callable[[Case], dict], Any]:
         )  # fmt: skip
         found = {}
         with (
-            torch.inference_mode(),
+            torch.no_grad(),
             model.continuous_batching_context_manager(
                 generation_config=generation,
                 continuous_batching_config=batching,
