@@ -48,12 +48,7 @@ def sample_groups(
         warn(f"{len(dropped)} of {len(problems)} prompts are longer than {room} tokens: left out")
     rank, world_size = distributed.rank(), distributed.world_size()
     ids, kept = ids[rank::world_size], kept[rank::world_size]
-    engine = Engine(
-        policy.model,
-        policy.eos_ids,
-        decode=policy.decode,
-        max_batch_size=config.rollout.max_batch_size,
-    )
+    engine = Engine.of(policy, config.rollout)
     total = len(ids) * num_samples
     with progress(title, total=total, unit="sample", enabled=bool(title)) as bar:
         groups = engine.generate(

@@ -11,7 +11,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from r1fast.config import RolloutConfig
 from r1fast.model import Decoder
+from r1fast.policy import Policy
 from r1fast.rollout.kv_cache import KVCache
 from r1fast.rollout.request import Request, Sample
 from r1fast.rollout.result import EngineStats, completion_of
@@ -84,6 +86,22 @@ class Engine:
         self._num_requests = 0
         self._weights: tuple = ()
         self._counts = EngineStats()
+
+    @classmethod
+    def of(cls, policy: Policy, rollout: RolloutConfig) -> "Engine":
+        """The engine that a config asks for."""
+        return cls(
+            policy.model,
+            policy.eos_ids,
+            decode=policy.decode,
+            max_batch_size=rollout.max_batch_size,
+            cache_bytes=int(rollout.cache_gib * 2**30) or None,
+            block_size=rollout.block_size,
+            prefix_cache=rollout.prefix_cache,
+            prefill_tokens=rollout.prefill_tokens,
+            batch_invariant=rollout.batch_invariant,
+            speculation=Speculation(rollout.num_draft_tokens) if rollout.num_draft_tokens else None,
+        )
 
     def add(
         self,

@@ -1,7 +1,7 @@
 """What comes out of the engine beside tokens: its counters, and the best of several completions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from r1fast.types import Completion, TokenEvent
@@ -26,6 +26,15 @@ class EngineStats:
     preemptions: int = 0
     drafted: int = 0  # tokens that speculation proposed
     accepted: int = 0  # and that were what was sampled
+
+    def since(self, before: "EngineStats") -> dict[str, float]:
+        """What was counted after `before`; levels as they are now."""
+        levels = ("num_blocks", "blocks_used", "blocks_cached", "peak_blocks", "block_bytes",
+                  "num_running", "num_waiting")  # fmt: skip
+        return {
+            name: float(value if name in levels else value - getattr(before, name))
+            for name, value in asdict(self).items()
+        }
 
     @property
     def acceptance(self) -> float:
