@@ -51,12 +51,7 @@ def generate(target: str, overrides: list[str], options: Options) -> None:
     note(f"template: {config.template.name}")
     prompts = _prompts(texts, policy, config)
     sampling = _sampling(options, policy, config)
-    engine = Engine(
-        policy.model,
-        policy.eos_ids,
-        decode=policy.decode,
-        max_batch_size=config.rollout.max_batch_size,
-    )
+    engine = Engine.of(policy, config.rollout)
     seed = sample_seed(_number(options, "seed", config.seed), "generate")
     began, num_tokens, num_failed = time.monotonic(), 0, 0
     alone = len(prompts) == num == 1 and "json" not in options

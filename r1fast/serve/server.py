@@ -67,12 +67,7 @@ def serve(config: Config, path: str, options: ServeOptions) -> None:
             key = "" if options.api_key else ", and without --api-key nothing is asked for"
             warn(f"{host} is no loopback address: whoever reaches it can use the model{key}")
         policy = load_policy(path, dtype=config.model.dtype, device=config.model.device)
-        engine = Engine(
-            policy.model,
-            policy.eos_ids,
-            decode=policy.decode,
-            max_batch_size=config.rollout.max_batch_size,
-        )
+        engine = Engine.of(policy, config.rollout)
         # the first request is not to pay for the cache, nor for preparing the weights
         engine.generate([[policy.eos_id]], 1, SamplingParams(max_tokens=1))
         name = options.model_name or Path(path).resolve().name
@@ -89,7 +84,7 @@ def serve(config: Config, path: str, options: ServeOptions) -> None:
                 timeout_graceful_shutdown=options.drain,
                 server_header=False,
             ),
-            f"{name} on {url}: {_described(policy, engine)}",
+            f"{name} on {url}: {_described(policy, engine, config.rollout.block_size)}",
             service,
         )
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -140,7 +135,7 @@ def _bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _described(policy: Policy, engine: Engine) -> str:
+def _described(policy: Policy, engine: Engine, block_size: int) -> str:
     """Parameters, type, device and the size of the cache."""
     count = policy.model.num_parameters()
     size = f"{count / 1e9:.2f} billion" if count >= 5e8 else f"{count / 1e6:.2f} million"
@@ -148,4 +143,5 @@ def _described(policy: Policy, engine: Engine) -> str:
     stats = engine.stats
     gib = stats.num_blocks * stats.block_bytes / 2**30
     cache = f"{gib:.1f} GiB" if gib >= 1 else f"{1024 * gib:.0f} MiB"
-    return f"{size} parameters, {dtype}, {policy.device}; cache up to {cache}, {stats.num_blocks:,} blocks"
+    tokens = f"{stats.num_blocks * block_size:,} tokens"
+    return f"{size} parameters, {dtype}, {policy.device}; cache up to {cache}, {tokens}"
