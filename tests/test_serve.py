@@ -575,9 +575,11 @@ def test_the_command_and_sigterm(tmp_path):
     )  # fmt: skip
     try:
         line = server.stdout.readline()
-        assert line.startswith("served on http://127.0.0.1:"), (line, server.stderr.read())
-        assert "0.03 million parameters, float32, cpu; cache up to " in line
-        url = line.split()[2].rstrip(":")
+        start = "served: 0.03 million parameters, float32 on cpu; cache up to "
+        assert line.startswith(start), (line, server.stderr.read())
+        line = server.stdout.readline()
+        assert line.startswith("ready on http://127.0.0.1:")
+        url = line.split()[2]
         with openai.OpenAI(base_url=url, api_key="k", max_retries=0) as client:
             ask = {"model": "served", "prompt": "hi", "stream": True}
             short, long = (

@@ -84,7 +84,7 @@ def serve(config: Config, path: str, options: ServeOptions) -> None:
                 timeout_graceful_shutdown=options.drain,
                 server_header=False,
             ),
-            f"{name} on {url}: {_described(policy, engine, config.rollout.block_size)}",
+            f"{name}: {_described(policy, engine, config.rollout.block_size)}\nready on {url}",
             service,
         )
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -144,4 +144,4 @@ def _described(policy: Policy, engine: Engine, block_size: int) -> str:
     gib = stats.num_blocks * stats.block_bytes / 2**30
     cache = f"{gib:.1f} GiB" if gib >= 1 else f"{1024 * gib:.0f} MiB"
     tokens = f"{stats.num_blocks * block_size:,} tokens"
-    return f"{size} parameters, {dtype}, {policy.device}; cache up to {cache}, {tokens}"
+    return f"{size} parameters, {dtype} on {policy.device}; cache up to {cache}, {tokens}"
