@@ -125,10 +125,13 @@ class Engine:
         self._check(prompt_ids, sampling, name)
         self._refresh()
         prompt = np.array(prompt_ids, np.int64)
-        limits = [
-            min(len(prompt) + n, self.context)
-            for n in (lengths or [sampling.max_tokens] * len(seeds))
-        ]
+        lengths = [sampling.max_tokens] * len(seeds) if lengths is None else lengths
+        if len(lengths) != len(seeds) or min(lengths, default=1) < 1:
+            raise ValueError(
+                f"{name} needs a length of at least 1 for each of its {len(seeds)} samples, "
+                f"got {lengths}"
+            )
+        limits = [min(len(prompt) + n, self.context) for n in lengths]
         limit = max(limits, default=0)
         cache = self.scheduler.cache
         if (needed := cache.blocks_for(limit)) > cache.num_blocks:
