@@ -59,7 +59,9 @@ class RolloutConfig:
     top_k: int = 0  # 0 = off
     min_p: float = 0.0  # 0 = off
     max_batch_size: int = 256  # decode slots, B
-    cache_gib: float = 0.0  # of keys and values; 0 = what the slots need, at most half the free memory
+    cache_gib: float = (
+        0.0  # of keys and values; 0 = what the slots need, at most half the free memory
+    )
     block_size: int = 16  # positions in a block of the cache
     prefix_cache: bool = True  # equal prompts are prefilled once, until the weights change
     prefill_tokens: int = 2048  # of prompts in one step, so that decoding goes on

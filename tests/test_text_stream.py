@@ -81,7 +81,9 @@ def test_against_the_whole_text():
     rng = random.Random(0)
     for _ in range(2000):
         text = "".join(rng.choice("abé") for _ in range(rng.randrange(1, 14)))
-        stops = tuple({"".join(rng.choice("abé") for _ in range(rng.randrange(1, 4))) for _ in "xy"})
+        stops = tuple(
+            {"".join(rng.choice("abé") for _ in range(rng.randrange(1, 4))) for _ in "xy"}
+        )
         expected, by = text, None
         for end in range(1, len(text) + 1):
             starts = [(end - len(s), s) for s in stops if text[:end].endswith(s)]

@@ -14,12 +14,12 @@ import torch
 from r1fast.config import RolloutConfig
 from r1fast.model import Decoder
 from r1fast.policy import Policy
+from r1fast.rollout.draw import Draw, draw
 from r1fast.rollout.kv_cache import KVCache
 from r1fast.rollout.request import Request, Sample
 from r1fast.rollout.result import EngineStats, completion_of
 from r1fast.rollout.rows import Rows
 from r1fast.rollout.runner import Runner
-from r1fast.rollout.draw import Draw, draw
 from r1fast.rollout.sampler import SamplingParams, sample_seed
 from r1fast.rollout.scheduler import Scheduler
 from r1fast.rollout.speculation import Speculation

@@ -150,7 +150,9 @@ class NativeForward:
     def logits(self, hidden: Tensor) -> Tensor:  # (n, D) of `forward` -> (n, V) float32
         """In a buffer that is used again."""
         n, V = len(hidden), self.spec.vocab_size
-        if hidden.data_ptr() != self.buffers.h.data_ptr():  # some rows of it: where whole tiles can be read
+        if (
+            hidden.data_ptr() != self.buffers.h.data_ptr()
+        ):  # some rows of it: where whole tiles can be read
             if len(self._hidden) < n:
                 self._hidden = self.buffers.rows(n, self.spec.hidden_size)
             self._hidden[:n, : self.spec.hidden_size] = hidden

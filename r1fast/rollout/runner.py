@@ -92,7 +92,9 @@ class Runner:
         N = cache.block_size
         positions = np.concatenate([np.arange(start, end) for _, start, end in chunks])
         tokens = np.concatenate([job.tokens[start:end] for job, start, end in chunks])
-        blocks = np.concatenate([job.blocks[np.arange(start, end) // N] for job, start, end in chunks])
+        blocks = np.concatenate(
+            [job.blocks[np.arange(start, end) // N] for job, start, end in chunks]
+        )
         inputs = self._inputs(tokens, positions, blocks, N)
         starts = np.concatenate(([0], np.cumsum([end - start for _, start, end in chunks])))
         if self.batch_invariant:

@@ -43,18 +43,14 @@ class Speculation:
         """What followed the latest earlier place of the longest n-gram that `tokens` end with."""
         L = len(tokens)
         ends = np.flatnonzero(tokens[: L - 1] == tokens[-1]) + 1  # each is where something followed
-        best = ends[:0]
+        best = ends if self.min_ngram == 1 else ends[:0]
         for n in range(2, self.ngram + 1):
-            if n == self.min_ngram:
-                best = ends
             ends = ends[ends >= n]
             ends = ends[tokens[ends - n] == tokens[L - n]]
             if not len(ends):
                 break
             if n >= self.min_ngram:
                 best = ends
-        else:
-            best = ends if self.ngram >= self.min_ngram else best
         if not len(best):
             return best
         return tokens[best[-1] : best[-1] + self.num_draft]
