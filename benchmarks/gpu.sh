@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Builds r1fast on a bare GPU machine, runs the GPU tests, measures the loss against its peers.
+# Builds r1fast on a bare GPU machine, runs the GPU tests, measures the loss and the rollout engine
+# against their peers.
 #
-#   benchmarks/gpu.sh             8 minutes at most; writes gpu.json and the logs to ${OUT:-.}
+#   benchmarks/gpu.sh             8 minutes at most; writes gpu.json, gpu_rollout.json and the logs to ${OUT:-.}
 #   benchmarks/gpu.sh --dry-run   the same steps on the CPU at toy shapes, no build and no GPU tests
 #
 # The machine has torch, triton, transformers, pybind11, cmake, ninja and pytest, and no network.
 # Peers, and hypothesis for the tests, are installed from benchmarks/wheels/*.whl where present:
 #   pip download --no-deps -d benchmarks/wheels hypothesis sortedcontainers liger-kernel trl cut-cross-entropy
 # Where there is no git, COMMIT=abc1234 says which code it is. Afterwards, where the project lives:
-#   python benchmarks/common.py gpu.json
+#   python benchmarks/common.py gpu.json gpu_rollout.json
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -48,9 +49,12 @@ part() {
 shopt -s nullglob
 wheels=(benchmarks/wheels/*.whl)
 bench=("$PYTHON" benchmarks/bench_loss.py --no-append --json "$OUT/gpu.json")
+rollout=("$PYTHON" benchmarks/rollout_gpu.py --no-append --json "$OUT/gpu_rollout.json")
 if [[ -n $DRY_RUN ]]; then
     bench+=(--device cpu --shapes "64,32,500" "48,16,300" --dtypes bf16 --rounds 2 --skip memory)
     part 120 bench "${bench[@]}"
+    rollout+=(--device cpu --shapes toy --prompts 2 --group 4 --prompt-tokens 48 --new-tokens 24)
+    part 120 rollout "${rollout[@]}" --short-tokens 12 --generate-tokens 12
 else
     if ((${#wheels[@]})); then
         part 40 wheels "$PYTHON" -m pip install -q --no-deps --no-index "${wheels[@]}"
@@ -67,6 +71,8 @@ else
     else
         notes+=("GPU tests: $(tail -n 1 "$OUT/tests.log"); add the wheel to benchmarks/wheels")
     fi
+    left=$(((BUDGET - SECONDS - 15) / 2))
+    part "$left" rollout "${rollout[@]}" --budget $((left * 8 / 10))
     left=$((BUDGET - SECONDS - 15))
     part "$left" bench "${bench[@]}" --budget $((left * 6 / 10))
 fi
@@ -78,4 +84,5 @@ if [[ ! -s $OUT/gpu.json ]]; then
     echo "no measurement was finished, see $OUT/bench.log" >&2
     exit 1
 fi
+sed -n '/^bars/,$p' "$OUT/rollout.log"
 "$PYTHON" benchmarks/bench_loss.py --summary "$OUT/gpu.json"

@@ -79,8 +79,8 @@ def model_blocks(folder: str, num_problems: int = 64):
     )
     engine = Engine(policy.model, policy.eos_ids, decode=policy.decode, max_batch_size=64)
     seeds = [[n] for n in range(len(prompts))]
-    groups = engine.generate(prompts, seeds, SamplingParams(1.0, 1.0, 0, 128))
-    sequences = [Sequence(ids, g[0].token_ids) for ids, g in zip(prompts, groups, strict=True)]
+    groups = engine.generate(prompts, 1, SamplingParams(1.0, 1.0, 0, 128), seeds=seeds)
+    sequences = [Sequence(g.prompt_ids, g.completions[0].token_ids) for g in groups]
     for batch in pack(sequences, 4096, [0.0] * len(sequences)):
         hidden = hidden_states(policy.model, batch)[batch.completion_mask]
         for rows in hidden.split(BLOCK):

@@ -1,11 +1,15 @@
-// Threads and aligned memory for the CPU kernels. Threads are started per call: the work of a call is milliseconds,
-// and a pool of its own would fight with PyTorch's over the cores.
+// Threads and aligned memory for the CPU kernels. Where OpenMP is to be had the threads are PyTorch's own: both ask one
+// libgomp, whose threads are still awake after the matrix product before. Without it, threads are started per call: a
+// pool of its own would fight with PyTorch's over the cores.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
+#include <condition_variable>
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -13,6 +17,9 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
 #endif
 
 namespace r1fast {
@@ -28,8 +35,14 @@ void parallel_for(int64_t num_tasks, int64_t num_threads, const Body& body) {
   const auto work = [&](int64_t thread) {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) body(task, thread);
   };
+  const int64_t num_wanted = std::min(num_threads, num_tasks);
+#if defined(_OPENMP)
+  if (num_wanted <= 1) return work(0);
+#pragma omp parallel num_threads(static_cast<int>(num_wanted))
+  work(omp_get_thread_num());
+#else
   std::vector<std::thread> threads;
-  const int64_t num_helpers = std::min(num_threads, num_tasks) - 1;
+  const int64_t num_helpers = num_wanted - 1;
   threads.reserve(static_cast<size_t>(std::max<int64_t>(num_helpers, 0)));
   try {
     for (int64_t i = 0; i < num_helpers; ++i) threads.emplace_back(work, i + 1);
@@ -37,11 +50,18 @@ void parallel_for(int64_t num_tasks, int64_t num_threads, const Body& body) {
   }
   work(0);
   for (std::thread& thread : threads) thread.join();
+#endif
 }
 
-// Threads worth starting for a number of multiply-adds, or of similar steps: a start costs tens of microseconds.
+// Threads worth having for a number of multiply-adds, or of similar steps: a start costs tens of microseconds, to ask one
+// of OpenMP's that is awake costs few.
 inline int64_t worthwhile_threads(int64_t num_threads, double steps) {
-  return steps < 2e6 ? 1 : std::max<int64_t>(num_threads, 1);
+#if defined(_OPENMP)
+  constexpr double kWorthwhile = 2e5;
+#else
+  constexpr double kWorthwhile = 2e6;
+#endif
+  return steps < kWorthwhile ? 1 : std::max<int64_t>(num_threads, 1);
 }
 
 // Asks for huge pages in fresh memory: touching it for the first time then costs half as much. Only a hint.

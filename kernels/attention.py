@@ -156,19 +156,27 @@ class ScatterFunction(torch.autograd.Function):
 def bucketed_attention(
     q: Tensor, k: Tensor, v: Tensor, buckets: tuple[Bucket, ...], scale: float | None
 ) -> Tensor:
-    """One causal SDPA call a bucket; runs on every device and dtype. Shapes as varlen_attention."""
+    """One causal SDPA call a bucket; runs on every device and dtype. Shapes as varlen_attention.
+
+    On the CPU half precision is computed in float32: SDPA would round the weights there, and the
+    log-probabilities of training would be 0.01 from those of decode (docs/log.md).
+    """
     planned = sum(b.count * b.width if b.slots is None else len(b.slots) for b in buckets)
     assert planned == len(q) == len(k) == len(v), (planned, len(q), len(k), len(v))
     if not buckets:
         return q.clone()  # no tokens, but still a gradient
     outputs = []
-    for parts in zip(*(GatherFunction.apply(x, buckets) for x in (q, k, v)), strict=True):
+    is_half = q.is_cpu and q.dtype in (torch.bfloat16, torch.float16)
+    # one token alone attends to itself: nothing to sum
+    dtype = torch.float32 if is_half and any(b.width > 1 for b in buckets) else q.dtype
+    gathered = (GatherFunction.apply(x.to(dtype), buckets) for x in (q, k, v))
+    for parts in zip(*gathered, strict=True):
         qb, kb, vb = (x.transpose(1, 2) for x in parts)  # (count, H, width, Dh)
         o = F.scaled_dot_product_attention(
             qb, kb, vb, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         outputs.append(o.transpose(1, 2))
-    return ScatterFunction.apply(buckets, len(q), *outputs)
+    return ScatterFunction.apply(buckets, len(q), *outputs).to(q.dtype)
 
 
 @cache

@@ -31,6 +31,45 @@ def pack_balanced(
 def lower_bound(lengths: Lengths, token_budget: int) -> int:
     """No packing uses fewer micro-batches (Martello and Toth's L2; at least ceil(sum / token_budget))."""
 
+class BlockAllocator:
+    """Holders of the blocks of a KV cache, and its prefix cache. `blocks` and `tokens` are 1-d integer arrays.
+
+    Raises ValueError for sizes that cannot be, for a block that has no holder (a double free) and for more blocks
+    than are available. Not for several threads at once.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_cached: int = -1,  # registered blocks kept without a holder; -1: as many as were ever held at once
+        hash_bits: int = 64,  # fewer make collisions, for tests
+    ) -> None: ...
+    num_blocks: int
+    block_size: int
+    num_used: int  # that have a holder
+    num_cached: int  # registered, without one
+    num_available: int  # that `allocate` may take: free or cached
+    peak_used: int
+    def holders(self, block: int) -> int: ...
+    def allocate(self, count: int) -> NDArray[np.int32]:
+        """`count` blocks with one holder each; all or none."""
+
+    def share(self, blocks: ArrayLike) -> None:
+        """One more holder for each."""
+
+    def free(self, blocks: ArrayLike) -> None:
+        """One holder less for each; a registered block without a holder stays findable for a while."""
+
+    def lookup(self, tokens: ArrayLike) -> NDArray[np.int32]:
+        """The registered blocks that the tokens begin with, each with one more holder."""
+
+    def insert(self, tokens: ArrayLike, blocks: ArrayLike) -> None:
+        """Registers the full blocks of a sequence, which hold the tokens from its first on."""
+
+    def reset(self) -> None:
+        """Forgets what is registered; holders keep their blocks."""
+
 # What follows is called by kernels/cpu_head.py alone, which knows the layouts: an address is Tensor.data_ptr(), 0 for an
 # absent tensor; strides and sizes count elements. Results are the same bits for any `num_threads`. The GIL is released.
 Address: TypeAlias = int

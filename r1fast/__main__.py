@@ -8,7 +8,13 @@ commands
   sample     rejection sampling: correct and readable completions as JSONL
   evaluate   pass@1 over k samples, cons@k, format, language, length
   report     RUN: one self-contained HTML page of a run folder
-  generate   CONFIG or MODEL --prompt TEXT [--num N]: sample from a model
+  generate   CONFIG or MODEL --prompt TEXT [--prompt TEXT ...] [--num N]: sample from a model
+             [--temperature 0.6 --top-p 0.95 --top-k 0 --min-p 0 --repetition-penalty 1 --seed 0
+             --max-tokens 1024 --min-tokens 0 --stop TEXT ... --stop-token-id ID ...]
+             [--json [--top-logprobs N]]: a line for each completion, with token ids and logprobs
+  serve      CONFIG or MODEL: answer OpenAI's API on this machine
+             [--host 127.0.0.1 --port 8000 --api-key KEY --model-name NAME --max-queued 1024
+             --max-body-mib 16 --drain 30]
 
 Every value of the config can be set on the command line: --grpo.kl_coef=0 --data.train=gsm8k.jsonl
 --force goes on with a run whose config has changed. On several processes:
@@ -21,38 +27,50 @@ import os
 import sys
 
 CONFIG_COMMANDS = ("pipeline", "grpo", "sft", "distill", "sample", "evaluate")
-COMMANDS = (*CONFIG_COMMANDS, "report", "generate")
-OPTIONS = {"pipeline": ("from", "only"), "generate": ("prompt", "num")}
+COMMANDS = (*CONFIG_COMMANDS, "report", "generate", "serve")
+_SAMPLING = "temperature top-p top-k min-p repetition-penalty max-tokens min-tokens seed"
+OPTIONS = {
+    "pipeline": ["from", "only"],
+    "generate": f"prompt num {_SAMPLING} stop stop-token-id json top-logprobs".split(),
+    "serve": "host port api-key model-name max-queued max-body-mib drain".split(),
+}
+FLAGS = ("force", "json")  # take no value
+REPEATED = ("prompt", "stop", "stop-token-id")  # may come several times
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
-def parse(argv: list[str]) -> tuple[str, str, list[str], dict[str, str]]:
+Options = dict[str, str | list[str]]
+
+
+def parse(argv: list[str]) -> tuple[str, str, list[str], Options]:
     """(command, target, overrides, options). Raises ValueError naming what is known."""
     command, *rest = argv
     if command not in COMMANDS:
         raise ValueError(f"unknown command {command!r}; known: {', '.join(COMMANDS)}")
-    known = OPTIONS.get(command, ())
+    known = (*OPTIONS.get(command, ()), "force")
     positional, overrides, options = [], [], {}
     words = iter(rest)
     for word in words:
         name, sep, value = word.removeprefix("--").partition("=")
         if not word.startswith("--"):
             positional.append(word)
-        elif word == "--force":
-            options["force"] = "1"
-        elif name in known:
-            options[name] = value if sep else next(words, "")
-            if not options[name]:
+        elif name in known and name in FLAGS and not sep:
+            options[name] = "1"
+        elif name in known and name not in FLAGS:
+            value = value if sep else next(words, "")
+            if not value:
                 raise ValueError(f"--{name} needs a value")
+            options[name] = [*options.get(name, []), value] if name in REPEATED else value
         elif "." in name or sep:
             overrides.append(word)
         else:
-            names = ", ".join(f"--{n}" for n in (*known, "force"))
+            names = ", ".join(f"--{n}" for n in known)
             raise ValueError(
                 f"unknown option {word!r}; known: {names}, --section.key=value, --help"
             )
     if len(positional) != 1:
-        what = "a run folder" if command == "report" else "a config file"
+        what = {"report": "a run folder", "generate": "a config file or a model",
+                "serve": "a config file or a model"}.get(command, "a config file")  # fmt: skip
         raise ValueError(f"r1fast {command} takes {what}, got {len(positional)}: {positional}")
     return command, positional[0], overrides, options
 
@@ -79,7 +97,12 @@ def main(argv: list[str] | None = None) -> int:
         hint = "(R1FAST_DEBUG=1 shows where)"
         return _fail(f"r1fast: {type(error).__name__}: {error} {hint}", EXIT_FAILED)
     except KeyboardInterrupt:
-        sys.stderr.write("\nr1fast: stopped; the same command continues from the last checkpoint\n")
+        goes_on = (
+            ""
+            if argv[0] in ("generate", "serve", "report")
+            else ("; the same command continues from the last checkpoint")
+        )
+        sys.stderr.write(f"\nr1fast: stopped{goes_on}\n")
         return EXIT_INTERRUPTED
     return 0
 

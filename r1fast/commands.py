@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from r1fast import distributed
 from r1fast.assemble import general_problems, make_scorer, problem_sets
-from r1fast.config import Config, load_config, to_dict
+from r1fast.config import Config, to_dict
 from r1fast.data import Example, detect_format, gsm8k_examples, load_examples
-from r1fast.evaluate import evaluate, sample_groups, short_evaluation
+from r1fast.evaluate import evaluate, short_evaluation
+from r1fast.generate import Options, generate, model_config
 from r1fast.hf_folder import read_json, write_json
-from r1fast.metrics import note, say, table
+from r1fast.metrics import say, table
 from r1fast.pipeline import Pipeline, provenance
 from r1fast.policy import Policy, load_policy
 from r1fast.rejection import rejection_sample
 from r1fast.report import write_report
-from r1fast.rollout.sampler import SamplingParams
 from r1fast.sft import SFTTrainer, encode_examples
 from r1fast.trainer import GRPOTrainer
-from r1fast.types import Problem
 
 
-def run(command: str, target: Config | str, overrides: list[str], options: dict[str, str]) -> None:
+def run(command: str, target: Config | str, overrides: list[str], options: Options) -> None:
     distributed.start()
     try:
         if isinstance(target, Config):
@@ -35,8 +33,10 @@ def run(command: str, target: Config | str, overrides: list[str], options: dict[
                 _COMMANDS[command](target, force)
         elif command == "report":
             say(f"report: {write_report(target)}")
+        elif command == "generate":
+            generate(target, overrides, options)
         else:
-            _generate(target, overrides, options)
+            _serve(target, overrides, options)
     finally:
         distributed.stop()
 
@@ -188,41 +188,17 @@ def _finish(folder: Path) -> None:
     distributed.barrier()
 
 
-def _generate(target: str, overrides: list[str], options: dict[str, str]) -> None:
-    """Sample `--num` completions of `--prompt` from a config's model or from a model folder.
-
-    A model named by itself gets its own chat template, or none, unless --template.* says more.
-    """
-    if "prompt" not in options:
-        raise ValueError("generate needs --prompt TEXT")
-    num = options.get("num", "1")
-    if not num.isdigit() or int(num) < 1:
-        raise ValueError(f"--num must be a whole number of at least 1, got {num!r}")
-    is_config = target.endswith(".toml")
-    config = load_config(target if is_config else None, overrides)
-    path = config.model.path if is_config else target
-    if not path:
-        raise ValueError(f"{target} names no model.path")
-    policy = load_policy(path, dtype=config.model.dtype, device=config.model.device)
-    if not is_config and not any(word.startswith("--template.") for word in overrides):
-        name = "chat" if getattr(policy.tokenizer, "chat_template", None) else "raw"
-        config = replace(config, template=replace(config.template, name=name))
-    note(f"template: {config.template.name}")
-    sampling = SamplingParams(
-        config.eval.temperature,
-        config.eval.top_p,
-        max_tokens=min(
-            config.rollout.max_completion_tokens, policy.model.spec.max_position_embeddings - 1
-        ),
-    )
-    problem = Problem(options["prompt"], kind="general", id="prompt")
-    groups = sample_groups(policy, [problem], config, sampling, int(num), purpose="generate")
-    if not groups:
-        raise ValueError("the prompt is longer than rollout.max_prompt_tokens")
-    for i, completion in enumerate(groups[0].completions):
-        if int(num) > 1:
-            say(f"--- {i + 1}/{num}")
-        say(completion.text + ("" if completion.finish_reason == "stop" else " [cut off]"))
+def _serve(target: str, overrides: list[str], options: Options) -> None:
+    config, path = model_config(target, overrides)
+    try:
+        from r1fast.serve.server import ServeOptions, serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn"):
+            raise
+        raise ValueError(
+            f"r1fast serve needs {error.name}, which is not installed: pip install 'r1fast[serve]'"
+        ) from None
+    serve(config, path, ServeOptions.read(options))
 
 
 _COMMANDS = {

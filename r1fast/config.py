@@ -57,7 +57,16 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0 = off
+    min_p: float = 0.0  # 0 = off
     max_batch_size: int = 256  # decode slots, B
+    cache_gib: float = (
+        0.0  # of keys and values; 0 = what the slots need, at most half the free memory
+    )
+    block_size: int = 16  # positions in a block of the cache
+    prefix_cache: bool = True  # equal prompts are prefilled once, until the weights change
+    prefill_tokens: int = 2048  # of prompts in one step, so that decoding goes on
+    num_draft_tokens: int = 0  # prompt-lookup drafts in a step, verified exactly; 0 = off
+    batch_invariant: bool = False  # decode and prefill give the same bits whatever is in the batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,8 +248,15 @@ def _check(c: Config) -> None:
 
     r, g, o, s, e = c.rollout, c.grpo, c.optim, c.sft, c.eval
     need(r.num_generations >= 1, "rollout.num_generations", r.num_generations, "at least 1")
-    for name in ("max_prompt_tokens", "max_completion_tokens", "max_batch_size"):
+    for name in (
+        "max_prompt_tokens", "max_completion_tokens", "max_batch_size", "block_size",
+        "prefill_tokens",
+    ):  # fmt: skip
         need(getattr(r, name) >= 1, f"rollout.{name}", getattr(r, name), "at least 1")
+    need(0 <= r.min_p <= 1, "rollout.min_p", r.min_p, "in [0, 1] (0 is off)")
+    need(r.cache_gib >= 0, "rollout.cache_gib", r.cache_gib, "at least 0 (0 is found)")
+    drafts = r.num_draft_tokens
+    need(drafts >= 0, "rollout.num_draft_tokens", drafts, "at least 0 (0 is off)")
     for key, value in (
         ("rollout.temperature", r.temperature),
         ("sample.temperature", c.sample.temperature),

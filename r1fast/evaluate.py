@@ -48,27 +48,24 @@ def sample_groups(
         warn(f"{len(dropped)} of {len(problems)} prompts are longer than {room} tokens: left out")
     rank, world_size = distributed.rank(), distributed.world_size()
     ids, kept = ids[rank::world_size], kept[rank::world_size]
-    engine = Engine(
-        policy.model,
-        policy.eos_ids,
-        decode=policy.decode,
-        max_batch_size=config.rollout.max_batch_size,
-    )
+    engine = Engine.of(policy, config.rollout)
     total = len(ids) * num_samples
     with progress(title, total=total, unit="sample", enabled=bool(title)) as bar:
-        completions = engine.generate(
+        groups = engine.generate(
             ids,
-            [
+            num_samples,
+            sampling,
+            seeds=[
                 [sample_seed(config.seed, purpose, problems[i].id, j) for j in range(num_samples)]
                 for i in kept
             ],
-            sampling,
+            problems=[problems[i] for i in kept],
             on_finish=lambda done: bar.update(n=done - bar.done),
         )
-    return [
-        RolloutGroup(problems[i], prompt_ids, group)
-        for i, prompt_ids, group in zip(kept, ids, completions, strict=True)
-    ]
+    failed = [c.error for group in groups for c in group.completions if c.finish_reason == "error"]
+    if failed:
+        warn(f"{len(failed)} of {total} completions failed and are cut off (first: {failed[0]})")
+    return groups
 
 
 def evaluate(

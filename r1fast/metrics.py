@@ -41,6 +41,10 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
     "clip_ratio/region_mean": ("share", "tokens clipped on either side"),
     "logprob_mismatch/mean": ("nats", "mean |sampler logprob - trainer logprob| per token"),
     "logprob_mismatch/max": ("nats", "largest |sampler logprob - trainer logprob|"),
+    "rollout/preemptions": ("", "samples whose cache was taken away and computed again"),
+    "rollout/prefix_hit_rate": ("share", "prompt tokens that were found in the prefix cache"),
+    "rollout/acceptance": ("share", "drafted tokens that were what was sampled"),
+    "rollout/cache_use": ("share", "blocks of the KV cache held at once, at most, since the start"),
     "ratio": ("", "mean of policy probability over sampler probability, per token; 1 on policy"),
     "loss": ("", "training loss"),
     "grad_norm": ("", "norm of the gradient before clipping"),
@@ -83,6 +87,24 @@ def say(text: str = "") -> None:
     """One line (or several) on stdout; silent on ranks other than 0."""
     if _rank() == 0:
         _write(sys.stdout, text)
+
+
+def say_part(text: str) -> None:
+    """Text on stdout that goes on in the same line; silent on ranks other than 0."""
+    if _rank() == 0:
+        _write(sys.stdout, text, end="")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters made visible, so that a model cannot drive the terminal."""
+    return "".join(
+        chr(0x2400 + ord(c))
+        if c < " " and c not in "\n\t"
+        else "\ufffd"
+        if "\x7f" <= c < "\xa0"
+        else c
+        for c in text
+    )
 
 
 def warn(text: str) -> None:
@@ -170,11 +192,11 @@ def _rank() -> int:
     return int(rank) if rank.isdigit() else 0
 
 
-def _write(stream: Any, text: str) -> None:
+def _write(stream: Any, text: str, end: str = "\n") -> None:
     """Print, with characters that the terminal cannot show replaced rather than raised on."""
     encoding = getattr(stream, "encoding", None)  # None while a live bar stands in for stdout
     encoding = encoding or getattr(sys.__stdout__, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+    print(text.encode(encoding, "replace").decode(encoding), end=end, file=stream, flush=True)
 
 
 def _console() -> Any:

@@ -255,14 +255,18 @@ class RopeTable:
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos, -sin, sin), dim=-1)
 
+    def table(self, num_positions: int) -> Tensor:
+        """(at least num_positions, 2 * Dh) float32 on the CPU: cos, then sin with its first half negated."""
+        if num_positions > len(self._table):
+            # a power of two, so that a growing decode recomputes it rarely
+            self._table = self._rotations(torch.arange(1 << (num_positions - 1).bit_length()))
+        return self._table
+
     def __call__(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(T,) -> (T, 1, Dh) cos and sin, the first half of sin negated."""
         if position_ids.is_cpu:
             needed = int(position_ids.max()) + 1 if position_ids.numel() else 0
-            if needed > len(self._table):
-                # a power of two, so that a growing decode recomputes it rarely
-                self._table = self._rotations(torch.arange(1 << (needed - 1).bit_length()))
-            rotations = self._table[position_ids]
+            rotations = self.table(needed)[position_ids]
         else:
             # a few kernels a forward; a table would need the largest position, which is a sync
             rotations = self._rotations(position_ids)

@@ -22,6 +22,7 @@ from r1fast.metrics import warn
 from r1fast.policy import Policy
 from r1fast.rewards.score import RewardScorer
 from r1fast.rollout.engine import Engine
+from r1fast.rollout.result import EngineStats
 from r1fast.rollout.sampler import SamplingParams, sample_seed
 from r1fast.rollout_metrics import finish_rollout_metrics, rollout_extremes, rollout_sums
 from r1fast.templates import encode_prompts
@@ -85,10 +86,10 @@ class GRPOTrainer(Trainer):
             force=force,
         )
         r = config.rollout
-        self.sampling = SamplingParams(r.temperature, r.top_p, r.top_k, r.max_completion_tokens)
-        self.engine = Engine(
-            policy.model, policy.eos_ids, decode=policy.decode, max_batch_size=r.max_batch_size
+        self.sampling = SamplingParams(
+            r.temperature, r.top_p, r.top_k, r.max_completion_tokens, min_p=r.min_p
         )
+        self.engine = Engine.of(policy, r)
 
     def _check_budget(self, policy: Policy, config: Config) -> None:
         """A sequence that no micro-batch can hold is an error now, not after the first rollout."""
@@ -129,11 +130,12 @@ class GRPOTrainer(Trainer):
             fill(dict(self.reference.named_parameters()), saved.tensors("reference"))
 
     def train_step(self, step: int) -> dict[str, float]:
+        before = self.engine.stats
         with self.timer("rollout"):
             groups = self.rollout(step)
         with self.timer("reward"):
             self.scorer.score(groups, step_from_end=self.num_steps - 1 - step)
-        row = self._rollout_row(groups)
+        row = self._rollout_row(groups) | self._engine_row(before)
         row |= self.update(groups, step)
         self._store_samples(groups, step)
         return row
@@ -155,15 +157,17 @@ class GRPOTrainer(Trainer):
         """This rank's groups: positions rank, rank + world size, ... of the step's problems."""
         G, seed = self.config.rollout.num_generations, self.config.seed
         picks = list(enumerate(self._choose(step)))[self.rank :: self.world_size]
-        completions = self.engine.generate(
+        groups = self.engine.generate(
             [ids for _, (_, ids) in picks],
-            [[sample_seed(seed, self.stage, step, p, g) for g in range(G)] for p, _ in picks],
+            G,
             self.sampling,
+            seeds=[[sample_seed(seed, self.stage, step, p, g) for g in range(G)] for p, _ in picks],
+            problems=[problem for _, (problem, _) in picks],
         )
-        return [
-            RolloutGroup(problem, ids, group)
-            for (_, (problem, ids)), group in zip(picks, completions, strict=True)
-        ]
+        for completion in (c for group in groups for c in group.completions):
+            if completion.finish_reason == "error":  # nothing to train on, and no group without it
+                raise FloatingPointError(f"step {step + 1}: {completion.error}")
+        return groups
 
     def _rollout_row(self, groups: list[RolloutGroup]) -> dict[str, float]:
         names = sorted({n for g in groups for r in g.rewards for n in r.parts})
@@ -171,6 +175,19 @@ class GRPOTrainer(Trainer):
         sums = distributed.sum_dict(rollout_sums(groups, names))
         shortest, longest = zip(*distributed.gather_objects(rollout_extremes(groups)), strict=True)
         return finish_rollout_metrics(sums, min(shortest), max(longest))
+
+    def _engine_row(self, before: EngineStats) -> dict[str, float]:
+        """What the engines of all ranks did in this step."""
+        sums = distributed.sum_dict(self.engine.stats.since(before))
+        row = {"rollout/preemptions": sums["preemptions"]}
+        for name, part, whole in (
+            ("rollout/prefix_hit_rate", "prefix_hits", "prefix_queries"),
+            ("rollout/acceptance", "accepted", "drafted"),
+            ("rollout/cache_use", "peak_blocks", "num_blocks"),
+        ):
+            if sums[whole]:
+                row[name] = sums[part] / sums[whole]
+        return row
 
     def update(self, groups: list[RolloutGroup], step: int) -> dict[str, float]:
         """One pass (or `num_iterations`) over a rollout. Returns the metrics of the training part."""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 Verdict = Literal["correct", "wrong", "no_answer", "unparseable", "timeout", "error"]
 VERDICTS: tuple[str, ...] = get_args(Verdict)
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,31 @@ class Completion:
     finish_reason: FinishReason
     text: str = ""
     entropies: list[float] = field(default_factory=list)  # len(token_ids) when asked for
+    # under what was sampled from: after penalties, biases, top-k, top-p and min-p; empty without them
+    truncated_logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)  # when asked for
+    stop_reason: str | int | None = None  # the stop string or the token id that ended it
+    error: str = ""  # what went wrong where finish_reason is "error"
+
+
+@dataclass(slots=True)
+class TokenEvent:
+    """What a step of the engine adds to one sample of a request: its new tokens and their text.
+
+    A request that does not stream has one event a sample, when it ends, with everything.
+    """
+
+    request_id: int
+    sample: int  # which of the request's samples
+    token_ids: list[int]
+    logprobs: list[float]  # the policy's at the sampling temperature, len(token_ids)
+    text: str = ""  # what may be shown now: no part of a stop string, no half character
+    truncated_logprobs: list[float] = field(default_factory=list)  # as in Completion
+    top_logprobs: list[list[tuple[int, float]]] | None = None  # (id, logprob), most likely first
+    entropies: list[float] | None = None
+    finish_reason: FinishReason | None = None  # None: more will come
+    stop_reason: str | int | None = None
+    error: str = ""
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ LAYERS = {  # bottom first; a module may import from layers below its own
     "model": "model policy",
     "stages": "rollout rewards batch grpo optim checkpoint data templates",
     "loop": "running_sum training trainer sft evaluate rejection cold_start reward_model assemble preferences",
-    "entry": "__init__ __main__ commands pipeline recipe report generate integrations claims",
+    "entry": "__init__ __main__ commands pipeline recipe report generate serve integrations claims",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
 RANK = {layer: rank for rank, layer in enumerate(LAYERS)}

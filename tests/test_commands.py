@@ -1,7 +1,6 @@
 """The commands on a tiny checkpoint: what they write, what they say, and their exit codes."""
 
 import json
-import shutil
 
 import pytest
 from tiny import CONFIG as TINY
@@ -132,47 +131,6 @@ def test_sample(files, tmp_path, capsys, monkeypatch):
     # what was kept is what distill learns
     out = tmp_path / "student"
     assert run("distill", files, out, f"--data.sft={tmp_path / 'sampled.jsonl'}") == 0
-
-
-def test_generate_from_a_folder_and_from_a_config(files, tmp_path, capsys):
-    model = str(files / "model")
-    words = ["--prompt", "What is 1 + 1?", "--num=2", "--template.name=raw",
-             "--rollout.max_completion_tokens=5"]  # fmt: skip
-    assert main(["generate", model, *words]) == 0
-    first = capsys.readouterr().out
-    assert "--- 1/2" in first
-    assert "--- 2/2" in first
-    assert main(["generate", model, *words]) == 0
-    assert capsys.readouterr().out == first
-    config = str(files / "c.toml")
-    assert main(["generate", config, f"--model.path={model}", *words]) == 0
-    assert capsys.readouterr().out == first
-    asked = words[:3] + words[4:]
-    assert main(["generate", model, *asked]) == 0
-    by_itself = capsys.readouterr()
-    assert by_itself.err.endswith("template: chat\n"), "the model brings a chat template"
-    assert main(["generate", model, *asked, "--template.name=chat"]) == 0
-    assert capsys.readouterr().out == by_itself.out != first
-    plain = shutil.copytree(model, tmp_path / "plain")
-    for path in (*plain.glob("chat_template*"), plain / "tokenizer_config.json"):
-        if path.name == "tokenizer_config.json":
-            kept = json.loads(path.read_text())
-            kept.pop("chat_template", None)
-            path.write_text(json.dumps(kept))
-        else:
-            path.unlink()
-    assert main(["generate", str(plain), *asked]) == 0
-    assert capsys.readouterr() == (first, "template: raw\n")
-    for wrong, message in (
-        ([model], "generate needs --prompt TEXT"),
-        ([config, *words], "names no model.path"),
-        ([model, "--prompt=x", "--num=0"], "--num must be a whole number of at least 1, got '0'"),
-        ([model, "--prompt"], "--prompt needs a value"),
-        ([model, "--prompt", "x" * 400, *words[2:], "--rollout.max_prompt_tokens=4"],
-         "longer than rollout.max_prompt_tokens"),
-    ):  # fmt: skip
-        assert main(["generate", *wrong]) == 2
-        assert message in capsys.readouterr().err
 
 
 def test_report_of_nothing(tmp_path, capsys):

@@ -2,7 +2,6 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from r1fast.rollout import engine as engine_module
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams, sample_seed
 
@@ -15,11 +14,17 @@ def model():
     return tiny_model()
 
 
+OPTIONS = ("cache_bytes", "prefix_cache", "prefill_tokens", "batch_invariant", "speculation")
+
+
 def generate(model, prompts=PROMPTS, G=3, *, seed=0, slots=64, max_tokens=20, **kwargs):
-    engine = Engine(model, [EOS], max_batch_size=slots, decode=str)
+    options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
+    engine = Engine(model, [EOS], max_batch_size=slots, decode=str, **options)
     seeds = [[sample_seed(seed, str(p), g) for g in range(G)] for p in prompts]
     sampling = SamplingParams(kwargs.pop("temperature", 1.0), max_tokens=max_tokens)
-    return engine.generate(prompts, seeds, sampling, **kwargs)
+    groups = engine.generate(prompts, None, sampling, seeds=seeds, **kwargs)
+    assert [g.prompt_ids for g in groups] == [list(p) for p in prompts]
+    return [g.completions for g in groups]
 
 
 def tokens(groups):
@@ -67,27 +72,26 @@ def test_batch_mates_do_not_matter(model):
     assert tokens(generate(model, PROMPTS[::-1])) == together[::-1]
 
 
-def test_prefill_in_parts(model, monkeypatch):
+def test_prefill_in_parts(model):
     expected = tokens(generate(model))
-    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 12)
-    assert tokens(generate(model)) == expected
+    assert tokens(generate(model, prefill_tokens=12)) == expected
 
 
 def test_engine_sees_new_weights(model):
     fresh = tiny_model()
     engine = Engine(fresh, [EOS])
     sampling = SamplingParams(max_tokens=10)
-    before = engine.generate([[5, 6]], [[1]], sampling)
+    (before,) = engine.generate([[5, 6]], None, sampling, seeds=[[1]])
     with torch.no_grad():
         fresh.norm.weight.mul_(-1)
-    after = engine.generate([[5, 6]], [[1]], sampling)
-    assert tokens(before) != tokens(after)
+    (after,) = engine.generate([[5, 6]], None, sampling, seeds=[[1]])
+    assert before.completions[0].token_ids != after.completions[0].token_ids
 
 
 def test_weights_can_be_trained_after_a_rollout(model):
     """The engine runs in inference mode; nothing that the training forward needs is left in it."""
     fresh = tiny_model()
-    Engine(fresh, [EOS]).generate([[5, 6]], [[1]], SamplingParams(max_tokens=10))
+    Engine(fresh, [EOS]).generate([[5, 6]], 1, SamplingParams(max_tokens=10))
     from r1fast.kernels.attention import PackedAttention
 
     ids = torch.tensor([5, 6, 7])
@@ -97,10 +101,12 @@ def test_weights_can_be_trained_after_a_rollout(model):
 
 def test_several_end_tokens(model):
     greedy = SamplingParams(temperature=0, max_tokens=12)
-    ((free,),) = Engine(model, [EOS]).generate([[5, 6]], [[1]], greedy)
+    (group,) = Engine(model, [EOS]).generate([[5, 6]], 1, greedy)
+    (free,) = group.completions
     assert len(free.token_ids) > 4
     stop = free.token_ids[4]
-    ((stopped,),) = Engine(model, [EOS, stop]).generate([[5, 6]], [[1]], greedy)
+    (group,) = Engine(model, [EOS, stop]).generate([[5, 6]], 1, greedy)
+    (stopped,) = group.completions
     assert stopped.finish_reason == "stop"
     assert stopped.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
 
@@ -137,16 +143,15 @@ def test_entropies_when_asked_for(model):
 
 def test_groups_of_different_size_and_none_at_all(model):
     engine, sampling = Engine(model, [EOS]), SamplingParams(max_tokens=5)
-    groups = engine.generate(PROMPTS[:3], [[1, 2], [], [3]], sampling)
-    assert [len(g) for g in groups] == [2, 0, 1]
-    assert engine.generate([], [], sampling) == []
-    assert engine.generate([[5]], [[]], sampling) == [[]]
+    groups = engine.generate(PROMPTS[:3], None, sampling, seeds=[[1, 2], [], [3]])
+    assert [len(g.completions) for g in groups] == [2, 0, 1]
+    assert engine.generate([], 4, sampling) == []
+    assert engine.generate([[5]], 0, sampling)[0].completions == []
 
 
 def test_fewer_decode_steps_than_tokens(model):
     engine = Engine(model, [EOS], max_batch_size=64)
-    engine.generate(PROMPTS, [[sample_seed(p, g) for g in range(8)] for p in range(5)],
-                    SamplingParams(max_tokens=20))  # fmt: skip
+    engine.generate(PROMPTS, 8, SamplingParams(max_tokens=20))
     assert engine.num_decode_steps <= 19  # the first token comes from the prefill
 
 
@@ -170,7 +175,7 @@ def test_bad_engines(model):
     with pytest.raises(ValueError, match="max_batch_size must be at least 1, got 0"):
         Engine(model, [EOS], max_batch_size=0)
     with pytest.raises(ValueError, match="2 prompts need as many lists of seeds, got 1"):
-        Engine(model, [EOS]).generate([[5], [6]], [[1]], SamplingParams())
+        Engine(model, [EOS]).generate([[5], [6]], None, SamplingParams(), seeds=[[1]])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -180,21 +185,3 @@ def test_diverged_weights_are_named(bad):
         broken.layers[0].o.weight[0, 0] = bad
     with pytest.raises(FloatingPointError, match="not finite: its weights have diverged"):
         generate(broken)
-
-
-def test_the_cache_grows_geometrically_and_keeps_what_it_holds():
-    from r1fast.rollout.kv_cache import KVCache
-
-    spec = tiny_model(max_position_embeddings=4096).spec
-    cache = KVCache(spec, 1, torch.float32, torch.device("cpu"))
-    k = torch.randn(5, spec.num_kv_heads, spec.head_dim)
-    cache.reserve(6)
-    cache.append_prompt(0, k, k, 0, 1)
-    sizes = set()
-    for n in range(6, 4097):
-        cache.reserve(n)
-        assert cache.capacity >= n
-        sizes.add(cache.capacity)
-    assert len(sizes) < 15  # 64 copies with a fixed stride
-    assert max(sizes) == 4096  # never more than the context
-    assert torch.equal(cache.keys[0][0, :, :5], k.transpose(0, 1))

@@ -1,4 +1,4 @@
-"""The benchmark of the loss and gpu.sh run from end to end, at toy shapes."""
+"""The benchmarks of the loss and of the rollout engine, and gpu.sh, from end to end at toy shapes."""
 
 import csv
 import importlib
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,12 @@ def test_gpu_script_dry_run(tmp_path):
             assert (variant, metric) in cells
     assert ("TRL", "logprob error") in cells
     assert measured["bars"]
+    measured = json.loads((tmp_path / "gpu_rollout.json").read_text())
+    cells = {(row[1], row[2]): row[3] for row in measured["rows"]}
+    for metric in ("tokens/s", "time to first token", "share of the floor", "cascade gain"):
+        assert cells["r1fast", metric] > 0
+    assert cells["generate", "tokens/s"] > 0
+    assert "share of the bandwidth floor" in done.stdout
     last = done.stdout.splitlines()[-1]
     assert "faster than TRL" in last
     assert (BENCHMARKS / "results.csv").read_bytes() == before
@@ -75,3 +82,49 @@ def test_every_bar_is_reported_with_its_number(monkeypatch):
     lines = bench_loss.gpu_bars("toy", cells)
     assert "toy: faster than the best per-token peer: 1.35 (>= 1.3: holds)" in lines
     assert "toy: faster than Liger: 10 (>= 8: holds)" in lines
+
+
+def test_rollout_cases_and_bars(monkeypatch):
+    """Lengths have the mean they are said to have, and what has to be cached is counted right."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench = importlib.import_module("bench_rollout")
+    equal, long, shared = (bench.make_case(name, 2048) for name in bench.CASES)
+    assert equal.num_tokens == 8 * 8 * 128
+    assert shared.num_tokens == 8 * 16 * 128
+    assert {len(p) for p in shared.prompts} == {512}
+    flat = sum(long.lengths, [])
+    assert long == bench.make_case("long", 2048)
+    assert abs(sum(flat) / len(flat) - 32) < 1
+    assert max(flat) == 128
+    assert min(flat) >= 1
+    assert sorted(flat)[32] < 28  # the median is below the mean
+    assert bench.needed_positions(equal) == 8 * 64 + 64 * 127
+    toy = bench.Case([[1] * 10, [1] * 5], [[3, 1], [2, 2]])
+    # after one token 10 + 5 and one of each unfinished sample; after two only the first prompt's
+    assert bench.needed_positions(toy) == 10 + 5 + 3
+    assert bench.bar("x", 2.0, 1.5) == "x: 2 (>= 1.5: holds)"
+    assert bench.bar("x", 2.0, 1.5, at_most=True) == "x: 2 (<= 1.5: MISSED)"
+    assert bench.bar("x", 2.0, None) == "x: 2"
+
+
+@pytest.mark.slow
+def test_rollout_benchmark_runs(tmp_path, monkeypatch):
+    """r1fast and both of transformers' ways on a toy checkpoint, the same lengths for all."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench = importlib.import_module("bench_rollout")
+    peers = importlib.import_module("rollout_peers")
+    monkeypatch.setitem(bench.SHAPES, "toy", (1, 128, 64))
+    path = bench.make_checkpoint(tmp_path / "toy", "toy")
+    case = bench.Case([[5] * 20, [6] * 20], [[4, 2], [1, 6]])
+    with ThreadPoolExecutor() as pool:  # each imports torch first
+        workers = pool.map(lambda name: peers.Worker(name, path, "float32", 1), peers.ENGINES)
+    for worker in workers:
+        found = worker.run(case)
+        assert found.get("tokens") == case.num_tokens, found
+        assert found["seconds"] > 0 < found["cpu_seconds"]
+        assert found["peak_rss"] >= found["rss"] > 0
+        if worker.name == "r1fast":
+            assert found["positions"] >= bench.needed_positions(case)
+            assert worker.gemm_rate(4) > 0
+        worker.close()
+        assert worker.process.returncode is not None

@@ -10,7 +10,6 @@ from tiny import FAMILIES, tiny_model
 
 from r1fast.batch import pack
 from r1fast.model import save_model
-from r1fast.rollout import engine as engine_module
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams, sample_seed
 from r1fast.training import completion_logprobs
@@ -25,10 +24,11 @@ def make_prompts(lengths=(4, 1, 11, 2, 30, 7)) -> list[list[int]]:
     return [torch.randint(4, 97, (n,), generator=g).tolist() for n in lengths]
 
 
-def rollout(model, prompts, sampling, *, G=4, slots=64, return_entropy=False):
+def rollout(model, prompts, sampling, *, G=4, slots=64, return_entropy=False, **options):
     seeds = [[sample_seed(p, g) for g in range(G)] for p in range(len(prompts))]
-    engine = Engine(model, [EOS], max_batch_size=slots)
-    return engine.generate(prompts, seeds, sampling, return_entropy=return_entropy)
+    engine = Engine(model, [EOS], max_batch_size=slots, **options)
+    groups = engine.generate(prompts, None, sampling, seeds=seeds, return_entropy=return_entropy)
+    return [group.completions for group in groups]
 
 
 @torch.no_grad()
@@ -77,10 +77,9 @@ def test_refilled_slots(family):
     assert_parity(model, prompts, groups, 1.0)
 
 
-def test_prefill_in_parts(monkeypatch):
-    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 12)
+def test_prefill_in_parts():
     model, prompts = tiny_model(), make_prompts()
-    groups = rollout(model, prompts, SamplingParams(max_tokens=24), slots=9)
+    groups = rollout(model, prompts, SamplingParams(max_tokens=24), slots=9, prefill_tokens=12)
     assert_parity(model, prompts, groups, 1.0)
 
 

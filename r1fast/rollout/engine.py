@@ -1,226 +1,470 @@
-"""Continuous batching over the trainer's own weights: prefill a prompt once, decode its G samples.
+"""Continuous batching over the trainer's own weights: schedule -> run -> postprocess.
 
-schedule -> prefill -> decode -> postprocess. There is no second copy of the model and no weight
-sync: `generate` reads the parameters as they are when it is called. A finished slot is refilled at
-once, and the batch is compacted when nothing is left to refill it with.
-Shapes: B decode slots, T prompt tokens, H query heads, K kv heads, L cached positions, V vocabulary.
+There is no second copy of the model and no weight sync: a step reads the parameters as they are. A prompt is
+prefilled once for its G samples, which share its blocks; a slot that comes free is refilled in the same step.
+Shapes: B decode rows, T prompt tokens, H query heads, K kv heads, Dh head width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from r1fast.kernels.attention import PackedAttention
+from r1fast.config import RolloutConfig
 from r1fast.model import Decoder
+from r1fast.policy import Policy
+from r1fast.rollout.draw import Draw, draw
 from r1fast.rollout.kv_cache import KVCache
-from r1fast.rollout.sampler import SamplingParams, sample, uniforms
-from r1fast.rollout.scheduler import Request, Scheduler
-from r1fast.types import Completion
+from r1fast.rollout.request import Request, Sample
+from r1fast.rollout.result import EngineStats, completion_of
+from r1fast.rollout.rows import Rows
+from r1fast.rollout.runner import Runner
+from r1fast.rollout.sampler import SamplingParams, sample_seed
+from r1fast.rollout.scheduler import Scheduler
+from r1fast.rollout.speculation import Speculation
+from r1fast.rollout.text import TextStream
+from r1fast.types import Problem, RolloutGroup, TokenEvent
 
-PREFILL_TOKENS = 8192  # in one prefill forward
-COMPACT_BELOW = 0.8  # share of the slots still running
+NOT_FINITE = "the model's logits are not finite: its weights have diverged"
 
 
 class Engine:
-    """Samples from `model`. `eos_ids` end a completion (the end token is part of it)."""
+    """Samples from `model`. `eos_ids` end a completion (the end token is part of it).
+
+    Not for several threads at once. Raises ValueError for values out of range.
+    """
 
     def __init__(
         self,
         model: Decoder,
         eos_ids: Iterable[int],
         *,
-        decode: Callable[[list[int]], str] = lambda ids: "",  # tokenizer.decode for the texts
+        decode: Callable[[list[int]], str] | None = None,  # tokenizer.decode, for text
         max_batch_size: int = 256,
+        cache_bytes: int | None = None,  # for keys and values; None: found
+        block_size: int = 16,  # positions
+        prefix_cache: bool = True,
+        prefill_tokens: int = 2048,  # of prompts in one step, so that decoding goes on
+        batch_invariant: bool = False,
+        speculation: Speculation | None = None,
     ):
-        self.model, self.decode, self.max_batch_size = model, decode, max_batch_size
-        self.device = model.head_weight.device
-        self.eos = torch.tensor(sorted(set(eos_ids)), device=self.device)
-        self.num_decode_steps = 0
-        if not len(self.eos):
+        eos = sorted(set(eos_ids))
+        if not eos:
             raise ValueError("the engine needs at least one end-of-sequence id, got none")
-        if max_batch_size < 1:
-            raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size}")
+        if outside := [t for t in eos if not 0 <= t < model.spec.vocab_size]:
+            raise ValueError(
+                f"end-of-sequence id {outside[0]} is outside [0, {model.spec.vocab_size})"
+            )
+        for name, value in (
+            ("max_batch_size", max_batch_size),
+            ("block_size", block_size),
+            ("prefill_tokens", prefill_tokens),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.model, self.eos_ids = model, eos
+        self.decode = decode or (lambda ids: "")
+        self._has_text = decode is not None
+        self.device = model.head_weight.device
+        self.context = model.spec.max_position_embeddings
+        self.speculation = speculation
+        self._is_eos = np.zeros(model.spec.vocab_size, bool)
+        self._is_eos[eos] = True
+        self._cache_options = {
+            "block_size": block_size,
+            "num_bytes": cache_bytes,
+            "max_sequences": max_batch_size,
+            "max_positions": self.context,
+        }
+        self.runner = Runner(model, batch_invariant=batch_invariant)
+        self.rows = Rows(max_batch_size, block_size, self._is_eos)
+        self.scheduler: Scheduler | None = None  # with its cache, from the first request on
+        self._prefill_tokens, self._prefix_cache = prefill_tokens, prefix_cache
+        self._requests: dict[int, Request] = {}
+        self._ended: list[TokenEvent] = []  # of requests that were aborted
+        self._num_requests = 0
+        self._weights: tuple = ()
+        self._counts = EngineStats()
+
+    @classmethod
+    def of(cls, policy: Policy, rollout: RolloutConfig) -> "Engine":
+        """The engine that a config asks for."""
+        return cls(
+            policy.model,
+            policy.eos_ids,
+            decode=policy.decode,
+            max_batch_size=rollout.max_batch_size,
+            cache_bytes=int(rollout.cache_gib * 2**30) or None,
+            block_size=rollout.block_size,
+            prefix_cache=rollout.prefix_cache,
+            prefill_tokens=rollout.prefill_tokens,
+            batch_invariant=rollout.batch_invariant,
+            speculation=Speculation(rollout.num_draft_tokens) if rollout.num_draft_tokens else None,
+        )
+
+    def add(
+        self,
+        prompt_ids: Sequence[int],
+        seeds: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        name: str = "",
+        stream: bool = True,
+        return_entropy: bool = False,
+        lengths: Sequence[int] | None = None,  # most tokens of each sample, instead of max_tokens
+    ) -> int:
+        """Ask for len(seeds) samples of one prompt; they begin in the next steps. Returns an id.
+
+        With `stream` every step has an event for each sample, else there is one when it ends.
+        Raises ValueError, which calls the request `name`, for an empty prompt, a token id outside the
+        vocabulary, a prompt that fills the context, and for what the cache cannot hold even alone.
+        """
+        self._num_requests += 1
+        name = name or f"request {self._num_requests}"
+        self._check(prompt_ids, sampling, name)
+        self._refresh()
+        prompt = np.array(prompt_ids, np.int64)
+        lengths = [sampling.max_tokens] * len(seeds) if lengths is None else lengths
+        if len(lengths) != len(seeds) or min(lengths, default=1) < 1:
+            raise ValueError(
+                f"{name} needs a length of at least 1 for each of its {len(seeds)} samples, "
+                f"got {lengths}"
+            )
+        limits = [min(len(prompt) + n, self.context) for n in lengths]
+        limit = max(limits, default=0)
+        cache = self.scheduler.cache
+        if (needed := cache.blocks_for(limit)) > cache.num_blocks:
+            raise ValueError(
+                f"{name} needs {needed} blocks of the cache for its {len(prompt)} tokens and up to "
+                f"{limit - len(prompt)} more, there are {cache.num_blocks} of "
+                f"{cache.block_size} positions: give the cache {needed * cache.block_bytes} bytes "
+                "or more, or lower max_tokens"
+            )
+        request = Request(self._num_requests, name, prompt, sampling, stream, return_entropy)
+        for i, (seed, own) in enumerate(zip(seeds, limits, strict=True)):
+            sample = Sample(request, i, seed, own)
+            if stream or sampling.stop:
+                sample.text = TextStream(self.decode, sampling.stop)
+            if sampling.repetition_penalty != 1:
+                sample.seen = np.zeros(self.model.spec.vocab_size, bool)
+                sample.seen[prompt] = True
+            request.samples.append(sample)
+        if request.samples:
+            self._requests[request.id] = request
+            self.scheduler.add(request)
+        return request.id
+
+    def _check(self, prompt: Sequence[int], sampling: SamplingParams, name: str) -> None:
+        V = self.model.spec.vocab_size
+        if not len(prompt):
+            raise ValueError(f"{name} is empty")
+        if min(prompt) < 0 or max(prompt) >= V:
+            raise ValueError(
+                f"{name} has a token id outside [0, {V}): {min(prompt)}..{max(prompt)}"
+            )
+        if len(prompt) >= self.context:
+            raise ValueError(
+                f"{name} has {len(prompt)} tokens and fills the model's context of "
+                f"{self.context}; drop or shorten it"
+            )
+        if sampling.stop and not self._has_text:
+            raise ValueError(f"{name} has stop strings, but the engine was made without `decode`")
+        for key in ("stop_token_ids", "logit_bias"):
+            for token in getattr(sampling, key):
+                if not 0 <= token < V:
+                    raise ValueError(f"{name} has {key} with token {token}, outside [0, {V})")
+
+    def _refresh(self) -> None:
+        """A cache where there is none, and none of what older weights have left in it."""
+        weights = self.runner.weights_key()
+        if self.scheduler is None:
+            cache = KVCache(
+                self.model.spec, self.model.head_weight.dtype, self.device, **self._cache_options
+            )
+            self.scheduler = Scheduler(
+                cache, self.rows, prefill_tokens=self._prefill_tokens,
+                prefix_cache=self._prefix_cache,
+            )  # fmt: skip
+        elif weights != self._weights:
+            self.reset_prefix_cache()
+        self._weights = weights
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix and prepared weight.
+
+        Changes through the parameters are seen by themselves; only `.data` hides them.
+        """
+        self.runner.reset()
+        if self.scheduler is not None:
+            self.scheduler.allocator.reset()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests or self._ended)
+
+    def abort(self, request_id: int) -> None:
+        """Its samples that are not done end with finish_reason "abort"; other ids are ignored."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return
+        for sample in request.samples:
+            if not sample.is_done:
+                self._ended.append(self._event(sample, "abort"))
+        self.scheduler.drop(request)
 
     @torch.inference_mode()
+    def step(self) -> list[TokenEvent]:
+        """Schedule, run, postprocess: about one token of every running sample."""
+        events, self._ended = self._ended, []
+        if self.scheduler is not None:
+            self._step(events)
+        return events
+
+    def _step(self, events: list[TokenEvent]) -> None:
+        self.scheduler.grow(1 + (self.speculation.num_draft if self.speculation else 0))
+        if self.rows.num_running:
+            self._decode(events)
+        self._start(events)
+        chunks = self.scheduler.admit()
+        if chunks:
+            hidden = self.runner.prefill(chunks, self.scheduler.cache)
+            complete = self.scheduler.computed(chunks)
+            logits = self.runner.logits(hidden) if complete else ()
+            for job, row in zip(complete, logits, strict=True):
+                job.logits = row.clone()
+            self._counts.prefill_tokens += sum(end - start for _, start, end in chunks)
+            self._start(events)
+
+    def _start(self, events: list[TokenEvent]) -> None:
+        """First tokens of the samples for which there are slots."""
+        started = self.scheduler.start()
+        self.runner.copy_blocks(self.scheduler.copies, self.scheduler.cache)
+        self.scheduler.copies = []
+        if started:
+            logits = torch.stack([job.logits for job, _ in started])
+            slots = np.array([sample.slot for _, sample in started])
+            drawn = draw(logits, self.rows, slots)
+            self._append(slots, drawn, np.arange(len(slots)), events)
+
+    def _decode(self, events: list[TokenEvent]) -> None:
+        """The next token of every running sample, or several where drafts hold."""
+        slots = self.rows.batch().slots
+        self._counts.decode_steps += 1
+        if self.speculation is None:
+            logits = self.runner.decode(self.rows, self.scheduler.cache)
+            self._append(slots, draw(logits, self.rows, slots), np.arange(len(slots)), events)
+            return
+        drafts = self.speculation.drafts(self.rows, slots)  # (B, num_draft), -1: none
+        counts = 1 + (drafts >= 0).sum(1)
+        first = np.cumsum(counts) - counts
+        offsets = np.arange(counts.sum()) - np.repeat(first, counts)
+        logits = self.runner.decode(self.rows, self.scheduler.cache, drafts)
+        drawn = draw(logits, self.rows, np.repeat(slots, counts), offsets)
+        self._counts.drafted += int(counts.sum()) - len(slots)
+        # a draft holds if it is what was drawn in its place; then what was drawn after it counts
+        going = np.ones(len(slots), bool)
+        for j in range(int(counts.max())):
+            if j:
+                going &= counts > j
+                going[going] = drafts[going, j - 1] == drawn.tokens[first[going] + j - 1]
+                going &= [self.rows.samples[slot] is not None for slot in slots]
+                self._counts.accepted += int(going.sum())
+            self._append(slots[going], drawn, first[going] + j, events)
+
+    def _append(
+        self, slots: np.ndarray, drawn: Draw, at: np.ndarray, events: list[TokenEvent]
+    ) -> None:
+        """Give entries `at` of what was drawn to these slots, and end what has ended."""
+        rows, sound = self.rows, ~drawn.is_bad[at]
+        if not sound.all():
+            for slot in slots[~sound]:
+                self._end(rows.samples[slot], "error", events, error=NOT_FINITE)
+            slots, at = slots[sound], at[sound]
+        tokens = drawn.tokens[at]
+        stopped, full = rows.append(slots, tokens, {k: x[at] for k, x in drawn.values.items()})
+        self._counts.decode_tokens += len(slots)
+        ended = stopped | full
+        if rows.num_watched:
+            for i in np.flatnonzero(rows.is_watched[slots]):
+                sample = rows.samples[slots[i]]
+                self._watch(sample, int(tokens[i]), drawn, int(at[i]))
+                if sample.text is not None and sample.text.stopped_by is not None:
+                    ended[i] = False
+                    self._end(sample, "stop", events, stop_reason=sample.text.stopped_by)
+                elif sample.request.stream and not ended[i]:
+                    events.append(self._event(sample, None))
+        for i in np.flatnonzero(ended):
+            sample = rows.samples[slots[i]]
+            if stopped[i]:
+                self._end(sample, "stop", events, stop_reason=int(tokens[i]))
+            else:
+                self._end(sample, "length", events)
+
+    def _watch(self, sample: Sample, token: int, drawn: Draw, at: int) -> None:
+        """What a sample that is watched does with a token."""
+        if sample.seen is not None:
+            sample.seen[token] = True
+        if n := sample.request.sampling.top_logprobs:
+            top = zip(drawn.top_ids[at, :n].tolist(), drawn.top_logprobs[at, :n].tolist())
+            sample.top_logprobs.append(list(top))
+        if sample.text is not None:
+            may_stop = self.rows.length[sample.slot] > self.rows.min_length[sample.slot]
+            sample.shown += sample.text.feed([token], may_stop=bool(may_stop))
+
+    def _end(self, sample: Sample, reason: str, events: list[TokenEvent], **why) -> None:
+        if why.get("error"):
+            why["error"] = f"{sample.request.name}, sample {sample.index}: {why['error']}"
+        events.append(self._event(sample, reason, **why))
+        self.scheduler.finish(sample, is_sound=reason != "error")
+        request = sample.request
+        if all(s.is_done for s in request.samples):
+            self._requests.pop(request.id, None)
+
+    def _event(self, sample: Sample, reason: str | None, **why) -> TokenEvent:
+        """What the sample has got since its last event."""
+        request, first = sample.request, sample.num_emitted
+        values = self.rows.results(sample)
+        token_ids = values["tokens"][first:].tolist()
+        sample.num_emitted += len(token_ids)
+        if reason and sample.text is not None:
+            sample.shown += sample.text.finish()
+        text, sample.shown = sample.shown, ""
+        if not request.stream and (sample.text is None or sample.text.stopped_by is None):
+            text = self.decode(token_ids)
+        top, sample.top_logprobs = sample.top_logprobs, []
+        return TokenEvent(
+            request.id,
+            sample.index,
+            token_ids,
+            values["logprobs"][first:].tolist(),
+            text,
+            values["truncated"][first:].tolist() if request.sampling.truncates else [],
+            top if request.sampling.top_logprobs else None,
+            values["entropies"][first:].tolist() if request.return_entropy else None,
+            reason,
+            **why,
+        )
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counters since the engine was made, and how full its cache is now."""
+        if self.scheduler is None:
+            return replace(self._counts)
+        s, cache, allocator = self.scheduler, self.scheduler.cache, self.scheduler.allocator
+        return replace(
+            self._counts,
+            num_blocks=cache.num_blocks,
+            blocks_used=allocator.num_used,
+            blocks_cached=allocator.num_cached,
+            peak_blocks=allocator.peak_used,
+            block_bytes=cache.block_bytes,
+            num_running=self.rows.num_running,
+            num_waiting=s.num_waiting,
+            prefix_hits=s.num_prefix_hits,
+            prefix_queries=s.num_prefix_queries,
+            preemptions=s.num_preemptions,
+        )
+
+    @property
+    def num_decode_steps(self) -> int:
+        return self._counts.decode_steps
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_generations: int,
+        sampling: SamplingParams,
+        *,
+        seed: int = 0,
+        return_entropy: bool = False,
+    ) -> Iterator[TokenEvent]:
+        """The events of `num_generations` samples of each prompt; request_id is the prompt's index.
+
+        Other requests of the engine go on meanwhile, but their events are lost: use `step` for both.
+        """
+        seeds = _seeds(prompts, num_generations, seed)
+        names = self._add_all(prompts, seeds, sampling, stream=True, return_entropy=return_entropy)
+        try:
+            while not names.keys().isdisjoint(self._requests):
+                for event in self.step():
+                    if event.request_id in names:
+                        yield replace(event, request_id=names[event.request_id])
+        finally:
+            for request_id in names:
+                self.abort(request_id)
+
+    def _add_all(self, prompts, seeds, sampling, **options) -> dict[int, int]:
+        """Add all prompts or, where one is bad, none. Returns request id -> position."""
+        ids: dict[int, int] = {}
+        try:
+            for i, (prompt, own) in enumerate(zip(prompts, seeds, strict=True)):
+                ids[self.add(prompt, own, sampling, name=f"prompt {i}", **options)] = i
+        except ValueError:
+            for request_id in ids:
+                self.abort(request_id)
+            self._ended = [e for e in self._ended if e.request_id not in ids]
+            raise
+        return ids
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        seeds: Sequence[Sequence[int]],  # (N, G) one for each completion of each prompt
+        num_generations: int | None,  # None: as many as there are `seeds`
         sampling: SamplingParams,
         *,
+        seed: int = 0,
+        seeds: Sequence[Sequence[int]] | None = None,  # (N, G) instead of some made from `seed`
+        problems: Sequence[Problem] | None = None,  # (N,) that the prompts are of
         return_entropy: bool = False,
         on_finish: Callable[[int], None] = lambda num_finished: None,
-    ) -> list[list[Completion]]:
-        """G completions of each of N prompts, in order.
+        on_token: Callable[[TokenEvent], None] | None = None,
+    ) -> list[RolloutGroup]:
+        """G completions of each of N prompts, in order; events of each step to `on_token`.
 
-        A completion depends on its prompt and seed, not on its batch mates (up to the rounding of
-        the GEMMs, whose order of summation may depend on the batch size). Raises ValueError for an
-        empty prompt, a token id outside the vocabulary or a prompt that fills the context.
+        A completion depends on its prompt and seed, not on its batch mates or on what the engine did before
+        (up to the rounding of the GEMMs, whose order of summation may depend on the batch size; not even
+        that with `batch_invariant`). A completion whose logits are not finite ends with finish_reason
+        "error". Raises ValueError for bad input, before anything is sampled, and FloatingPointError
+        where every completion has failed.
         """
+        if seeds is None:
+            seeds = _seeds(prompts, num_generations, seed)
         if len(prompts) != len(seeds):
             raise ValueError(
                 f"{len(prompts)} prompts need as many lists of seeds, got {len(seeds)}"
             )
-        self._check(prompts)
-        scheduler = Scheduler(seeds, self.max_batch_size)
-        dtype = self.model.head_weight.dtype
-        num_slots = min(self.max_batch_size, sum(len(s) for s in seeds))
-        cache = KVCache(self.model.spec, num_slots, dtype, self.device)
-        results: list[list[Completion | None]] = [[None] * len(s) for s in seeds]
-        state = _DecodeState(self.device)
+        stream = on_token is not None
+        ids = self._add_all(prompts, seeds, sampling, stream=stream, return_entropy=return_entropy)
+        parts: list[list[list[TokenEvent]]] = [[[] for _ in own] for own in seeds]
         num_finished = 0
-        while not scheduler.done:
-            if admitted := scheduler.admit():
-                for part in _by_tokens(admitted, prompts):
-                    logits = self._prefill(part, prompts, cache)
-                    state.extend(part)
-                    scheduler.running += [r for group in part for r in group]
-                    self._emit(
-                        logits, state, scheduler, cache, sampling, return_entropy, len(logits)
-                    )
-            else:
-                logits = self._decode_step(state, cache)
-                self._emit(logits, state, scheduler, cache, sampling, return_entropy, len(logits))
-            finished = [r for r in scheduler.running if r.finish_reason]
-            alive = len(scheduler.running) - len(finished)
-            if finished and (scheduler.waiting or alive <= COMPACT_BELOW * len(scheduler.running)):
-                rows = [i for i, r in enumerate(scheduler.running) if not r.finish_reason]
-                cache.keep(rows)
-                state.keep(rows)
-                scheduler.running = [scheduler.running[i] for i in rows]
-                for r in finished:
-                    results[r.prompt][r.sample] = r.completion(self.decode(r.token_ids))
-                num_finished += len(finished)
-                on_finish(num_finished)
-        return results
-
-    def _check(self, prompts) -> None:
-        V, context = self.model.spec.vocab_size, self.model.spec.max_position_embeddings
-        for i, p in enumerate(prompts):
-            if not len(p):
-                raise ValueError(f"prompt {i} is empty")
-            if min(p) < 0 or max(p) >= V:
-                raise ValueError(f"prompt {i} has a token id outside [0, {V}): {min(p)}..{max(p)}")
-            if len(p) >= context:
-                raise ValueError(
-                    f"prompt {i} has {len(p)} tokens and fills the model's context of {context}; "
-                    "drop or shorten it"
-                )
-
-    def _logits(self, hidden: Tensor) -> Tensor:  # (B, D) -> (B, V)
-        logits = F.linear(hidden, self.model.head_weight)
-        if not bool(logits.isfinite().all()):
-            raise FloatingPointError("the model's logits are not finite: its weights have diverged")
-        return logits
-
-    def _prefill(self, groups: list[list[Request]], prompts, cache: KVCache) -> Tensor:
-        """Forward each prompt once, fill the slots of its requests. Returns (slots, V) logits."""
-        ids = [prompts[g[0].prompt] for g in groups]
-        lengths = [len(p) for p in ids]
-        cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        flat = torch.tensor([t for p in ids for t in p], device=self.device)
-        positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
-        packed = PackedAttention(cu.to(self.device), max(lengths))
-        first = cache.size
-        starts = cu.tolist()
-        cache.reserve(max(lengths) + 1)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            slot = first
-            for g, a, b in zip(groups, starts, starts[1:], strict=False):
-                cache.append_prompt(layer, k[a:b], v[a:b], slot, len(g))
-                slot += len(g)
-            return packed(layer, q, k, v)
-
-        hidden = self.model(flat, positions, attend)
-        cache.lengths += [n for n, g in zip(lengths, groups, strict=True) for _ in g]
-        last = torch.tensor([e - 1 for e, g in zip(starts[1:], groups, strict=True) for _ in g])
-        return self._logits(hidden[last.to(self.device)])
-
-    def _decode_step(self, state: "_DecodeState", cache: KVCache) -> Tensor:
-        """One token for every slot. Returns (B, V) logits."""
-        self.num_decode_steps += 1
-        B, L = cache.size, max(cache.lengths) + 1
-        cache.reserve(L)
-        positions = torch.tensor(cache.lengths, device=self.device)
-        rows = torch.arange(B, device=self.device)
-        beyond = torch.arange(L, device=self.device) > positions[:, None]
-        mask = torch.zeros(B, 1, 1, L, dtype=cache.keys[0].dtype, device=self.device)
-        mask.masked_fill_(beyond[:, None, None], float("-inf"))
-        grouped = self.model.spec.num_heads != self.model.spec.num_kv_heads
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = cache.keys[layer], cache.values[layer]
-            keys[rows, :, positions] = k
-            values[rows, :, positions] = v
-            out = F.scaled_dot_product_attention(
-                q[:, :, None], keys[:B, :, :L], values[:B, :, :L], mask, enable_gqa=grouped
-            )
-            return out[:, :, 0]
-
-        hidden = self.model(state.tokens, positions, attend)
-        cache.lengths = [n + 1 for n in cache.lengths]
-        return self._logits(hidden)
-
-    def _emit(self, logits, state, scheduler, cache, sampling, return_entropy, count) -> None:
-        """Sample for the last `count` slots and note what has finished."""
-        first = len(scheduler.running) - count
-        seeds, drawn = state.seeds[first:], state.drawn[first:]
-        u = uniforms(seeds, drawn)
-        tokens, logprobs, entropies = sample(logits, u, sampling, return_entropy)
-        state.tokens[first:] = tokens
-        state.drawn[first:] += 1
-        is_eos = torch.isin(tokens, self.eos).tolist()
-        context = self.model.spec.max_position_embeddings
-        entropy_list = entropies.tolist() if return_entropy else [None] * count
-        for i, (t, lp, entropy, stop) in enumerate(
-            zip(tokens.tolist(), logprobs.tolist(), entropy_list, is_eos, strict=True), first
-        ):
-            r = scheduler.running[i]
-            if r.finish_reason:  # decoded on only because the batch was not compacted yet
-                continue
-            r.token_ids.append(t)
-            r.logprobs.append(lp)
-            if entropy is not None:
-                r.entropies.append(entropy)
-            if stop:
-                r.finish_reason = "stop"
-            elif len(r.token_ids) >= sampling.max_tokens or cache.lengths[i] + 1 >= context:
-                r.finish_reason = "length"
+        try:
+            while not ids.keys().isdisjoint(self._requests):
+                events = [e for e in self.step() if e.request_id in ids]
+                for event in events:
+                    event = replace(event, request_id=ids[event.request_id])
+                    parts[event.request_id][event.sample].append(event)
+                    if on_token is not None:
+                        on_token(event)
+                ended = sum(e.finish_reason is not None for e in events)
+                if ended:
+                    num_finished += ended
+                    on_finish(num_finished)
+        finally:
+            for request_id in ids:
+                self.abort(request_id)
+        completions = [[completion_of(events) for events in group] for group in parts]
+        flat = [c for group in completions for c in group]
+        if flat and all(c.finish_reason == "error" for c in flat):
+            raise FloatingPointError(flat[0].error)
+        problems = problems or [Problem("", id=f"prompt {i}") for i in range(len(prompts))]
+        return [
+            RolloutGroup(problem, list(prompt), group)
+            for problem, prompt, group in zip(problems, prompts, completions, strict=True)
+        ]
 
 
-class _DecodeState:
-    """The tensors that go with the slots: last token, seed, tokens drawn."""
-
-    def __init__(self, device: torch.device):
-        self.tokens = torch.empty(0, dtype=torch.int64, device=device)
-        self.seeds, self.drawn = self.tokens, self.tokens
-
-    def extend(self, groups: list[list[Request]]) -> None:
-        new = torch.tensor([r.seed for g in groups for r in g], device=self.tokens.device)
-        zeros = torch.zeros_like(new)
-        self.tokens = torch.cat((self.tokens, zeros))
-        self.seeds = torch.cat((self.seeds, new))
-        self.drawn = torch.cat((self.drawn, zeros))
-
-    def keep(self, rows: list[int]) -> None:
-        index = torch.tensor(rows, dtype=torch.int64, device=self.tokens.device)
-        self.tokens, self.seeds, self.drawn = (
-            x[index] for x in (self.tokens, self.seeds, self.drawn)
-        )
-
-
-def _by_tokens(groups: list[list[Request]], prompts) -> Iterable[list[list[Request]]]:
-    """Split so that one prefill forward has at most PREFILL_TOKENS (or one prompt)."""
-    part, tokens = [], 0
-    for g in groups:
-        n = len(prompts[g[0].prompt])
-        if part and tokens + n > PREFILL_TOKENS:
-            yield part
-            part, tokens = [], 0
-        part.append(g)
-        tokens += n
-    if part:
-        yield part
+def _seeds(prompts: Sequence, num_generations: int | None, seed: int) -> list[list[int]]:
+    if num_generations is None or num_generations < 0:
+        raise ValueError(f"num_generations must be at least 0, got {num_generations}")
+    return [[sample_seed(seed, i, g) for g in range(num_generations)] for i in range(len(prompts))]

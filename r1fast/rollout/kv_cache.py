@@ -1,65 +1,92 @@
-"""Keys and values of the sequences being decoded: one slot a sequence, grown as it gets longer."""
+"""The paged KV cache: one pool of blocks for every sequence, of a size that is given or found.
+
+A block holds `block_size` positions of all layers. Who holds which is `_C.BlockAllocator`'s affair; how
+a layer's keys and values lie inside is `kernels.paged_cache`'s.
+"""
+
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from r1fast._C import BlockAllocator
+from r1fast.kernels.paged_attention import PagedLayout, copy_blocks, write_kv
 from r1fast.model import ModelSpec
 
-BLOCK = 64  # the number of positions is a multiple of this
-GROWTH = 1.5  # and grows by at least this factor, so that copies stay few
+FOUND_SHARE = 0.5  # of the memory that is free, where no budget is given
 
 
 class KVCache:
-    """Per layer keys and values of B slots. Rows [0, size) are in use.
+    """Keys and values of all layers. On a CPU only what is written to takes memory.
 
-    Shapes: B slots, K kv heads, L positions, Dh head width.
+    `num_bytes` None takes what `max_sequences` of `max_positions` need, and at most half the free memory.
+    Raises ValueError for a budget that does not hold a single block.
     """
 
-    def __init__(self, spec: ModelSpec, num_slots: int, dtype: torch.dtype, device: torch.device):
-        self.context = spec.max_position_embeddings
-        self.shape = (num_slots, spec.num_kv_heads, 0, spec.head_dim)
-        self.keys = [
-            torch.empty(self.shape, dtype=dtype, device=device) for _ in range(spec.num_layers)
-        ]
-        self.values = [k.clone() for k in self.keys]
-        self.lengths: list[int] = []  # (B,) positions written
+    def __init__(
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        block_size: int,
+        num_bytes: int | None,
+        max_sequences: int,
+        max_positions: int,
+    ):
+        self.layout = PagedLayout(
+            spec.num_kv_heads, spec.head_dim, block_size, dtype=dtype, device=device
+        )
+        self.block_size = block_size
+        self.block_bytes = self.layout.bytes_per_block() * spec.num_layers
+        largest = max_sequences * -(-max_positions // block_size)
+        room = int(free_memory(device) * FOUND_SHARE) if num_bytes is None else num_bytes
+        num_blocks = min(room // self.block_bytes, largest)
+        if num_blocks < 1:
+            raise ValueError(
+                f"a cache of {room} bytes holds no block: one of {block_size} positions takes "
+                f"{self.block_bytes} bytes in the model's {spec.num_layers} layers"
+            )
+        # with a budget all of it may keep prefixes; a found one is not to be filled by them
+        self.allocator = BlockAllocator(
+            num_blocks, block_size, max_cached=-1 if num_bytes is None else num_blocks
+        )
+        self.layers = [self.layout.allocate(num_blocks) for _ in range(spec.num_layers)]
 
     @property
-    def size(self) -> int:
-        return len(self.lengths)
+    def num_blocks(self) -> int:
+        return self.allocator.num_blocks
 
-    @property
-    def capacity(self) -> int:
-        return self.keys[0].shape[2]
+    def blocks_for(self, positions: int) -> int:
+        return -(-positions // self.block_size)
 
-    def reserve(self, positions: int) -> None:
-        """Make room for `positions` in every slot."""
-        if positions <= self.capacity:
-            return
-        B, K, L, Dh = self.shape
-        grown = min(int(GROWTH * self.capacity), self.context)  # more is never asked for
-        L = -(-max(positions, grown) // BLOCK) * BLOCK
-        self.shape = (B, K, L, Dh)
-        for store in (self.keys, self.values):
-            for i, old in enumerate(store):
-                new = old.new_zeros(self.shape)  # zeros: masked keys must not be NaN
-                new[:, :, : old.shape[2]] = old
-                store[i] = new
+    def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        """(N, K, Dh), (N, K, Dh), (N,) int64"""
+        write_kv(self.layout, *self.layers[layer], k, v, slots)
 
-    def append_prompt(self, layer: int, k: Tensor, v: Tensor, first: int, copies: int) -> None:
-        """Write one prompt's (P, K, Dh) keys and values to slots [first, first + copies)."""
-        P = k.shape[0]
-        self.keys[layer][first : first + copies, :, :P] = k.transpose(0, 1)
-        self.values[layer][first : first + copies, :, :P] = v.transpose(0, 1)
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Block target[i] of every layer becomes a copy of source[i]; (N,) int64."""
+        for keys, values in self.layers:
+            copy_blocks(self.layout, keys, values, source, target)
 
-    def keep(self, rows: list[int]) -> None:
-        """Compact: slot i becomes the old slot rows[i]. `rows` is increasing."""
-        moved = [(new, old) for new, old in enumerate(rows) if new != old]
-        if moved:
-            start = moved[0][0]
-            index = torch.tensor([old for _, old in moved], device=self.keys[0].device)
-            L = max(self.lengths[r] for r in rows)
-            for store in (self.keys, self.values):
-                for x in store:
-                    x[start : start + len(moved), :, :L] = x[index, :, :L]
-        self.lengths = [self.lengths[r] for r in rows]
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could still be had: of the GPU, or of the machine and the control group we are in."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = []
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            free.append(int(line.split()[1]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    limit, used = (_lines(group / name) for name in ("memory.max", "memory.current"))
+    if limit and used and limit[0].isdigit():
+        free.append(max(int(limit[0]) - int(used[0]), 0))
+    return min(free, default=4 << 30)
+
+
+def _lines(path: str | Path) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

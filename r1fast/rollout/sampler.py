@@ -5,30 +5,74 @@ A token is the inverse CDF of its distribution at one uniform number, and that n
 """
 
 import hashlib
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from r1fast.kernels import sample as kernel
+
+MAX_TOP_LOGPROBS = 64
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, splitmix64's increment
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
+    """How the tokens of a request are drawn, and what ends it.
+
+    Penalty, biases and min_tokens change the logits, then the temperature divides them, then top_k,
+    top_p and min_p drop tokens. Raises ValueError for a value out of range.
+    """
+
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 is off
     max_tokens: int = 1024
+    min_p: float = 0.0  # drops what is less likely than this share of the likeliest token; 0 is off
+    repetition_penalty: float = 1.0  # divides positive logits of tokens seen, multiplies negative
+    stop: tuple[str, ...] = ()  # strings that end the text; they are not part of it
+    stop_token_ids: tuple[int, ...] = ()  # beside the engine's eos ids; part of the completion
+    min_tokens: int = 0  # before these no eos, stop token or stop string ends the completion
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit
+    top_logprobs: int = 0  # most likely tokens to report at each position
+    ignore_eos: bool = False
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0 (0 is off), got {self.top_k}")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        def need(ok: bool, name: str, rule: str) -> None:
+            if not ok:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+
+        finite = all(map(math.isfinite, (self.temperature, self.repetition_penalty)))
+        need(finite and self.temperature >= 0, "temperature", "at least 0")
+        need(0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        need(self.top_k >= 0, "top_k", "at least 0 (0 is off)")
+        need(self.max_tokens >= 1, "max_tokens", "at least 1")
+        need(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
+        need(finite and self.repetition_penalty > 0, "repetition_penalty", "above 0")
+        is_list = isinstance(self.stop, list | tuple)
+        need(is_list and all(isinstance(s, str) and s for s in self.stop),
+             "stop", "a tuple of strings that are not empty")  # fmt: skip
+        is_list = isinstance(self.stop_token_ids, list | tuple)
+        need(is_list and all(type(t) is int for t in self.stop_token_ids),
+             "stop_token_ids", "a tuple of token ids")  # fmt: skip
+        need(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "in [0, max_tokens]")
+        is_map = isinstance(self.logit_bias, Mapping)
+        need(is_map and all(type(t) is int and isinstance(b, int | float) and not math.isnan(b)
+                            for t, b in self.logit_bias.items()),
+             "logit_bias", "a mapping of token ids to numbers")  # fmt: skip
+        need(0 <= self.top_logprobs <= MAX_TOP_LOGPROBS, "top_logprobs",
+             f"in [0, {MAX_TOP_LOGPROBS}]")  # fmt: skip
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the distribution sampled from has other logits than the policy's."""
+        return bool(self.repetition_penalty != 1 or self.logit_bias or self.min_tokens)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether what is sampled from is another distribution than the policy at the temperature."""
+        return bool(self.top_k or self.top_p < 1 or self.min_p or self.changes_logits)
 
 
 def sample_seed(*parts: int | str) -> int:
@@ -57,33 +101,13 @@ def sample(
     params: SamplingParams,
     return_entropy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # (B,) tokens, (B,) logprobs, (B,) entropies
-    """Log-probabilities are of the policy at the temperature, before top-k and top-p.
+    """One token a row at the same parameters; those that change logits are left to the engine.
 
-    Greedy reports them at temperature 1.
+    Log-probabilities are of the policy at the temperature, before top-k, top-p and min-p. Greedy reports
+    them at temperature 1.
     """
-    logprobs = torch.log_softmax(logits.float() / (params.temperature or 1.0), dim=-1)
-    if params.temperature == 0:
-        tokens = logprobs.argmax(-1)
-    else:
-        probs = logprobs.exp()
-        if params.top_k or params.top_p < 1:
-            probs = _truncate(probs, params.top_k, params.top_p)
-        cdf = probs.double().cumsum(-1)
-        # strictly above: a token of probability 0 is never drawn
-        tokens = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
-        tokens = tokens.clamp_max(logits.shape[-1] - 1)
-    chosen = logprobs.gather(1, tokens[:, None])[:, 0]
-    entropy = -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1) if return_entropy else None
-    return tokens, chosen, entropy
-
-
-def _truncate(probs: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Zero everything outside the top k and outside the smallest set with mass >= top_p."""
-    ordered, index = probs.sort(-1, descending=True)
-    if top_k:
-        ordered[:, top_k:] = 0
-    if top_p < 1:
-        total = ordered.sum(-1, keepdim=True)
-        before = ordered.cumsum(-1) - ordered
-        ordered = torch.where(before < top_p * total, ordered, 0.0)
-    return torch.zeros_like(probs).scatter_(1, index, ordered)
+    drawn = kernel.sample(
+        logits, u, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p,
+        min_p=params.min_p, return_entropy=return_entropy,
+    )  # fmt: skip
+    return drawn.tokens, drawn.logprobs, drawn.entropies

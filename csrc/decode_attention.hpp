@@ -1,0 +1,336 @@
+// Decode attention over the tiled cache of paged_cache.hpp; the formulas are in kernels/paged_attention.py.
+//
+// Work is cut into units (some queries of one group, one kv head) and, where units are few, into chunks of positions.
+// A unit reads the strips that its sequences share once for all its rows, then each sequence's own. Every row walks
+// the same strips of 64 positions and merges the same chunks of 512, in order, whatever is shared and however work
+// is cut: its result depends neither on the rows beside it nor on the number of threads.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "decode_strip.hpp"
+
+namespace r1fast {
+
+constexpr int64_t kChunkPositions = 8 * kStrip;
+constexpr int64_t kUnitRows = 64;      // rows that share a strip while it is in the cache
+constexpr int64_t kUnitsPerThread = 4;  // fewer, and the work is cut finer
+
+// Arrays of the caller. query_starts may be null: one query a sequence.
+template <class T>
+struct DecodeProblem {
+  const T* q;  // (Nq, H, Dh)
+  T* out;      // (Nq, H, Dh)
+  int64_t num_heads;
+  float scale;
+  const int32_t* block_table;  // (B, max_blocks)
+  int64_t max_blocks;
+  int64_t tiles_per_block;
+  const int32_t* context_lens;   // (B)
+  const int32_t* query_starts;   // (B + 1)
+  const int32_t* group_starts;   // (num_groups + 1)
+  const int32_t* shared_blocks;  // (num_groups)
+  int64_t num_groups;
+
+  int64_t first_query(int64_t sequence) const {
+    return query_starts == nullptr ? sequence : query_starts[sequence];
+  }
+  // Positions that `query`, one of `sequence`, sees.
+  int64_t limit(int64_t sequence, int64_t query) const {
+    return context_lens[sequence] - (first_query(sequence + 1) - query) + 1;
+  }
+  int64_t tile(int64_t sequence, int64_t position) const {
+    const int64_t index = position / kTile;
+    const int32_t* const row = block_table + sequence * max_blocks;
+    return row[index / tiles_per_block] * tiles_per_block + index % tiles_per_block;
+  }
+};
+
+// Queries [begin, end) of one group, the first of them in `sequence`.
+struct Unit {
+  int64_t sequence;
+  int64_t begin;
+  int64_t end;
+  int64_t shared;      // positions that all of them see and their sequences share: whole strips
+  int64_t num_chunks;  // of the longest limit
+  int64_t first_partial;  // rows before it in the partial results, of one kv head
+};
+
+template <class T>
+struct StripKernels {
+  void (*attend)(const Strip<T>&, const Rows&);
+  void (*merge)(const Rows&, const Rows&);
+  void (*finish)(const float*, float, int64_t, T*);
+};
+
+#define R1FAST_STRIP_KERNELS(suffix, attributes)                                                           \
+  template <class T>                                                                                       \
+  attributes void attend_strip_##suffix(const Strip<T>& strip, const Rows& rows) {                         \
+    attend_strip(strip, rows);                                                                             \
+  }                                                                                                        \
+  attributes inline void merge_rows_##suffix(const Rows& rows, const Rows& more) { merge_rows(rows, more); } \
+  template <class T>                                                                                       \
+  attributes void finish_row_##suffix(const float* a, float l, int64_t head_dim, T* out) {                 \
+    finish_row(a, l, head_dim, out);                                                                       \
+  }
+R1FAST_STRIP_KERNELS(baseline, )
+#if defined(__x86_64__)
+R1FAST_STRIP_KERNELS(avx2, __attribute__((target("avx2,fma"))))
+R1FAST_STRIP_KERNELS(avx512, R1FAST_AVX512)
+#endif
+#undef R1FAST_STRIP_KERNELS
+
+// `level` is auto, baseline, avx2 or avx512.
+template <class T>
+StripKernels<T> strip_kernels(const std::string& level) {
+#if defined(__x86_64__)
+  if ((level == "auto" || level == "avx512") && native_supported(false)) {
+    return {&attend_strip_native<T>, &merge_rows_avx512, &finish_row_avx512<T>};
+  }
+  if ((level == "auto" || level == "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return {&attend_strip_avx2<T>, &merge_rows_avx2, &finish_row_avx2<T>};
+  }
+#endif
+  if (level != "auto" && level != "baseline") {
+    throw std::invalid_argument("level must be auto, baseline, avx2 or avx512, one that this CPU has; got " + level);
+  }
+  return {&attend_strip_baseline<T>, &merge_rows_baseline, &finish_row_baseline<T>};
+}
+
+// What a call needs beside its arguments, kept from one call to the next: nothing is allocated once it is large enough.
+class DecodeWorkspace {
+ public:
+  template <class T>
+  void run(const DecodeProblem<T>& problem, const PagedCache<T>& cache, const std::string& level,
+           int64_t num_threads) {
+    const int64_t dim = cache.head_dim, kv_heads = cache.num_kv_heads;
+    const StripKernels<T> kernels = strip_kernels<T>(level);
+    Call<T> call{problem, cache, kernels, problem.num_heads / kv_heads, row_floats(dim), 0, nullptr};
+    const double steps = plan(problem, call.heads, kv_heads, num_threads);
+    num_threads = worthwhile_threads(num_threads, steps * kv_heads * dim);
+    const int64_t num_units = static_cast<int64_t>(units_.size()) * kv_heads;
+    int64_t most_chunks = 1;
+    for (const Unit& unit : units_) most_chunks = std::max(most_chunks, unit.num_chunks);
+    const bool cut = num_threads > 1 && num_units < kUnitsPerThread * num_threads && most_chunks > 1;
+
+    // per thread q, and (m, l, a) twice: of all chunks so far and of one
+    const int64_t row = call.ld + 2;
+    call.rows = most_rows_;
+    const int64_t scratch = round_up(most_rows_ * (call.ld + 2 * row), kTile);
+    const int64_t num_partials = cut ? num_partials_ * kv_heads : 0;
+    reserve(scratch * std::max<int64_t>(num_threads, 1) + num_partials * row);
+    call.partials = floats_->data() + scratch * std::max<int64_t>(num_threads, 1);
+    if (!cut) {
+      parallel_for(num_units, num_threads, [&](int64_t task, int64_t thread) {
+        const Unit& unit = units_[static_cast<size_t>(task / kv_heads)];
+        attend_unit(call, unit, task % kv_heads, 0, unit.num_chunks, floats_->data() + thread * scratch);
+      });
+      return;
+    }
+    if (finished_.size() < static_cast<size_t>(num_units)) finished_ = std::vector<std::atomic<int32_t>>(num_units);
+    for (std::atomic<int32_t>& n : finished_) n.store(0, std::memory_order_relaxed);
+    parallel_for(num_units * most_chunks, num_threads, [&](int64_t task, int64_t thread) {
+      const int64_t index = task / most_chunks, chunk = task % most_chunks, head = index % kv_heads;
+      const Unit& unit = units_[static_cast<size_t>(index / kv_heads)];
+      if (chunk >= unit.num_chunks) return;
+      attend_unit(call, unit, head, chunk, chunk + 1, floats_->data() + thread * scratch);
+      // the last one to finish merges them all
+      if (finished_[static_cast<size_t>(index)].fetch_add(1, std::memory_order_acq_rel) + 1 == unit.num_chunks) {
+        finish_unit(call, unit, head);
+      }
+    });
+  }
+
+ private:
+  template <class T>
+  struct Call {
+    const DecodeProblem<T>& problem;
+    const PagedCache<T>& cache;
+    const StripKernels<T>& kernels;
+    int64_t heads;  // query heads of a kv head
+    int64_t ld;
+    int64_t rows;
+    float* partials;
+  };
+
+  // Strips one after the other: each is attended to when the next one is known.
+  template <class T>
+  struct Walk {
+    const Call<T>& call;
+    int64_t head;
+    Strip<T> strips[2];
+    Rows rows[2];
+    int64_t count = 0;
+
+    void visit(int64_t sequence, int64_t position, int64_t num_positions, const Rows& of) {
+      Strip<T>& strip = strips[count % 2];
+      strip = {{}, {}, num_positions, call.cache.head_dim, call.problem.scale, &strip};
+      for (int64_t t = 0; t < kStripTiles; ++t) {  // behind the last tile the first one again: it can be fetched
+        const int64_t offset = t * kTile < num_positions ? t * kTile : 0;
+        const int64_t tile = call.problem.tile(sequence, position + offset);
+        strip.keys[t] = call.cache.key_tile(tile, head);
+        strip.values[t] = call.cache.value_tile(tile, head);
+      }
+      rows[count % 2] = of;
+      if (count++ > 0) {
+        strips[count % 2].next = &strip;
+        call.kernels.attend(strips[count % 2], rows[count % 2]);
+      }
+    }
+    void finish() {
+      if (count > 0) call.kernels.attend(strips[(count - 1) % 2], rows[(count - 1) % 2]);
+    }
+  };
+
+  // Fills units_; returns query rows times positions, about, over one kv head's query heads.
+  template <class T>
+  double plan(const DecodeProblem<T>& problem, int64_t heads, int64_t kv_heads, int64_t num_threads) {
+    const int64_t num_sequences = problem.group_starts[problem.num_groups];
+    const int64_t wanted = kUnitsPerThread * num_threads;
+    int64_t queries = std::max<int64_t>(kUnitRows / heads, 1);
+    const int64_t all = problem.first_query(num_sequences);
+    while (queries > 1 && std::max(ceil_div(all, queries), problem.num_groups) * kv_heads < wanted) queries /= 2;
+    units_.clear();
+    num_partials_ = most_rows_ = 0;
+    double steps = 0;
+    for (int64_t g = 0; g < problem.num_groups; ++g) {
+      int64_t sequence = problem.group_starts[g];
+      const int64_t end = problem.first_query(problem.group_starts[g + 1]);
+      for (int64_t begin = problem.first_query(sequence); begin < end; begin += queries) {
+        while (problem.first_query(sequence + 1) <= begin) ++sequence;
+        Unit unit{sequence, begin, std::min(begin + queries, end), 0, 0, num_partials_};
+        int64_t least = problem.limit(sequence, begin), most = 0, last = sequence;
+        for (int64_t q = begin; q < unit.end; ++q) {
+          while (problem.first_query(last + 1) <= q) ++last;
+          least = std::min(least, problem.limit(last, q));
+          most = std::max(most, problem.limit(last, q));
+          steps += static_cast<double>(problem.limit(last, q) * heads);
+        }
+        const int64_t shared = problem.shared_blocks[g] * problem.tiles_per_block * kTile;
+        unit.shared = std::max<int64_t>(std::min(shared, least), 0) / kStrip * kStrip;
+        unit.num_chunks = std::max<int64_t>(ceil_div(most, kChunkPositions), 1);
+        const int64_t num_rows = (unit.end - begin) * heads;
+        num_partials_ += num_rows * unit.num_chunks;
+        most_rows_ = std::max(most_rows_, num_rows);
+        units_.push_back(unit);
+      }
+    }
+    return steps;
+  }
+
+  void reserve(int64_t num_floats) {
+    if (floats_ == nullptr || num_floats > capacity_) {
+      floats_ = std::make_unique<AlignedBuffer<float>>(num_floats + num_floats / 2);
+      capacity_ = num_floats + num_floats / 2;
+    }
+  }
+
+  // Rows whose (m, l, a) lie one after the other in `memory`.
+  static Rows rows_at(float* memory, const float* q, int64_t count, int64_t ld) {
+    return {q, memory, memory + count, memory + 2 * count, ld, count};
+  }
+
+  static void clear(const Rows& rows) {
+    std::fill(rows.m, rows.m + rows.count, -kInfinity);
+    std::fill(rows.l, rows.l + rows.count, 0.0f);
+    std::fill(rows.a, rows.a + rows.count * rows.ld, 0.0f);
+  }
+
+  template <class T>
+  static Rows partial(const Call<T>& call, const Unit& unit, int64_t head, int64_t chunk) {
+    const int64_t count = (unit.end - unit.begin) * call.heads;
+    const int64_t before = unit.first_partial * call.cache.num_kv_heads + (head * unit.num_chunks + chunk) * count;
+    return rows_at(call.partials + before * (call.ld + 2), nullptr, count, call.ld);
+  }
+
+  // The unit's rows over some chunks: all of them go to `out`, a single one of several to the partial results.
+  template <class T>
+  static void attend_unit(const Call<T>& call, const Unit& unit, int64_t head, int64_t first_chunk, int64_t end_chunk,
+                          float* scratch) {
+    const int64_t count = (unit.end - unit.begin) * call.heads, dim = call.cache.head_dim, ld = call.ld;
+    for (int64_t r = 0; r < count; ++r) {
+      load_query(call.problem.q + query_head(call, unit, head, r) * dim, dim, scratch + r * ld);
+    }
+    float* const state = scratch + count * ld;
+    const bool whole = first_chunk == 0 && end_chunk == unit.num_chunks;
+    Rows sums = whole ? rows_at(state, scratch, count, ld) : partial(call, unit, head, first_chunk);
+    sums.q = scratch;
+    clear(sums);
+    attend_chunk(call, unit, head, first_chunk, sums);
+    const Rows more = rows_at(state + count * (ld + 2), scratch, count, ld);
+    for (int64_t chunk = first_chunk + 1; chunk < end_chunk; ++chunk) {
+      clear(more);
+      attend_chunk(call, unit, head, chunk, more);
+      call.kernels.merge(sums, more);
+    }
+    if (whole) write(call, unit, head, sums);
+  }
+
+  template <class T>
+  static void finish_unit(const Call<T>& call, const Unit& unit, int64_t head) {
+    const Rows sums = partial(call, unit, head, 0);
+    for (int64_t chunk = 1; chunk < unit.num_chunks; ++chunk) call.kernels.merge(sums, partial(call, unit, head, chunk));
+    write(call, unit, head, sums);
+  }
+
+  template <class T>
+  static void write(const Call<T>& call, const Unit& unit, int64_t head, const Rows& rows) {
+    const int64_t dim = call.cache.head_dim;
+    for (int64_t r = 0; r < rows.count; ++r) {
+      T* const out = call.problem.out + query_head(call, unit, head, r) * dim;
+      call.kernels.finish(rows.a + r * rows.ld, rows.l[r], dim, out);
+    }
+  }
+
+  // Row r of a unit as a row of (Nq * H, Dh).
+  template <class T>
+  static int64_t query_head(const Call<T>& call, const Unit& unit, int64_t head, int64_t r) {
+    return (unit.begin + r / call.heads) * call.problem.num_heads + head * call.heads + r % call.heads;
+  }
+
+  template <class T>
+  static void attend_chunk(const Call<T>& call, const Unit& unit, int64_t head, int64_t chunk, const Rows& rows) {
+    const int64_t begin = chunk * kChunkPositions, end = begin + kChunkPositions;
+    const int64_t shared_end = std::clamp(unit.shared, begin, end);
+    Walk<T> walk{call, head, {}, {}};
+    for (int64_t p = begin; p < shared_end; p += kStrip) walk.visit(unit.sequence, p, kStrip, rows);
+    int64_t sequence = unit.sequence;
+    for (int64_t q = unit.begin; q < unit.end;) {
+      while (call.problem.first_query(sequence + 1) <= q) ++sequence;
+      const int64_t q_end = std::min(call.problem.first_query(sequence + 1), unit.end);
+      const Rows own = rows.slice((q - unit.begin) * call.heads, (q_end - unit.begin) * call.heads);
+      attend_own(walk, sequence, q, q_end, shared_end, end, own);
+      q = q_end;
+    }
+    walk.finish();
+  }
+
+  // Queries [q, q_end) of one sequence over positions [begin, end): those that see a whole strip together.
+  template <class T>
+  static void attend_own(Walk<T>& walk, int64_t sequence, int64_t q, int64_t q_end, int64_t begin, int64_t end,
+                         const Rows& rows) {
+    const DecodeProblem<T>& problem = walk.call.problem;
+    const int64_t heads = walk.call.heads, most = std::min(end, problem.limit(sequence, q_end - 1));
+    for (int64_t p = begin; p < most; p += kStrip) {
+      int64_t i = 0;  // limits increase
+      for (; i < q_end - q; ++i) {
+        const int64_t in_sight = problem.limit(sequence, q + i) - p;
+        if (in_sight >= kStrip) break;
+        if (in_sight > 0) walk.visit(sequence, p, in_sight, rows.slice(i * heads, (i + 1) * heads));
+      }
+      if (i < q_end - q) walk.visit(sequence, p, kStrip, rows.slice(i * heads, rows.count));
+    }
+  }
+
+  std::vector<Unit> units_;
+  std::vector<std::atomic<int32_t>> finished_;
+  std::unique_ptr<AlignedBuffer<float>> floats_;
+  int64_t capacity_ = 0;
+  int64_t num_partials_ = 0;  // rows times chunks of all units
+  int64_t most_rows_ = 0;     // of a unit
+};
+
+}  // namespace r1fast

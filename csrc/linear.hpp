@@ -1,0 +1,111 @@
+// y = x W^T for the decoder: weights packed once, sums in fp32, and what follows the product done while it is in the cache.
+//
+//   kStore      y = x W^T + b                    kAdd     y = y + (x W^T + b)
+//   kSilu       y = silu(g) u                    g, u = the halves of x W^T + b
+//
+// In bf16 every line above is rounded where PyTorch rounds it. An element is summed over k in one fixed order, see gemm.hpp and
+// amx.hpp: a row's result depends neither on the rows beside it nor on how many there are.
+#pragma once
+
+#include "amx.hpp"
+
+#if defined(__x86_64__)
+namespace r1fast {
+
+enum class After { kStore, kAdd, kSilu };
+
+R1FAST_INLINE float rounded(float x, float) { return x; }
+R1FAST_INLINE float rounded(float x, Bf16) { return float_of(bf16_bits(x) << 16); }
+
+// Tiles: Avx512Tiles or, for bf16, AmxTiles.
+template <class T, class Tiles>
+class PackedLinear {
+ public:
+  // weight (num_out, num_in), rows `ld` elements apart; bias (num_out) or null, which must outlive this. The halves of
+  // `halved` weights are packed side by side, for kSilu.
+  PackedLinear(const T* weight, int64_t ld, const T* bias, int64_t num_out, int64_t num_in, bool halved,
+               int64_t num_threads)
+      : bias_(bias),
+        num_out_(halved ? num_out / 2 : num_out),
+        
+        num_k_(round_up(ceil_div(num_in, kPerWord), Tiles::kWordMultiple)),
+        num_panels_(ceil_div(num_out_, kPanel)),
+        halves_(halved ? 2 : 1),
+        packed_(num_panels_ * halves_ * num_k_ * kPanel) {
+    parallel_for(num_panels_ * halves_, num_threads, [&](int64_t task, int64_t) {
+      const int64_t p = task / halves_, half = task % halves_;
+      pack_lanes(weight + half * num_out_ * ld, ld, p * kPanel, std::min((p + 1) * kPanel, num_out_), num_in, num_k_,
+                 kPanel, panel(p, half));
+    });
+  }
+
+  int64_t num_bytes() const { return num_panels_ * halves_ * num_k_ * kPanel * static_cast<int64_t>(sizeof(Word)); }
+
+  // Words of x that are read of a row, and rows beyond num_rows that may be: all must be there, and finite.
+  static constexpr int64_t kRows = Tiles::kRows;
+  int64_t words_read() const { return num_k_; }
+
+  // x (num_rows, num_in); Y is T, or float for kStore alone.
+  template <class Y>
+  void run(const T* x, int64_t ld_x, int64_t num_rows, Y* y, int64_t ld_y, After after, int64_t num_threads) const {
+    if ((after == After::kSilu) != (halves_ == 2)) throw std::invalid_argument("silu is of halved weights");
+    const int64_t num_groups = ceil_div(num_rows, kGroupRows);
+    const double steps = 1.0 * num_rows * num_out_ * halves_ * num_k_;
+    parallel_for(num_groups * num_panels_, worthwhile_threads(num_threads, steps), [&](int64_t task, int64_t) {
+      const typename Tiles::Session session;
+      const int64_t p = task % num_panels_, first = task / num_panels_ * kGroupRows;
+      const int64_t last = std::min(first + kGroupRows, num_rows);
+      for (int64_t row = first; row < last; row += kRows) {
+        block(x + row * ld_x, ld_x, std::min(last - row, kRows), p, y + row * ld_y, ld_y, after);
+      }
+    });
+  }
+
+ private:
+  static constexpr bool kBf16 = sizeof(T) == sizeof(Bf16);
+  static constexpr int64_t kPerWord = sizeof(Word) / sizeof(T);
+  static constexpr int64_t kPanel = kLanes * Tiles::kMaxVectors;
+  static constexpr int64_t kGroupRows = 128;  // of x, that stay in the cache while a task meets one panel after another
+
+  Word* panel(int64_t p, int64_t half) const { return reinterpret_cast<Word*>(packed_.data()) + (p * halves_ + half) * num_k_ * kPanel; }
+
+  template <class Y>
+  R1FAST_AVX512 void block(const T* x, int64_t ld_x, int64_t num_rows, int64_t p, Y* y, int64_t ld_y,
+                           After after) const {
+    alignas(64) float sums[2][kRows * kPanel];
+    const int64_t begin = p * kPanel, count = std::min(kPanel, num_out_ - begin);
+    for (int64_t half = 0; half < halves_; ++half) {
+      Tiles::template into<kBf16>(Into::kBuffer, Tiles::kMaxVectors, num_k_, reinterpret_cast<const Word*>(x),
+                                  ld_x / kPerWord, panel(p, half), sums[half], kPanel, num_rows, kPanel);
+    }
+    alignas(64) float bias[2][kPanel] = {};
+    if (bias_ != nullptr) {
+      for (int64_t half = 0; half < halves_; ++half) {
+        for (int64_t j = 0; j < count; ++j) bias[half][j] = to_float(bias_[half * num_out_ + begin + j]);
+      }
+    }
+    for (int64_t i = 0; i < num_rows; ++i) {
+      const float* const a = sums[0] + i * kPanel;
+      Y* const to = y + i * ld_y + begin;
+      if (after == After::kStore) {
+        for (int64_t j = 0; j < count; ++j) store(to + j, a[j] + bias[0][j]);
+      } else if (after == After::kAdd) {
+        for (int64_t j = 0; j < count; ++j) store(to + j, to_float(to[j]) + rounded(a[j] + bias[0][j], Y{}));
+      } else {
+        const float* const b = sums[1] + i * kPanel;
+        for (int64_t j = 0; j < count; ++j) {
+          const float gate = rounded(a[j] + bias[0][j], Y{}), up = rounded(b[j] + bias[1][j], Y{});
+          const float silu = rounded(gate / (1 + exp_clamped(clamp_exponent(-gate))), Y{});
+          store(to + j, silu * up);
+        }
+      }
+    }
+  }
+
+  const T* bias_;
+  int64_t num_out_, num_k_, num_panels_, halves_;
+  AlignedBuffer<float> packed_;
+};
+
+}  // namespace r1fast
+#endif

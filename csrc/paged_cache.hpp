@@ -1,0 +1,45 @@
+// The tiled storage of kernels/paged_cache.py: tiles of 16 slots, keys (tiles, K, Dh, 16), or in bf16
+// (tiles, K, Dh / 2, 16, 2), and values (tiles, K, 16, Dh).
+#pragma once
+
+#include "epilogue.hpp"
+#include "parallel.hpp"
+
+namespace r1fast {
+
+constexpr int64_t kTile = 16;  // slots
+
+template <class T>
+struct PagedCache {
+  T* keys;
+  T* values;
+  int64_t num_kv_heads;
+  int64_t head_dim;
+
+  int64_t tile_size() const { return head_dim * kTile; }
+  T* key_tile(int64_t tile, int64_t head) const { return keys + (tile * num_kv_heads + head) * tile_size(); }
+  T* value_tile(int64_t tile, int64_t head) const { return values + (tile * num_kv_heads + head) * tile_size(); }
+};
+
+// k and v (N, K, Dh), rows of heads `ld_` elements apart, to their slots.
+template <class T>
+void write_kv(const PagedCache<T>& cache, const T* k, int64_t ld_k, const T* v, int64_t ld_v, const int64_t* slots,
+              int64_t num_tokens, int64_t num_threads) {
+  using Pair = std::conditional_t<sizeof(T) == 2, uint32_t, T>;  // what lies side by side in a lane
+  constexpr int64_t kPerPair = sizeof(Pair) / sizeof(T);
+  const int64_t dim = cache.head_dim;
+  const auto token = [&](int64_t i, int64_t) {
+    const int64_t tile = slots[i] / kTile, lane = slots[i] % kTile;
+    for (int64_t head = 0; head < cache.num_kv_heads; ++head) {
+      T* const to = cache.key_tile(tile, head) + lane * kPerPair;
+      const T* const from = k + i * ld_k + head * dim;
+      for (int64_t d = 0; d < dim; d += kPerPair) std::memcpy(to + d * kTile, from + d, sizeof(Pair));
+      std::memcpy(cache.value_tile(tile, head) + lane * dim, v + i * ld_v + head * dim, sizeof(T) * dim);
+    }
+  };
+  // a key is spread over as many cache lines as it has words
+  const double steps = 64.0 * num_tokens * cache.num_kv_heads * dim;
+  parallel_for(num_tokens, worthwhile_threads(num_threads, steps), token);
+}
+
+}  // namespace r1fast

@@ -1,0 +1,209 @@
+"""Runs the model for the engine: a chunk of prompts, or the next tokens of every running sample.
+
+Two forwards with one meaning: `native` on a CPU that has AVX-512, else the model's own.
+Shapes: B running rows, Nq tokens of a step, N tokens of prompts, D model width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from r1fast.kernels.attention import PackedAttention
+from r1fast.kernels.paged_attention import DecodePlan, paged_attention, read_kv
+from r1fast.model import Decoder
+from r1fast.rollout.kv_cache import KVCache
+from r1fast.rollout.native import NativeForward, is_supported
+from r1fast.rollout.rows import Rows
+from r1fast.rollout.scheduler import Chunk
+
+
+@dataclass(slots=True)
+class Inputs:
+    """What the model forwards in one step."""
+
+    tokens: Tensor  # (N,) int64
+    positions: Tensor  # (N,) int64
+    slots: Tensor  # (N,) int64: where their keys and values go
+
+
+class Runner:
+    """`batch_invariant`: a row's results are the same bits whatever else is in its step.
+
+    Raises ValueError where that cannot be had.
+    """
+
+    def __init__(self, model: Decoder, *, batch_invariant: bool = False):
+        self.model, self.batch_invariant = model, batch_invariant
+        self.device = model.head_weight.device
+        self.is_native = is_supported(model)
+        if batch_invariant and not self.is_native:
+            raise ValueError(
+                "batch_invariant needs float32 or bfloat16 weights on a CPU with AVX-512, got "
+                f"{model.head_weight.dtype} on {self.device}"
+            )
+        self._native: NativeForward | None = None
+
+    def weights_key(self) -> tuple:
+        """Another one after the parameters have been written to or replaced."""
+        return tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+
+    def reset(self) -> None:
+        """Forget what was prepared from the weights."""
+        self._native = None
+
+    def logits(self, hidden: Tensor) -> Tensor:  # (n, D) of `prefill` or `decode` -> (n, V)
+        """In a buffer that the next call may use again."""
+        if self.is_native:
+            return self._native.logits(hidden)
+        return F.linear(hidden, self.model.head_weight)
+
+    def copy_blocks(self, copies: list[tuple[int, int]], cache: KVCache) -> None:
+        if copies:
+            source, target = torch.tensor(copies, device=self.device).T.contiguous()
+            cache.copy(source, target)
+
+    def decode(self, rows: Rows, cache: KVCache, drafts: np.ndarray | None = None) -> Tensor:
+        """(B, num_draft) drafts, -1: none. Returns (Nq, V) logits: a row's last token's, then its drafts'."""
+        batch = rows.batch()
+        slots, N = batch.slots, rows.block_size
+        length = rows.length[slots]
+        tokens, positions, starts, row = rows.tokens[slots, length - 1], length - 1, None, None
+        if drafts is not None:
+            counts = 1 + (drafts >= 0).sum(1)
+            starts = np.concatenate(([0], np.cumsum(counts)))
+            row = np.repeat(np.arange(len(slots)), counts)
+            offset = np.arange(len(row)) - starts[row]
+            tokens = np.concatenate((tokens[:, None], drafts), 1)[row, offset]
+            positions, length = positions[row] + offset, length + counts - 1
+        table = rows.blocks[slots, : cache.blocks_for(int(length.max()))]
+        row = np.arange(len(slots)) if row is None else row
+        inputs = self._inputs(tokens, positions, table[row, positions // N], N)
+        plan = DecodePlan(
+            *map(self._int32, (table, length, batch.group_starts, batch.shared_blocks)),
+            None if starts is None else self._int32(starts),
+        )
+        return self.logits(self._forward(inputs, cache, _Paged(cache, plan)))
+
+    def prefill(self, chunks: list[Chunk], cache: KVCache) -> Tensor:
+        """Forward tokens of prompts into the cache. Returns (n, D): the last token's of those that end."""
+        N = cache.block_size
+        positions = np.concatenate([np.arange(start, end) for _, start, end in chunks])
+        tokens = np.concatenate([job.tokens[start:end] for job, start, end in chunks])
+        blocks = np.concatenate(
+            [job.blocks[np.arange(start, end) // N] for job, start, end in chunks]
+        )
+        inputs = self._inputs(tokens, positions, blocks, N)
+        starts = np.concatenate(([0], np.cumsum([end - start for _, start, end in chunks])))
+        if self.batch_invariant:
+            attend = _Paged(cache, self._prefill_plan(chunks, starts, cache))
+        else:
+            attend = _Chunks(cache, chunks, starts, self.device)
+        hidden = self._forward(inputs, cache, attend)
+        ends = [end == len(job.tokens) for job, _, end in chunks]
+        return hidden[self._tensor(starts[1:][ends] - 1)]
+
+    def _prefill_plan(self, chunks: list[Chunk], starts: np.ndarray, cache: KVCache) -> DecodePlan:
+        """Every chunk a sequence of its own, with as many queries as it has tokens."""
+        context = np.array([end for _, _, end in chunks])
+        table = np.zeros((len(chunks), cache.blocks_for(int(context.max()))), np.int32)
+        for row, (job, _, end) in zip(table, chunks, strict=True):
+            row[: cache.blocks_for(end)] = job.blocks[: cache.blocks_for(end)]
+        groups, shared = np.arange(len(chunks) + 1), np.zeros(len(chunks))
+        return DecodePlan(*map(self._int32, (table, context, groups, shared, starts)))
+
+    def _forward(self, inputs: Inputs, cache: KVCache, attend) -> Tensor:  # (N, D)
+        x = inputs
+        if self.is_native:
+            if self._native is None:
+                self._native = NativeForward(self.model)
+            return self._native.forward(x.tokens, x.positions, x.slots, cache, attend.into)
+
+        def write_and_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache.write(layer, k, v, x.slots)
+            return attend(layer, q)
+
+        return self.model(x.tokens, x.positions, write_and_attend)
+
+    def _inputs(
+        self, tokens: np.ndarray, positions: np.ndarray, blocks: np.ndarray, block_size: int
+    ) -> Inputs:
+        slots = blocks.astype(np.int64) * block_size + positions % block_size
+        return Inputs(*map(self._tensor, (tokens, positions, slots)))
+
+    def _tensor(self, x: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self.device, non_blocking=True)
+
+    def _int32(self, x: np.ndarray) -> Tensor:
+        return self._tensor(x.astype(np.int32))
+
+
+class _Paged:
+    """Attention of each sequence's queries over its blocks."""
+
+    def __init__(self, cache: KVCache, plan: DecodePlan):
+        self.cache, self.plan = cache, plan
+
+    def __call__(self, layer: int, q: Tensor) -> Tensor:  # (Nq, H, Dh) -> (Nq, H, Dh)
+        return paged_attention(q, self.cache.layout, *self.cache.layers[layer], self.plan)
+
+    def into(self, layer: int, q: Tensor, out: Tensor) -> None:
+        paged_attention(q, self.cache.layout, *self.cache.layers[layer], self.plan, out=out)
+
+
+class _Chunks:
+    """Attention of chunks of prompts, each over what the cache holds of its own prompt.
+
+    Those that begin their prompt take one packed call, as in training.
+    """
+
+    def __init__(self, cache: KVCache, chunks: list[Chunk], starts: np.ndarray, device):
+        self.cache = cache
+        N = cache.block_size
+        first = [i for i, (_, start, _) in enumerate(chunks) if start == 0]
+        self.slots, self.continued = [], []
+        lengths = [chunks[i][2] for i in first]
+        cu = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
+        self.packed = PackedAttention(cu, max(lengths)) if first else None
+        fresh = [np.arange(starts[i], starts[i + 1]) for i in first]
+        is_all = len(first) == len(chunks)
+        self.fresh = slice(None) if is_all else _index(fresh, device)
+        slots = [_slots(chunks[i][0].blocks, chunks[i][2], N) for i in first]
+        self.fresh_slots = _index(slots, device)
+        for i, (job, start, end) in enumerate(chunks):
+            if start:
+                slots = torch.from_numpy(_slots(job.blocks, end, N)).to(device)
+                self.continued.append((int(starts[i]), int(starts[i + 1]), slots))
+
+    def __call__(self, layer: int, q: Tensor) -> Tensor:  # (N, H, Dh) -> (N, H, Dh)
+        out = torch.empty_like(q)
+        self.into(layer, q, out)
+        return out
+
+    def into(self, layer: int, q: Tensor, out: Tensor) -> None:
+        layout, (keys, values) = self.cache.layout, self.cache.layers[layer]
+        if self.packed is not None:
+            k, v = read_kv(layout, keys, values, self.fresh_slots)
+            out[self.fresh] = self.packed(layer, q[self.fresh], k, v)
+        for a, b, slots in self.continued:
+            k, v = read_kv(layout, keys, values, slots)
+            # a chunk's queries are the last of these positions
+            seen = torch.ones(b - a, len(k), dtype=torch.bool, device=q.device)
+            mixed = F.scaled_dot_product_attention(
+                *(x.transpose(0, 1)[None] for x in (q[a:b], k, v)),
+                seen.tril(len(k) - (b - a)),
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+            out[a:b] = mixed[0].transpose(0, 1)
+
+
+def _index(parts: list[np.ndarray], device) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts])).to(device)
+
+
+def _slots(blocks: np.ndarray, end: int, block_size: int) -> np.ndarray:
+    """Where positions [0, end) lie."""
+    p = np.arange(end)
+    return blocks[p // block_size].astype(np.int64) * block_size + p % block_size

@@ -1,0 +1,1 @@
+"""`r1fast serve`: an OpenAI-compatible server over the embedded engine."""

@@ -1,0 +1,194 @@
+"""One thread steps the engine while there is work; requests come and go from an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from r1fast.metrics import warn
+from r1fast.rollout.engine import Engine
+from r1fast.rollout.sampler import SamplingParams
+from r1fast.types import TokenEvent
+
+COUNTERS = (
+    "requests refused_requests aborted_requests prompt_tokens generated_tokens first_tokens "
+    "first_token_seconds"  # summed over the first tokens of streams
+).split()
+Item = tuple[int, TokenEvent]  # (which prompt of the job, what is new)
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One request of a client: its prompts, and what the engine has made of them so far."""
+
+    prompts: Sequence[list[int]]
+    seeds: Sequence[Sequence[int]]  # for each prompt, one a sample
+    sampling: SamplingParams
+    streams: bool
+    accepted: asyncio.Future
+    queue: asyncio.Queue[list[Item]] = field(default_factory=asyncio.Queue)
+    ids: dict[int, int] = field(default_factory=dict)  # the engine's request id -> prompt
+    num_open: int = 0  # samples that have not ended, as the engine's thread counts them
+    began: float = 0.0
+
+    async def events(self) -> AsyncIterator[list[Item]]:
+        """What is new, as it comes, until every sample has ended."""
+        left = sum(map(len, self.seeds))
+        while left:
+            items = await self.queue.get()
+            left -= sum(event.finish_reason is not None for _, event in items)
+            yield items
+
+
+class EngineThread:
+    """Owns the engine: nothing else calls it. All methods but `_run`'s belong to the event loop."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.counters = dict.fromkeys(COUNTERS, 0)  # since the start, for /metrics
+        self.failure = ""  # of the last step, where that failed
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._jobs: dict[int, Job] = {}  # by the engine's request id
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """After the step that is running. What is unfinished is given up."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    async def submit(
+        self,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        streams: bool,
+    ) -> Job:
+        """Hand a request to the engine. Raises what it raises where it refuses one of the prompts."""
+        job = Job(prompts, seeds, sampling, streams, self._loop.create_future())
+        job.num_open, job.began = sum(map(len, seeds)), time.monotonic()
+        self._post(lambda: self._add(job))
+        try:
+            await job.accepted
+        except BaseException:
+            self.abort(job)
+            raise
+        return job
+
+    def abort(self, job: Job) -> None:
+        """Give up what is unfinished; its blocks are free after the next step."""
+        self._post(lambda: self._abort(job))
+
+    def _post(self, action: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(action)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._inbox or self._stopping or self.engine.has_work):
+                    self._wake.wait()
+                if self._stopping:
+                    return
+                actions = list(self._inbox)
+                self._inbox.clear()
+            for action in actions:
+                action()
+            if not self.engine.has_work:
+                continue
+            try:
+                self._deliver(self.engine.step())
+                self.failure = ""
+            except Exception as error:  # whatever it is, the next requests deserve an answer
+                self._fail(error)
+
+    def _add(self, job: Job) -> None:
+        """All prompts of a job or, where the engine refuses one, none."""
+        error = None
+        try:
+            for i, (prompt, seeds) in enumerate(zip(job.prompts, job.seeds, strict=True)):
+                name = f"prompt[{i}]" if len(job.prompts) > 1 else "the prompt"
+                added = self.engine.add(prompt, seeds, job.sampling, name=name, stream=job.streams)
+                job.ids[added] = i
+        except Exception as refused:  # handed on to whoever asked
+            error = refused
+            self._abort(job)
+        self._jobs.update(dict.fromkeys(job.ids, job))
+        self._call(lambda: _resolve(job.accepted, error))
+
+    def _abort(self, job: Job) -> None:
+        for request_id in job.ids:
+            self.engine.abort(request_id)
+            self._jobs.pop(request_id, None)
+        job.ids.clear()
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        by_job: dict[Job, list[Item]] = {}
+        now = time.monotonic()
+        for event in events:
+            self.counters["generated_tokens"] += len(event.token_ids)
+            job = self._jobs.get(event.request_id)
+            if job is None:  # aborted
+                continue
+            if job.began and event.token_ids and job.streams:
+                self.counters["first_token_seconds"] += now - job.began
+                self.counters["first_tokens"] += 1
+                job.began = 0.0
+            by_job.setdefault(job, []).append((job.ids[event.request_id], event))
+            job.num_open -= event.finish_reason is not None
+        for job in by_job:
+            if not job.num_open:
+                for request_id in job.ids:
+                    self._jobs.pop(request_id, None)
+        if by_job:
+            self._call(lambda: _put(by_job))
+
+    def _fail(self, error: Exception) -> None:
+        """A step failed as a whole: every request of the moment ends with its error."""
+        self.failure = f"{type(error).__name__}: {error}"
+        warn("a step of the engine failed\n" + "".join(traceback.format_exception(error)).rstrip())
+        by_job = {}
+        for job in dict.fromkeys(self._jobs.values()):
+            item = (0, TokenEvent(-1, 0, [], [], finish_reason="error", error=self.failure))
+            by_job[job], job.num_open = [item] * job.num_open, 0
+            self._abort(job)
+        self._call(lambda: _put(by_job))
+        time.sleep(0.1)  # a fault that stays must not spin
+
+    def _call(self, function: Callable[[], None]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function)
+        except RuntimeError:  # the loop is closed: nobody is left to tell
+            self._stopping = True
+
+
+def _resolve(future: asyncio.Future, error: Exception | None) -> None:
+    if future.done():  # the client is gone
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+
+
+def _put(by_job: dict[Job, list[Item]]) -> None:
+    for job, items in by_job.items():
+        job.queue.put_nowait(items)

@@ -1,0 +1,227 @@
+"""What the engine's history may not change: preemption, prefix hits, chunks, refills, speculation, aborts.
+
+With `batch_invariant` log-probabilities are compared bit for bit: it makes decode and prefill the same
+sums, so a completion that was computed again is the same to the last bit.
+"""
+
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILIES, tiny_model
+
+from r1fast.rollout.engine import Engine
+from r1fast.rollout.native import is_supported
+from r1fast.rollout.sampler import SamplingParams
+from r1fast.rollout.speculation import Speculation
+
+EOS = 3
+PROMPTS = [[5, 6, 7, 8], [9] * 17, [10, 11] * 20, [21, 22], [23] * 30, [5, 6, 7, 8]]
+LONG = SamplingParams(max_tokens=40)
+BLOCK = 16
+
+
+def block_bytes(model) -> int:
+    spec = model.spec
+    size = model.head_weight.element_size()
+    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * BLOCK * size
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def run(model, *, prompts=PROMPTS, G=4, sampling=LONG, blocks=0, **options):
+    """(engine, completions of all prompts in order)"""
+    if blocks:
+        options["cache_bytes"] = blocks * block_bytes(model)
+    engine = Engine(model, [EOS], decode=str, **{"max_batch_size": 64} | options)
+    groups = engine.generate(prompts, G, sampling, seed=7)
+    return engine, [c for group in groups for c in group.completions]
+
+
+def tokens(completions):
+    return [c.token_ids for c in completions]
+
+
+def logprobs(completions):
+    return np.concatenate([c.logprobs for c in completions])
+
+
+def assert_same(actual, expected, tolerance=1e-5):
+    assert tokens(actual) == tokens(expected)
+    assert np.abs(logprobs(actual) - logprobs(expected)).max() <= tolerance
+
+
+def assert_nothing_held(engine):
+    stats = engine.stats
+    assert (stats.blocks_used, stats.num_running, stats.num_waiting) == (0, 0, 0)
+    assert not engine.has_work
+
+
+HISTORIES = {
+    "few slots": {"max_batch_size": 3},
+    "one slot": {"max_batch_size": 1},
+    "a full cache": {"blocks": 8},
+    "a cache for one sequence": {"blocks": 5},
+    "small chunks": {"prefill_tokens": 5},
+    "small chunks in a full cache": {"prefill_tokens": 7, "blocks": 9, "max_batch_size": 7},
+    "no prefix cache": {"prefix_cache": False, "blocks": 8},
+    "speculation": {"speculation": Speculation(3, ngram=2, min_ngram=1)},
+    "speculation in a full cache": {"speculation": Speculation(4, 1, 1), "blocks": 8},
+}
+
+
+@pytest.mark.parametrize("options", HISTORIES.values(), ids=HISTORIES)
+def test_history_does_not_matter(model, options):
+    _, expected = run(model)
+    engine, actual = run(model, **options)
+    assert_same(actual, expected)
+    assert_nothing_held(engine)
+    if "blocks" in options and "speculation" not in options:
+        assert engine.stats.preemptions > 0
+    if "speculation" in options:
+        assert engine.stats.drafted > engine.stats.accepted > 0
+        assert 0 < engine.stats.acceptance < 1
+
+
+@pytest.mark.skipif(not is_supported(tiny_model()), reason="needs AVX-512")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_invariant_is_bitwise(family, dtype):
+    """Prefill computes again what decode computed, alone or beside others: the same bits."""
+    model = tiny_model(family).to(dtype)
+    _, expected = run(model, batch_invariant=True)
+    for name, options in HISTORIES.items():
+        _, actual = run(model, batch_invariant=True, **options)
+        assert tokens(actual) == tokens(expected), name
+        assert (logprobs(actual) == logprobs(expected)).all(), name
+    _, alone = run(model, prompts=PROMPTS[:1], batch_invariant=True)
+    assert (logprobs(alone) == logprobs(expected[:4])).all()
+
+
+def test_batch_invariant_where_it_cannot_be_had(model):
+    with pytest.raises(ValueError, match=r"needs float32 or bfloat16 weights .* torch.float16"):
+        Engine(tiny_model().to(torch.float16), [EOS], batch_invariant=True)
+
+
+def test_a_group_shares_its_prompt(model):
+    """40 tokens of prompt are 2 full blocks, once; every sample has the partly filled one for itself."""
+    engine = Engine(model, [EOS], decode=str, prefix_cache=False)
+    engine.add([10, 11] * 20, range(8), SamplingParams(max_tokens=5, ignore_eos=True))
+    engine.step()
+    stats = engine.stats
+    assert (stats.num_running, stats.prefill_tokens) == (8, 40)
+    assert stats.blocks_used == 2 + 8
+    engine.step()
+    assert engine.rows.batch().shared_blocks.tolist() == [2]
+    assert engine.rows.batch().group_starts.tolist() == [0, 8]
+
+
+def test_cache_memory_is_what_the_tokens_need(model):
+    """Peak blocks against the positions that were held, but for the partly filled block of each."""
+    engine = Engine(model, [EOS], prefix_cache=False)
+    sampling = SamplingParams(max_tokens=64, ignore_eos=True)
+    engine.generate([[5] * 48, [6] * 48], 8, sampling)
+    needed = 2 * (48 + 8 * 64)  # every prompt once; the last token is never forwarded
+    held = engine.stats.peak_blocks * BLOCK
+    assert needed - 16 <= held <= 1.05 * needed
+
+
+def test_prefix_cache_across_calls_and_weights():
+    model = tiny_model()
+    engine = Engine(model, [EOS], decode=str)
+    prompt, sampling = [[5, 6] * 24], SamplingParams(max_tokens=8, temperature=0)
+    first = engine.generate(prompt, 1, sampling)[0].completions[0]
+    assert engine.stats.prefix_hits == 0
+    again = engine.generate(prompt, 1, sampling)[0].completions[0]
+    assert engine.stats.prefix_hits == 32  # the last block holds the token whose logits are wanted
+    assert again.token_ids == first.token_ids
+    assert again.logprobs == pytest.approx(first.logprobs, abs=1e-5)
+    longer = [[*prompt[0], *first.token_ids, 7]]  # what was generated is found too
+    before = engine.stats.prefix_hits
+    engine.generate(longer, 1, sampling)
+    assert engine.stats.prefix_hits - before == 48
+    with torch.no_grad():
+        model.norm.weight.mul_(-1)
+    changed = engine.generate(prompt, 1, sampling)[0].completions[0]
+    assert engine.stats.prefix_hits - before == 48  # nothing of the old weights
+    fresh = Engine(model, [EOS]).generate(prompt, 1, sampling)[0].completions[0]
+    assert changed.token_ids == fresh.token_ids != first.token_ids
+    with torch.no_grad():
+        model.norm.weight.data.mul_(-1)  # behind the version counter's back
+    engine.reset_prefix_cache()
+    assert engine.generate(prompt, 1, sampling)[0].completions[0].token_ids == first.token_ids
+
+
+def test_a_long_prompt_does_not_stall_decoding(model):
+    """While 100 tokens are prefilled 10 a step, the sample that runs gets a token every step."""
+    engine = Engine(model, [EOS], decode=str, prefill_tokens=10)
+    short = engine.add([5, 6], [1], SamplingParams(max_tokens=30, ignore_eos=True))
+    engine.step()
+    long = engine.add([7] * 100, [2], SamplingParams(max_tokens=5, ignore_eos=True))
+    for step in range(10):
+        events = engine.step()
+        assert [e.request_id for e in events][:1] == [short]
+        assert (long in [e.request_id for e in events]) == (step == 9)
+
+
+def test_a_finished_slot_is_refilled_in_the_same_step(model):
+    engine = Engine(model, [EOS], decode=str, max_batch_size=2)
+    lengths = [2, 5, 3, 3]
+    for n in lengths:
+        engine.add([5, 6], [n], SamplingParams(max_tokens=n, ignore_eos=True))
+    running = []
+    while engine.has_work:
+        engine.step()
+        running.append(engine.stats.num_running)
+    # the prompt's step gives a token too; both slots are in use until nothing waits
+    assert running == [2, 2, 2, 2, 1, 0]
+
+
+def test_abort(model):
+    engine = Engine(model, [EOS], decode=str, max_batch_size=3, prefix_cache=False)
+    sampling = SamplingParams(max_tokens=50, ignore_eos=True)
+    kept, dropped = engine.add([5] * 20, [1, 2], sampling), engine.add([6] * 20, [3, 4], sampling)
+    for _ in range(4):
+        engine.step()
+    engine.abort(dropped)
+    engine.abort(dropped)
+    engine.abort(12345)
+    events = engine.step()
+    aborted = [e for e in events if e.finish_reason == "abort"]
+    assert [(e.request_id, e.sample) for e in aborted] == [(dropped, 0), (dropped, 1)]
+    assert {e.request_id for e in events if e.finish_reason is None} == {kept}
+    while engine.has_work:
+        assert {e.request_id for e in engine.step()} == {kept}
+    assert_nothing_held(engine)
+
+
+def test_soak(model):
+    """Thousands of requests of all kinds through a small cache: no block is left, and no memory."""
+    import resource
+
+    engine = Engine(
+        model, [EOS], decode=str, max_batch_size=16, prefill_tokens=64,
+        cache_bytes=24 * block_bytes(model),
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    finished, added, peaks = 0, 0, []
+    while added < 3000 or engine.has_work:
+        while added < 3000 and engine.stats.num_waiting < 20:
+            prompt = [int(rng.integers(4, 9))] * 20 + rng.integers(4, 97, rng.integers(40)).tolist()
+            sampling = SamplingParams(
+                max_tokens=int(rng.integers(1, 30)), top_k=int(rng.integers(3))
+            )
+            request = engine.add(prompt, range(int(rng.integers(1, 4))), sampling,
+                                 stream=bool(rng.integers(2)))  # fmt: skip
+            added += 1
+            if rng.random() < 0.05:
+                engine.abort(request)
+        finished += sum(e.finish_reason is not None for e in engine.step())
+        if added % 500 == 0:
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert finished >= 3000
+    assert_nothing_held(engine)
+    assert engine.stats.preemptions > 0 < engine.stats.prefix_hits
+    assert peaks[-1] - peaks[len(peaks) // 2] < 20_000  # KiB, in the second half

@@ -1,0 +1,94 @@
+"""Text of a growing completion: whole characters, and stop strings wherever they are cut."""
+
+import random
+
+import pytest
+
+from r1fast.rollout.text import TextStream
+
+
+def byte_decode(ids):
+    return bytes(ids).decode("utf-8", errors="replace")
+
+
+def run(text, stop=(), cuts=None):
+    """(shown text, what stopped it, the pieces) with one token a byte, or in pieces of `cuts` bytes."""
+    stream, pieces = TextStream(byte_decode, stop), []
+    for token in text.encode():
+        pieces.append(stream.feed([token]))
+        if stream.stopped_by is not None:
+            break
+    pieces.append(stream.finish())
+    return "".join(pieces), stream.stopped_by, pieces
+
+
+def test_characters_are_shown_whole():
+    text = "a é 漢字 🙂 z"
+    shown, stopped, pieces = run(text)
+    assert (shown, stopped) == (text, None)
+    assert all("\ufffd" not in piece for piece in pieces)
+    assert pieces[0] == "a"  # nothing is held that need not be
+
+
+def test_half_a_character_comes_out_at_the_end():
+    stream = TextStream(byte_decode)
+    assert stream.feed([*b"ok", 0xE6, 0xBC]) == "ok"
+    assert stream.finish() == "\ufffd"
+
+
+def test_bytes_that_are_no_text_do_not_hold_the_rest():
+    stream = TextStream(byte_decode)
+    shown = stream.feed([0xFF] * 20) + stream.feed(b"later")
+    assert shown.endswith("later")
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown", "by"),
+    [
+        ("one two three", ("two",), "one ", "two"),
+        ("one two", ("three",), "one two", None),
+        ("aab", ("ab",), "a", "ab"),
+        ("abababc", ("ababc",), "ab", "ababc"),
+        ("x</answer>y", ("</answer>", "nswer"), "x</a", "nswer"),  # the one that ends first
+        ("stop", ("stop",), "", "stop"),
+        ("é漢", ("漢",), "é", "漢"),
+        ("almost sto", ("stop",), "almost sto", None),  # held back, then shown
+        ("User:", (":", "User:"), "User", ":"),
+    ],
+)
+def test_stop_strings(text, stop, shown, by):
+    if by == ":":  # both end at the same place: the one that begins first
+        shown, by = "", "User:"
+    assert run(text, stop)[:2] == (shown, by)
+
+
+def test_what_may_become_a_stop_string_is_held_back():
+    _, _, pieces = run("ab stx stop", ("stop",))
+    assert pieces[:7] == ["a", "b", " ", "", "", "stx", " "]
+
+
+def test_not_before_it_may():
+    stream = TextStream(byte_decode, ("ab",))
+    assert stream.feed(b"ab", may_stop=False) == "ab"
+    assert stream.stopped_by is None
+    assert stream.feed(b"b") == "b"  # its a was before
+    assert stream.feed(b"ab") == ""
+    assert stream.stopped_by == "ab"
+
+
+def test_against_the_whole_text():
+    """Random texts over few letters: the stream ends where a search after each byte would end it."""
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = "".join(rng.choice("abé") for _ in range(rng.randrange(1, 14)))
+        stops = tuple(
+            {"".join(rng.choice("abé") for _ in range(rng.randrange(1, 4))) for _ in "xy"}
+        )
+        expected, by = text, None
+        for end in range(1, len(text) + 1):
+            starts = [(end - len(s), s) for s in stops if text[:end].endswith(s)]
+            if starts:
+                at, by = min(starts)
+                expected = text[:at]
+                break
+        assert run(text, stops)[:2] == (expected, by), (text, stops)
