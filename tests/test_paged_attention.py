@@ -1,5 +1,7 @@
 """Decode attention over the paged cache against float64; NaN wherever no query may look."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from numerics import assert_accurate
@@ -65,6 +67,13 @@ class Step:
             None if queries is None else query_starts,
         )
         self.q = torch.randn(int(query_starts[-1]), H, Dh, generator=g).to(dtype)
+
+    def to(self, device):
+        tensors = {k: v.to(device) for k, v in vars(self.plan).items() if torch.is_tensor(v)}
+        self.plan = replace(self.plan, **tensors)
+        self.layout = replace(self.layout, device=device)
+        self.q, self.keys, self.values = (x.to(device) for x in (self.q, self.keys, self.values))
+        return self
 
     def run(self, **options):
         return paged_attention(self.q, self.layout, self.keys, self.values, self.plan, **options)
@@ -281,7 +290,41 @@ def test_impossible_layouts_are_refused(options, message):
         PagedLayout(2, 64, **options)
 
 
-def test_native_needs_tiles():
-    s = Step(*STEPS["one position"], 2, 1, 16, torch.float32, kind="rows")
-    with pytest.raises(ValueError, match="native needs the tiled layout"):
-        s.run(backend="native")
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("H", "K", "head_dim"), [(8, 2, 64), (3, 3, 40), (7, 1, 128)])
+def test_triton_against_float64(step, dtype, H, K, head_dim, device):
+    s = Step(*STEPS[step], H, K, head_dim, DTYPES[dtype], kind="rows").to(device)
+    s.check(s.run(backend="triton"))
+
+
+def test_triton_gives_zeros_for_nothing_in_sight(device):
+    s = Step(*STEPS["around a block"], 4, 2, 32, torch.float32, kind="rows").to(device)
+    s.plan.context_lens[2] = 0
+    assert (s.run(backend="triton")[2] == 0).all()
+
+
+def test_triton_rows_are_independent(device):
+    groups, _ = STEPS["chunks"]
+    s = Step(groups, None, 4, 2, 64, torch.float32, kind="rows").to(device)
+    together = s.run(backend="triton")
+    s.keys.fill_(torch.nan)  # all but sequence 4's blocks
+    clean = Step(groups, None, 4, 2, 64, torch.float32, kind="rows").to(device)
+    own = s.plan.block_table[4, : 512 // 16].long()
+    s.keys[own] = clean.keys[own]
+    assert torch.equal(s.run(backend="triton")[4], together[4])
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind", "message"),
+    [
+        ("native", "rows", "native needs the tiled layout"),
+        ("triton", "tiled", "triton needs the rows layout"),
+        ("flash", "rows", "backend flash needs"),
+        ("cudnn", "rows", "backend must be one of"),
+    ],
+)
+def test_a_backend_that_cannot_run_is_refused(backend, kind, message):
+    s = Step(*STEPS["one position"], 2, 1, 16, torch.float32, kind=kind)
+    with pytest.raises(ValueError, match=message):
+        s.run(backend=backend)

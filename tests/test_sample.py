@@ -320,3 +320,37 @@ def test_seeds_draw_what_they_drew_before():
     cdf = logits.softmax(-1).double().cumsum(-1)
     before = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
     assert torch.equal(sample(logits, u).tokens, before)
+
+
+@pytest.mark.parametrize("V", [1, 17, 1023, 1024, 1025, 5000])
+@pytest.mark.parametrize("cut", CUTS)
+def test_triton_against_float64(V, cut, device):
+    logits, u = (x.to(device) for x in make_logits(9, V))
+    options = {"return_entropy": True, "num_top": min(V, 6), **CUTS[cut]}
+    actual = sample(logits, u, backend="triton", **options)
+    assert_same_draw(actual, sample_ref(logits.double(), u, **options), u)
+
+
+def test_triton_flags_bad_rows_and_keeps_zeros_out(device):
+    logits, u = (x.to(device) for x in make_logits(5, 1100))
+    logits[0, 1050] = torch.nan
+    logits[1] = -torch.inf
+    logits[2, 7] = torch.inf
+    logits[3, :1098] = -torch.inf
+    result = sample(logits, u, return_entropy=True, backend="triton")
+    exact = sample_ref(logits.double(), u, return_entropy=True)
+    assert result.is_bad.tolist() == [True, True, True, False, False]
+    assert_same_draw(
+        type(result)(*(None if x is None else x[3:] for x in result)),
+        type(exact)(*(None if x is None else x[3:] for x in exact)),
+        u[3:],
+    )
+
+
+def test_triton_adjusts(device):
+    logits, u = make_logits(3, 20)
+    a = some_adjustments()
+    moved = Adjustments(*(x.to(device) for x in vars(a).values()))
+    result = sample(logits.to(device), u.to(device), adjustments=moved, backend="triton")
+    exact = sample_ref(logits.double(), u, adjustments=a)
+    assert_same_draw(type(result)(*(None if x is None else x.cpu() for x in result)), exact, u)
