@@ -15,9 +15,8 @@ from torch import Tensor
 from r1fast.kernels.triton_head import precision
 
 SPLIT = 512  # positions of one partial result
-BLOCK_N = 64  # positions at once
-SHARED_ROWS = 64  # query rows at once over a shared prefix
-OWN_ROWS = 16  # over own positions: the least that a tensor core takes
+# (bytes of an element, shared prefix) -> query rows and positions at once; 16 rows are a tensor core's least
+TILES = {(2, True): (64, 64), (2, False): (16, 64), (4, True): (16, 32), (4, False): (16, 32)}
 
 
 @triton.jit
@@ -153,20 +152,20 @@ def paged_attention_triton(
     constants = {
         "H": H, "K": K, "Dh": Dh, "BLOCK_SIZE": block_size, "SPLIT": SPLIT,
         "UPCAST": not q.is_cuda,  # the interpreter multiplies bfloat16 as if it were integers
-        "PRECISION": precision(q.dtype), "BLOCK_N": BLOCK_N,
+        "PRECISION": precision(q.dtype),
         "BLOCK_D": max(16, triton.next_power_of_2(Dh)),
         "BLOCK_G": triton.next_power_of_2(num_groups),
     }  # fmt: skip
     for is_shared, splits in ((True, shared_splits), (False, own_splits)):
         most_rows = heads * (Nq if is_shared or max_queries is None else max_queries)
-        BLOCK_M = SHARED_ROWS if is_shared else OWN_ROWS
+        BLOCK_M, BLOCK_N = TILES[q.element_size(), is_shared]
         owners = num_groups if is_shared else B
         if splits and owners and Nq:
             _partial_kernel[(owners * K, triton.cdiv(most_rows, BLOCK_M), splits)](
                 q, keys, values, block_table, context_lens, query_starts, group_starts,
                 shared_blocks, m, l, a, block_table.stride(0), num_groups, Nq, scale,
                 SHARED=is_shared, FIRST_PART=0 if is_shared else shared_splits,
-                BLOCK_M=BLOCK_M, **constants,
+                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **constants,
             )  # fmt: skip
     if Nq:
         _merge_kernel[(Nq * H,)](

@@ -291,8 +291,9 @@ def test_impossible_layouts_are_refused(options, message):
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("H", "K", "head_dim"), [(8, 2, 64), (3, 3, 40), (7, 1, 128)])
+@pytest.mark.parametrize(
+    ("dtype", "H", "K", "head_dim"), [("bf16", 4, 1, 64), ("fp32", 2, 2, 40)], ids=["bf16", "fp32"]
+)
 def test_triton_against_float64(step, dtype, H, K, head_dim, device):
     s = Step(*STEPS[step], H, K, head_dim, DTYPES[dtype], kind="rows").to(device)
     s.check(s.run(backend="triton"))
