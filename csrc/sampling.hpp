@@ -67,23 +67,30 @@ struct RowSums {
   }
 };
 
-R1FAST_INLINE float max_of(const float* x, int64_t n) {  // n a multiple of 16; a NaN is passed over
-  float most[16];
-  for (int l = 0; l < 16; ++l) most[l] = x[l];
-  for (int64_t i = 16; i < n; i += 16) {
-    for (int l = 0; l < 16; ++l) most[l] = select(x[i + l] > most[l], x[i + l], most[l]);
+R1FAST_INLINE float max_of(const float* x) {  // of kSampleBlock; a NaN is passed over
+  constexpr int64_t kMaxLanes = 64;           // enough that the compiler makes vectors of them
+  float most[kMaxLanes];
+  for (int64_t l = 0; l < kMaxLanes; ++l) most[l] = -std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < kSampleBlock; i += kMaxLanes) {
+    for (int64_t l = 0; l < kMaxLanes; ++l) most[l] = x[i + l] > most[l] ? x[i + l] : most[l];
   }
-  float result = -std::numeric_limits<float>::infinity();
-  for (float lane : most) result = lane > result ? lane : result;
-  return result;
+  return *std::max_element(most, most + kMaxLanes);
 }
 
-// A block as floats, filled up with -inf. Returns how many cannot be logits: NaN or +inf.
+// A block as floats, filled up with -inf: in `buffer`, or where it lies already.
 template <class T>
-R1FAST_INLINE int64_t load_block(const T* from, int64_t n, float* x) {
+R1FAST_INLINE const float* load_block(const T* from, int64_t n, float* buffer) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (n == kSampleBlock) return from;
+  }
+  for (int64_t i = 0; i < n; ++i) buffer[i] = to_float(from[i]);
+  for (int64_t i = n; i < kSampleBlock; ++i) buffer[i] = -std::numeric_limits<float>::infinity();
+  return buffer;
+}
+
+// How many of a block cannot be logits: NaN or +inf.
+R1FAST_INLINE int64_t count_bad(const float* x) {
   int32_t num_bad = 0;
-  for (int64_t i = 0; i < n; ++i) x[i] = to_float(from[i]);
-  for (int64_t i = n; i < kSampleBlock; ++i) x[i] = -std::numeric_limits<float>::infinity();
   for (int64_t i = 0; i < kSampleBlock; ++i) num_bad += !(x[i] < std::numeric_limits<float>::infinity());
   return num_bad;
 }
@@ -98,14 +105,15 @@ R1FAST_INLINE void exponentials(const float* x, int64_t n, float max, float inv_
 template <class T>
 R1FAST_INLINE void sum_row(const T* logits, int64_t vocab_size, double inv_temperature, bool want_sz, RowSums& row) {
   const float scale = static_cast<float>(inv_temperature);
-  float x[kSampleBlock], z[kSampleBlock], e[kSampleBlock];
+  float buffer[kSampleBlock], z[kSampleBlock], e[kSampleBlock];
   row = RowSums{row.max, 0, 0, false, std::move(row.blocks)};
   row.max = -std::numeric_limits<float>::infinity();
   row.blocks.clear();
   int64_t num_bad = 0;
   for (int64_t begin = 0; begin < vocab_size; begin += kSampleBlock) {
-    num_bad += load_block(logits + begin, std::min(kSampleBlock, vocab_size - begin), x);
-    BlockSums block{max_of(x, kSampleBlock), 0, 0};
+    const float* const x = load_block(logits + begin, std::min(kSampleBlock, vocab_size - begin), buffer);
+    num_bad += count_bad(x);
+    BlockSums block{max_of(x), 0, 0};
     if (block.max > -std::numeric_limits<float>::infinity()) {
       exponentials(x, kSampleBlock, block.max, scale, z, e);
       block.s = sum_lanes(e, kSampleBlock / 16);
@@ -164,11 +172,10 @@ R1FAST_INLINE int64_t draw(const T* logits, int64_t vocab_size, double inv_tempe
     return block.s == 0 ? 0 : std::exp((static_cast<double>(block.max) - row.max) * inv_temperature);
   };
   const Place place = find_block(row.blocks, u * row.s, [&](const BlockSums& block) { return block.s * share(block); });
-  float x[kSampleBlock], z[kSampleBlock], e[kSampleBlock];
+  float buffer[kSampleBlock], z[kSampleBlock], e[kSampleBlock];
   const int64_t begin = place.block * kSampleBlock, n = std::min(kSampleBlock, vocab_size - begin);
   const BlockSums& block = row.blocks[static_cast<size_t>(place.block)];
-  load_block(logits + begin, n, x);
-  exponentials(x, kSampleBlock, block.max, static_cast<float>(inv_temperature), z, e);
+  exponentials(load_block(logits + begin, n, buffer), kSampleBlock, block.max, static_cast<float>(inv_temperature), z, e);
   return begin + find_above(e, n, place.left / share(block));
 }
 

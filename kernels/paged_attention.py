@@ -15,12 +15,12 @@ Bytes: 2 K Dh sizeof(dtype) for each position of each sequence, those of a share
 Shapes: B sequences, Nq queries, H query heads, K kv heads, Dh head width.
 """
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from r1fast.kernels.dispatch import Backend
 from r1fast.kernels.paged_cache import PagedLayout, copy_blocks, read_kv, write_kv
 
 __all__ = [
@@ -120,7 +120,7 @@ def paged_attention(
     plan: DecodePlan,
     *,
     scale: float | None = None,  # default Dh ** -0.5
-    backend: Backend = "auto",
+    backend: str = "auto",  # or native, triton, flash, torch
     out: Tensor | None = None,  # (Nq, H, Dh)
 ) -> Tensor:  # (Nq, H, Dh)
     """Exact attention of each query over its sequence's cache; 0 for a query that sees nothing.
@@ -129,22 +129,65 @@ def paged_attention(
     """
     layout.check(keys, values)
     scale = layout.head_dim**-0.5 if scale is None else scale
-    backend = _choose(layout, backend)
+    backend = _choose(layout, plan, backend)
     _check(q, layout, plan)
     q = q.contiguous()
     out = torch.empty_like(q) if out is None else out
     assert (out.shape, out.dtype, out.is_contiguous()) == (q.shape, q.dtype, True), out.shape
     if backend == "native":
         paged_attention_native(q, layout, keys, values, plan, scale, out)
-        return out
-    return paged_attention_ref(q, layout, keys, values, plan, scale=scale, out=out)
+    elif backend == "triton":
+        from r1fast.kernels.triton_paged_attention import paged_attention_triton
+
+        starts = plan.query_starts
+        if starts is None:
+            starts = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
+        paged_attention_triton(
+            q, keys, values, plan.block_table, plan.context_lens, starts, plan.group_starts,
+            plan.shared_blocks, scale, out, max_queries=1 if plan.query_starts is None else None,
+        )  # fmt: skip
+    elif backend == "flash":
+        out.copy_(_flash_attention(q, keys, values, plan, scale))
+    else:
+        paged_attention_ref(q, layout, keys, values, plan, scale=scale, out=out)
+    return out
 
 
-def _choose(layout: PagedLayout, backend: Backend) -> str:
-    if backend == "native" and not layout.is_tiled:
-        raise ValueError("backend native needs the tiled layout, got rows")
-    if backend == "auto":
-        return "native" if layout.is_tiled else "torch"
+FLASH_BLOCK = 256  # flash attention 2 takes blocks of a multiple of this
+
+
+def _flash_attention(q, keys, values, plan: DecodePlan, scale: float) -> Tensor:
+    """The kv-cache kernel of flash attention: one query a sequence, nothing shared."""
+    from flash_attn import flash_attn_with_kvcache
+
+    out = flash_attn_with_kvcache(
+        q[:, None], keys, values, cache_seqlens=plan.context_lens, block_table=plan.block_table,
+        softmax_scale=scale, causal=True,
+    )  # fmt: skip
+    return out[:, 0]
+
+
+def _choose(layout: PagedLayout, plan: DecodePlan, backend: str) -> str:
+    """auto: C++ for tiles, Triton on CUDA. What cannot run is refused."""
+    known = ("auto", "native", "fast", "triton", "flash", "torch")
+    if backend not in known:
+        raise ValueError(f"backend must be one of {', '.join(known)}, got {backend!r}")
+    if backend == "auto" or backend == "fast":
+        on_cuda = torch.device(layout.device).type == "cuda"
+        return "native" if layout.is_tiled else "triton" if on_cuda else "torch"
+    if (backend == "native") != layout.is_tiled and backend != "torch":
+        needed = "tiled" if backend == "native" else "rows"
+        raise ValueError(
+            f"backend {backend} needs the {needed} layout, got {'tiled' if layout.is_tiled else 'rows'}"
+        )
+    if backend == "flash":
+        if importlib.util.find_spec("flash_attn") is None:
+            raise ValueError("backend flash needs flash-attn, which is not installed; use auto")
+        if layout.block_size % FLASH_BLOCK or plan.query_starts is not None:
+            raise ValueError(
+                f"backend flash needs blocks of a multiple of {FLASH_BLOCK} and one query a "
+                f"sequence, got block_size {layout.block_size}; use auto"
+            )
     return backend
 
 

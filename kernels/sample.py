@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from r1fast.kernels.dispatch import Backend
+from r1fast.kernels.dispatch import Backend, use_triton
 
 
 @dataclass
@@ -171,6 +171,59 @@ def sample_native(
     )
 
 
+def sample_triton(
+    logits: Tensor,
+    u: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    adjustments: Adjustments | None,
+    return_entropy: bool,
+    num_top: int,
+    is_cut: bool,
+) -> Sampled:
+    """triton_sample.py; what is cut is found by a sort, where anything may be cut."""
+    from r1fast.kernels import triton_sample
+
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    greedy = temperature == 0
+    inv_temperature = 1 / torch.where(greedy, 1.0, temperature).double()
+    policy = sampled = triton_sample.sum_rows(logits, inv_temperature)
+    adjusted = logits
+    if adjustments is not None:
+        adjusted = logits.float()
+        adjusted = adjusted.clone() if adjusted is logits else adjusted
+        adjust_logits_(adjusted, adjustments)
+    if is_cut:
+        probs = torch.softmax(adjusted.double() * inv_temperature[:, None], -1).float()
+        kept = _truncate(adjusted, probs, greedy, top_k, top_p, min_p) > 0
+        adjusted = adjusted.masked_fill(~(kept | greedy[:, None]), -torch.inf)
+    if adjusted is not logits:
+        sampled = triton_sample.sum_rows(adjusted, inv_temperature)
+    tokens = triton_sample.draw(adjusted, u, temperature, inv_temperature, sampled)
+    is_bad = policy.is_bad | sampled.is_bad
+
+    def logprob(x: Tensor, sums, ids: Tensor) -> Tensor:  # (B, n) -> (B, n)
+        z = (x.gather(1, ids).double() - sums.max[:, None]) * inv_temperature[:, None]
+        return (z - sums.s.log()[:, None]).float().masked_fill(is_bad[:, None], torch.nan)
+
+    tokens = tokens.masked_fill(is_bad, 0)
+    entropies = (policy.s.log() - policy.sz / policy.s).float().masked_fill(is_bad, torch.nan)
+    top_ids = None
+    if num_top:
+        top_ids = logits.sort(dim=-1, descending=True, stable=True).indices[:, :num_top]
+    return Sampled(
+        tokens,
+        logprob(logits, policy, tokens[:, None])[:, 0],
+        logprob(adjusted, sampled, tokens[:, None])[:, 0],
+        is_bad,
+        entropies if return_entropy else None,
+        top_ids.masked_fill(is_bad[:, None], 0) if num_top else None,
+        logprob(logits, policy, top_ids) if num_top else None,
+    )
+
+
 def sample(
     logits: Tensor,  # (B, V) float32 or bfloat16
     u: Tensor,  # (B,) float64 uniforms in [0, 1)
@@ -193,6 +246,8 @@ def sample(
     assert u.shape == (B,), (u.shape, B)
     if not 0 <= num_top <= V:
         raise ValueError(f"num_top must be from 0 to the vocabulary's {V}, got {num_top}")
+    # a tensor on a GPU may cut
+    is_cut = any(torch.is_tensor(x) or x != off for x, off in ((top_k, 0), (top_p, 1), (min_p, 0)))
     temperature = _per_row("temperature", temperature, torch.float32, logits, 0, torch.inf)
     top_k = _per_row("top_k", top_k, torch.int64, logits, 0, 2**62)
     top_p = _per_row("top_p", top_p, torch.float32, logits, 0, 1)
@@ -204,6 +259,19 @@ def sample(
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
         return sample_native(
             logits, u, temperature, top_k, top_p, min_p, adjustments, return_entropy, num_top
+        )
+    if use_triton(logits, backend):
+        return sample_triton(
+            logits,
+            u,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            adjustments,
+            return_entropy,
+            num_top,
+            is_cut,
         )
     return sample_ref(
         logits, u, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,

@@ -45,7 +45,10 @@ def on_every_chip(*args, **kwargs) -> list[Case]:
 
 
 def cases() -> list[Case]:
-    return [*head_cases(), *head_helper_cases(), *advantages_cases(), *loss_cases()]
+    return [
+        *head_cases(), *head_helper_cases(), *advantages_cases(), *loss_cases(),
+        *decode_cases(), *sample_cases(),
+    ]  # fmt: skip
 
 
 def head_cases() -> list[Case]:
@@ -140,6 +143,63 @@ def loss_cases() -> list[Case]:
             {"POLICY": policy, "KL": kl, "BLOCK_T": 512},
         )  # fmt: skip
     return found
+
+
+def decode_cases() -> list[Case]:
+    from r1fast.kernels import triton_paged_attention as paged
+
+    found = []
+    for dtype, head_dim in (("bf16", 64), ("bf16", 128), ("fp32", 64)):
+        integers = "table context query_starts group_starts shared".split()
+        types = dict.fromkeys([f"{name}_ptr" for name in integers], "*i32")
+        types |= dict.fromkeys(("q_ptr", "keys_ptr", "values_ptr"), f"*{dtype}")
+        types |= dict.fromkeys(("m_ptr", "l_ptr", "a_ptr"), "*fp32") | {"scale": "fp32"}
+        for is_shared in (True, False):
+            tile = paged.TILES[2 if dtype == "bf16" else 4, is_shared]
+            constants = {
+                "H": 28, "K": 4, "Dh": head_dim, "BLOCK_SIZE": 16, "SHARED": is_shared,
+                "FIRST_PART": 0 if is_shared else 4, "SPLIT": paged.SPLIT, "UPCAST": False,
+                "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
+                **dict(zip(("BLOCK_M", "BLOCK_N"), tile, strict=True)),
+                "BLOCK_D": head_dim, "BLOCK_G": 32,
+            }  # fmt: skip
+            found += on_every_chip(
+                "triton_paged_attention", "_partial_kernel",
+                f"{dtype}-{head_dim}-{'shared' if is_shared else 'own'}", types, constants,
+            )  # fmt: skip
+        found += on_every_chip(
+            "triton_paged_attention", "_merge_kernel", f"{dtype}-{head_dim}",
+            dict.fromkeys(("m_ptr", "l_ptr", "a_ptr"), "*fp32") | {"out_ptr": f"*{dtype}"},
+            {"Dh": head_dim, "BLOCK_D": head_dim}, options={"num_warps": 1},
+        )  # fmt: skip
+    return found
+
+
+def sample_cases() -> list[Case]:
+    from r1fast.kernels import triton_sample
+
+    block = {"BLOCK": triton_sample.BLOCK}
+    sums = dict.fromkeys(("max_ptr", "s_ptr", "sz_ptr", "row_max_ptr"), "*fp32")
+    double = dict.fromkeys(("row_s_ptr", "row_sz_ptr"), "*fp64")
+    found = []
+    for dtype in ("bf16", "fp32"):
+        found += on_every_chip(
+            "triton_sample", "_block_sums_kernel", dtype,
+            {"logits_ptr": f"*{dtype}", "inv_temperature_ptr": "*fp32", "max_ptr": "*fp32",
+             "s_ptr": "*fp32", "sz_ptr": "*fp32", "bad_ptr": "*i32"}, block,
+        )  # fmt: skip
+        found += on_every_chip(
+            "triton_sample", "_draw_kernel", dtype,
+            {"logits_ptr": f"*{dtype}", "u_ptr": "*fp64", "temperature_ptr": "*fp32",
+             "inv_temperature_ptr": "*fp32", "max_ptr": "*fp32", "s_ptr": "*fp32",
+             "row_max_ptr": "*fp32", "row_s_ptr": "*fp64", "tokens_ptr": "*i64"},
+            block | {"BLOCKS": 256},
+        )  # fmt: skip
+    return found + on_every_chip(
+        "triton_sample", "_row_sums_kernel", "256",
+        sums | double | {"bad_ptr": "*i32", "inv_temperature_ptr": "*fp64", "is_bad_ptr": "*i8"},
+        {"BLOCKS": 256},
+    )  # fmt: skip
 
 
 def shipped_kernels(folder: Path = KERNELS) -> set[tuple[str, str]]:
