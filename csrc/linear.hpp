@@ -17,6 +17,21 @@ enum class After { kStore, kAdd, kSilu };
 R1FAST_INLINE float rounded(float x, float) { return x; }
 R1FAST_INLINE float rounded(float x, Bf16) { return float_of(bf16_bits(x) << 16); }
 
+// 16 elements from and to memory, where the mask says so, and rounded as if they had been there.
+R1FAST_AVX512_INLINE __m512 load_lanes(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
+R1FAST_AVX512_INLINE __m512 widen_lanes(__m256i bits) {
+  return (__m512)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, bits), 16);
+}
+R1FAST_AVX512_INLINE __m512 load_lanes(const Bf16* from, __mmask16 mask) {
+  return widen_lanes(_mm256_maskz_loadu_epi16(mask, from));
+}
+R1FAST_AVX512_INLINE void store_lanes(float* to, __mmask16 mask, __m512 x) { _mm512_mask_storeu_ps(to, mask, x); }
+R1FAST_AVX512_INLINE void store_lanes(Bf16* to, __mmask16 mask, __m512 x) {
+  _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
+}
+R1FAST_AVX512_INLINE __m512 round_lanes(__m512 x, float) { return x; }
+R1FAST_AVX512_INLINE __m512 round_lanes(__m512 x, Bf16) { return widen_lanes((__m256i)_mm512_cvtneps_pbh(x)); }
+
 // Tiles: Avx512Tiles or, for bf16, AmxTiles.
 template <class T, class Tiles>
 class PackedLinear {
@@ -78,26 +93,26 @@ class PackedLinear {
       Tiles::template into<kBf16>(Into::kBuffer, Tiles::kMaxVectors, num_k_, reinterpret_cast<const Word*>(x),
                                   ld_x / kPerWord, panel(p, half), sums[half], kPanel, num_rows, kPanel);
     }
-    alignas(64) float bias[2][kPanel] = {};
-    if (bias_ != nullptr) {
-      for (int64_t half = 0; half < halves_; ++half) {
-        for (int64_t j = 0; j < count; ++j) bias[half][j] = to_float(bias_[half * num_out_ + begin + j]);
+    for (int64_t j = 0; j < count; j += kLanes) {
+      const __mmask16 mask = column_mask(begin + j, num_out_);
+      __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+      for (int64_t half = 0; bias_ != nullptr && half < halves_; ++half) {
+        bias[half] = load_lanes(bias_ + half * num_out_ + begin + j, mask);
       }
-    }
-    for (int64_t i = 0; i < num_rows; ++i) {
-      const float* const a = sums[0] + i * kPanel;
-      Y* const to = y + i * ld_y + begin;
-      if (after == After::kStore) {
-        for (int64_t j = 0; j < count; ++j) store(to + j, a[j] + bias[0][j]);
-      } else if (after == After::kAdd) {
-        for (int64_t j = 0; j < count; ++j) store(to + j, to_float(to[j]) + rounded(a[j] + bias[0][j], Y{}));
-      } else {
-        const float* const b = sums[1] + i * kPanel;
-        for (int64_t j = 0; j < count; ++j) {
-          const float gate = rounded(a[j] + bias[0][j], Y{}), up = rounded(b[j] + bias[1][j], Y{});
-          const float silu = rounded(gate / (1 + exp_clamped(clamp_exponent(-gate))), Y{});
-          store(to + j, silu * up);
+      for (int64_t i = 0; i < num_rows; ++i) {
+        Y* const to = y + i * ld_y + begin + j;
+        __m512 x = _mm512_add_ps(_mm512_load_ps(sums[0] + i * kPanel + j), bias[0]);
+        if (after == After::kAdd) {
+          x = _mm512_add_ps(load_lanes(to, mask), round_lanes(x, Y{}));
+        } else if (after == After::kSilu) {
+          const __m512 gate = round_lanes(x, Y{});
+          const __m512 up =
+              round_lanes(_mm512_add_ps(_mm512_load_ps(sums[1] + i * kPanel + j), bias[1]), Y{});
+          const __m512 one = _mm512_set1_ps(1);
+          const __m512 e = exp_vector(_mm512_sub_ps(_mm512_setzero_ps(), gate));
+          x = _mm512_mul_ps(round_lanes(_mm512_div_ps(gate, _mm512_add_ps(one, e)), Y{}), up);
         }
+        store_lanes(to, mask, x);
       }
     }
   }

@@ -209,3 +209,79 @@ def native_compact(
     num_kept: int,
     num_threads: int,
 ) -> None: ...
+
+# What follows is called by rollout/native.py alone, on a CPU for which head_native says so. Rows of x are read in whole
+# tiles: up to 32 rows and 32 columns beyond what is there must be readable, and finite.
+
+class After:
+    """What is done with a product: y = it, y += it, or y = silu(first half) * second half."""
+
+    store: After
+    add: After
+    silu: After
+
+class PackedLinearF32:
+    """A weight (N, D), packed for y = x W^T + b. A row's result does not depend on the other rows."""
+
+    num_bytes: int
+    words_read: int  # words of 32 bits that are read of a row of x
+
+    def __init__(
+        self,
+        weight: Address,
+        ld: int,
+        bias: Address,  # (N,) or 0: read where it lies, at every call
+        num_out: int,
+        num_in: int,
+        halved: bool,  # for After.silu: the halves lie side by side
+        num_threads: int,
+    ) -> None: ...
+    def run(
+        self,
+        x: Address,  # (R, D)
+        ld_x: int,
+        num_rows: int,
+        y: Address,  # (R, N), or (R, N / 2) after silu
+        ld_y: int,
+        after: After,
+        to_float32: bool,  # y is float32 whatever x is
+        num_threads: int,
+    ) -> None: ...
+
+class PackedLinearBF16(PackedLinearF32):
+    """In bfloat16, with AVX-512."""
+
+class PackedLinearAMX(PackedLinearF32):
+    """In bfloat16, with AMX, where head_amx says so."""
+
+def rms_norm(
+    x: Address,  # (R, D)
+    ld_x: int,
+    weight: Address,  # (D,)
+    eps: float,
+    num_rows: int,
+    dim: int,
+    bf16: bool,
+    y: Address,  # (R, D)
+    ld_y: int,
+    num_threads: int,
+) -> None: ...
+def write_heads(
+    qkv: Address,  # (N, H + 2 K, Dh)
+    ld: int,
+    q_norm: Address,  # (Dh,) or 0
+    k_norm: Address,
+    eps: float,
+    rotations: Address,  # (P, 2 Dh) float32: cos, then sin with its first half negated
+    positions: Address,  # (N,) int64, below P
+    num_heads: int,
+    q: Address,  # (N, H, Dh), written: normed and rotated
+    keys: Address,  # tiled cache, written
+    values: Address,
+    num_kv_heads: int,
+    head_dim: int,
+    bf16: bool,
+    slots: Address,  # (N,) int64
+    num_tokens: int,
+    num_threads: int,
+) -> None: ...

@@ -55,7 +55,9 @@ def test_varlen_attention_matches_reference(lengths, H, K, Dh, device):
         assert actual[name].shape == exact[name].shape
         # flash backward recomputes the softmax from its log-sum-exp, which rounds once more
         slack = 2 if name == "out" else 4
-        assert_accurate(name, actual[name], baseline[name], exact[name], slack)
+        # where the exact gradient is 0, the rounding of Dh products in each of H heads is left
+        floor = max(1e-6, 2**-23 * (H * Dh) ** 0.5)
+        assert_accurate(name, actual[name], baseline[name], exact[name], slack, floor)
 
 
 def test_bfloat16_and_scale(device):

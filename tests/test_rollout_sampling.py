@@ -127,7 +127,7 @@ def test_mixed_parameters_in_one_batch(model, engine):
     alone = []
     for i, p in enumerate(params):
         fresh = Engine(model, [EOS], decode=words)
-        alone += [c for c in fresh.generate([PROMPT], None, p, seeds=[[i, i + 100]])[0].completions]
+        alone += fresh.generate([PROMPT], None, p, seeds=[[i, i + 100]])[0].completions
     ids = [engine.add(PROMPT, [i, i + 100], p, stream=False) for i, p in enumerate(params)]
     events = {}
     while engine.has_work:

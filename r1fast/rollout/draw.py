@@ -10,6 +10,8 @@ from r1fast.kernels.sample import Adjustments, sample
 from r1fast.rollout.rows import Rows
 from r1fast.rollout.sampler import uniforms
 
+SETTINGS = ("temperature", "top_k", "top_p", "min_p")
+
 
 @dataclass(slots=True)
 class Draw:
@@ -34,11 +36,10 @@ def draw(logits: Tensor, rows: Rows, slots: np.ndarray, offsets: np.ndarray | No
     u = uniforms(torch.from_numpy(rows.seed[slots]), torch.from_numpy(position)).to(device)
     if batch.sampling is not None:
         p = batch.sampling
-        settings = dict(temperature=p.temperature, top_k=p.top_k, top_p=p.top_p, min_p=p.min_p)
+        settings = {name: getattr(p, name) for name in SETTINGS}
     else:
         settings = {
-            name: torch.from_numpy(getattr(rows, name)[slots]).to(device)
-            for name in ("temperature", "top_k", "top_p", "min_p")
+            name: torch.from_numpy(getattr(rows, name)[slots]).to(device) for name in SETTINGS
         }
     drawn = sample(
         logits,

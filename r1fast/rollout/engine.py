@@ -306,8 +306,8 @@ class Engine:
         if sample.seen is not None:
             sample.seen[token] = True
         if n := sample.request.sampling.top_logprobs:
-            top = zip(drawn.top_ids[at, :n].tolist(), drawn.top_logprobs[at, :n].tolist())
-            sample.top_logprobs.append(list(top))
+            top = (x[at, :n].tolist() for x in (drawn.top_ids, drawn.top_logprobs))
+            sample.top_logprobs.append(list(zip(*top, strict=True)))
         if sample.text is not None:
             may_stop = self.rows.length[sample.slot] > self.rows.min_length[sample.slot]
             sample.shown += sample.text.feed([token], may_stop=bool(may_stop))

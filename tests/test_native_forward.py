@@ -1,0 +1,112 @@
+"""The CPU's own forward against the model's: the same layer, rounded in the same places."""
+
+import copy
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_model
+
+from r1fast import _C
+from r1fast.kernels.attention import PackedAttention
+from r1fast.rollout.kv_cache import KVCache
+from r1fast.rollout.native import Buffers, NativeForward, PackedWeight, is_supported
+from r1fast.rollout.request import Prefill
+from r1fast.rollout.runner import Runner
+
+pytestmark = pytest.mark.skipif(not is_supported(tiny_model()), reason="needs AVX-512")
+
+
+def forward_both(model, ids, **options):
+    """(T, D) hidden states of the model's packed forward and of the runner's prefill, and its logits."""
+    n = len(ids)
+    attend = PackedAttention(torch.tensor([0, n], dtype=torch.int32), n)
+    with torch.inference_mode():
+        expected = model(ids, torch.arange(n), attend)
+        runner = Runner(model, **options)
+        cache = KVCache(
+            model.spec, model.head_weight.dtype, torch.device("cpu"), block_size=16,
+            num_bytes=1 << 20, max_sequences=4, max_positions=128,
+        )  # fmt: skip
+        blocks = cache.allocator.allocate(cache.blocks_for(n))
+        rows = []
+        for end in range(1, n + 1):  # one token at a time: as many forwards as tokens
+            job = Prefill(None, ids[:end].numpy(), [], blocks, end - 1)
+            rows.append(runner.prefill([(job, end - 1, end)], cache))
+        one_by_one = torch.cat(rows)
+        job = Prefill(None, ids.numpy(), [], blocks, 0)
+        last = runner.prefill([(job, 0, n)], cache)
+        return expected, one_by_one, last, runner.logits(last).clone()
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32(family, invariant):
+    model, ids = tiny_model(family), torch.randint(4, 97, (45,))
+    expected, rows, last, logits = forward_both(model, ids, batch_invariant=invariant)
+    torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(last, expected[-1:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, last @ model.head_weight.detach().T, rtol=1e-5, atol=1e-5)
+    if invariant:
+        assert torch.equal(rows[-1:], last)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_rounds_where_the_model_does(family):
+    """It is no further from the exact hidden states than the model's own bfloat16 forward."""
+    model, ids = tiny_model(family).to(torch.bfloat16), torch.randint(4, 97, (45,))
+    expected, rows, last, logits = forward_both(model, ids)
+    attend = PackedAttention(torch.tensor([0, 45], dtype=torch.int32), 45)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(ids, torch.arange(45), attend)
+    error, allowed = ((x.double() - exact).abs().mean() for x in (rows, expected))
+    assert 0 < error < 1.3 * allowed
+    assert logits.dtype == torch.float32  # not rounded
+    exact = last.double() @ model.head_weight.detach().double().T
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 7, 8, 33, 130])
+@pytest.mark.parametrize(("num_out", "num_in"), [(1, 2), (31, 34), (48, 32), (97, 64), (130, 258)])
+def test_packed_weight(dtype, num_rows, num_out, num_in):
+    """Against float64, with NaN in every row and column that is not there; rows alone give the same bits."""
+    g = torch.Generator().manual_seed(0)
+    buffers = Buffers(tiny_model().to(dtype))
+    weight = torch.randn(num_out, num_in, generator=g).to(dtype)
+    bias = torch.randn(num_out, generator=g).to(dtype)
+    x = buffers.rows(num_rows, num_in)
+    x[:num_rows, :num_in] = torch.randn(num_rows, num_in, generator=g)
+    packed = PackedWeight(weight, bias)
+    exact = x[:num_rows, :num_in].double() @ weight.double().T + bias.double()
+    tolerance = dict.fromkeys(("rtol", "atol"), 1e-3 if dtype == torch.float32 else 0.03)
+    y = torch.full((num_rows + 1, num_out + 1), torch.nan, dtype=torch.float32)
+    packed(x, y, num_rows, _C.After.store)
+    torch.testing.assert_close(y[:num_rows, :num_out].double(), exact, rtol=1e-5, atol=1e-3)
+    assert y[num_rows].isnan().all()
+    assert y[:, num_out].isnan().all()
+    alone, one = torch.empty(1, num_out), buffers.rows(1, num_in)
+    one[0] = x[num_rows - 1, : one.shape[1]]
+    packed(one, alone, 1, _C.After.store)
+    assert torch.equal(alone[0], y[num_rows - 1, :num_out])
+    z = torch.ones(num_rows, num_out, dtype=dtype)
+    packed(x, z, num_rows, _C.After.add)
+    torch.testing.assert_close(z.double(), exact + 1, **tolerance)
+    if num_out % 2 == 0:
+        h = torch.empty(num_rows, num_out // 2, dtype=dtype)
+        PackedWeight(weight, bias, halved=True)(x, h, num_rows, _C.After.silu)
+        gate, up = exact.chunk(2, dim=-1)
+        torch.testing.assert_close(h.double(), torch.nn.functional.silu(gate) * up, **tolerance)
+        with pytest.raises(ValueError, match="silu is of halved weights"):
+            packed(x, h, num_rows, _C.After.silu)
+
+
+def test_new_weights_are_packed_again():
+    model = tiny_model()
+    runner = Runner(model)
+    key = runner.weights_key()
+    with torch.no_grad():
+        model.layers[0].qkv.bias.add_(1)
+    assert runner.weights_key() != key
+    native = runner._native = NativeForward(model)
+    runner.reset()
+    assert runner._native is not native
