@@ -22,7 +22,9 @@ runs eagerly unless --vllm-compiled.
 
 import argparse
 import random
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -152,6 +154,9 @@ def measure(shape: str, dtype: str, engines: dict, args: argparse.Namespace) -> 
                     print(f"{name} failed at {case_name}: {found['error']}")
                 elif found["tokens"] != case.num_tokens:
                     raise AssertionError((name, case_name, found["tokens"], case.num_tokens))
+                else:
+                    rate = found["tokens"] / found["seconds"]
+                    print(f"{shape} {dtype} {case_name}: {name} {rate:,.0f} tokens/s", flush=True)
                 results.setdefault((case_name, name), []).append(found)
         if "r1fast" in engines:
             gemms.append(engines["r1fast"].gemm_rate(64))
@@ -248,6 +253,7 @@ def main() -> None:
             print(f"skipped vLLM: {error}")
             args.engines.remove(VLLM)
     began, all_lines = time.monotonic(), []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server is left behind
     with tempfile.TemporaryDirectory() as folder:
         for shape in args.shapes:
             path = make_checkpoint(Path(folder) / shape, shape)
