@@ -117,7 +117,7 @@ def run_continuous(path: str, dtype: str) -> tuple[Callable[[Case], dict], Any]:
         page = 16
         batching = ContinuousBatchingConfig(
             page_size=page, num_blocks=num_samples * (longest // page + 2),
-            max_batch_tokens=max(512, num_samples), return_logprobs=True,
+            max_batch_tokens=2 * num_samples, return_logprobs=True,
         )  # fmt: skip
         found = {}
         with (

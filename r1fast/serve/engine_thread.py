@@ -46,7 +46,10 @@ class Job:
 
 
 class EngineThread:
-    """Owns the engine: nothing else calls it. All methods but `_run`'s belong to the event loop."""
+    """Owns the engine: nothing else calls it, though anybody may read its `stats`.
+
+    What begins with an underscore runs in the thread, but for `_post`; the rest belongs to the event loop.
+    """
 
     def __init__(self, engine: Engine):
         self.engine = engine
