@@ -60,16 +60,26 @@ def test_what_installed_packages_need_is_pinned_too():
 
 
 def test_stub_names_every_function_and_argument_of_the_extension():
-    stub = {
-        node.name: [argument.arg for argument in node.args.args]
-        for node in ast.parse((ROOT / "r1fast/_C.pyi").read_text()).body
-        if isinstance(node, ast.FunctionDef)
-    }
-    public = [name for name in dir(_C) if not name.startswith("_")]
-    assert sorted(stub) == public
-    for name, arguments in stub.items():
-        signature = inspect.getdoc(getattr(_C, name)).splitlines()[0]
-        assert re.findall(r"[(,] ?(\w+):", signature) == arguments, signature
+    """Methods too; of a class that inherits in the stub alone, those of its base."""
+    body = ast.parse((ROOT / "r1fast/_C.pyi").read_text()).body
+    public = {name: getattr(_C, name) for name in dir(_C) if not name.startswith("_")}
+    stub = {n.name: n for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    assert sorted(stub) == sorted(public)
+    functions = [(n, public[n.name]) for n in body if isinstance(n, ast.FunctionDef)]
+    for name, node in stub.items():
+        if isinstance(node, ast.ClassDef):
+            base = stub[node.bases[0].id] if node.bases else node
+            methods = [m for m in base.body if isinstance(m, ast.FunctionDef)]
+            functions += [(m, getattr(public[name], m.name)) for m in methods]
+            attributes = {a.target.id for a in base.body if isinstance(a, ast.AnnAssign)}
+            named = {m.name for m in methods} | attributes
+            real = {n for n in dir(public[name]) if not n.startswith("_")} - {"name", "value"}
+            assert named - {"__init__"} == real, name
+    for node, function in functions:
+        signature = inspect.getdoc(function).splitlines()[0]
+        arguments = [argument.arg for argument in node.args.args if argument.arg != "self"]
+        found = [a for a in re.findall(r"[(,] ?(\w+):", signature) if a != "self"]
+        assert found == arguments, signature
 
 
 def test_ci_runs_the_tests():
