@@ -137,6 +137,7 @@ class GRPOTrainer(Trainer):
             self.scorer.score(groups, step_from_end=self.num_steps - 1 - step)
         row = self._rollout_row(groups) | self._engine_row(before)
         row |= self.update(groups, step)
+        self.engine.reset_prefix_cache()
         self._store_samples(groups, step)
         return row
 
