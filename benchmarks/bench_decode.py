@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def best_ms(calls, rounds: int = 30) -> float:
+def median_ms(calls, rounds: int = 30) -> float:
     """The median time of a call, in ms; `calls` take turns."""
     times = []
     for i in range(rounds + len(calls)):
@@ -37,7 +37,7 @@ def best_ms(calls, rounds: int = 30) -> float:
 def read_bandwidth() -> float:
     """Bytes a second of a sum over 256 MiB."""
     x = torch.ones(64 << 20, device=DEVICE)
-    return x.nbytes / best_ms([x.sum], 10) * 1e3
+    return x.nbytes / median_ms([x.sum], 10) * 1e3
 
 
 def make_layer(prompt: int, dtype: torch.dtype):
@@ -116,10 +116,10 @@ def attention_rows(prompt: int, name: str, bandwidth: float):
     flop = 4 * H * DH * B * (prompt + OWN)
     shape = f"B={B} G={G} H={H} K={K} Dh={DH} prompt={prompt} own={OWN} {name}"
     measured = {
-        "cascade": best_ms([paged(x) for x in layers]),
-        "not shared": best_ms([paged(x, share=False) for x in layers]),
-        "dense SDPA": best_ms([dense(x) for x in layers]),
-        "write_kv": best_ms([write(x) for x in layers]),
+        "cascade": median_ms([paged(x) for x in layers]),
+        "not shared": median_ms([paged(x, share=False) for x in layers]),
+        "dense SDPA": median_ms([dense(x) for x in layers]),
+        "write_kv": median_ms([write(x) for x in layers]),
         "floor": 1e3 * num_bytes / bandwidth,
     }
     rows = [(shape, variant, "time", ms, "ms") for variant, ms in measured.items()]
@@ -150,7 +150,7 @@ def sampling_rows(V: int, name: str, bandwidth: float):
         "exponential race": race,
     }
     shape = f"B={B} V={V} {name}"
-    rows = [(shape, n, "time", best_ms([call], 10), "ms") for n, call in calls.items()]
+    rows = [(shape, n, "time", median_ms([call], 10), "ms") for n, call in calls.items()]
     return [*rows, (shape, "floor", "time", 1e3 * logits.nbytes / bandwidth, "ms")]
 
 
