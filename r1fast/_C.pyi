@@ -210,6 +210,76 @@ def native_compact(
     num_threads: int,
 ) -> None: ...
 
+# Called by kernels/paged_cache.py, paged_attention.py and sample.py, under the same rules.
+def write_kv(
+    keys: Address,  # tiled storage, see kernels/paged_cache.py
+    values: Address,
+    num_kv_heads: int,
+    head_dim: int,
+    bf16: bool,
+    k: Address,  # (N, K, Dh), contiguous within a token
+    ld_k: int,  # elements between two tokens
+    v: Address,
+    ld_v: int,
+    slots: Address,  # (N,) int64
+    num_tokens: int,
+    num_threads: int,
+) -> None: ...
+
+class DecodeWorkspace:
+    """Memory of decode attention: grows to what a call needs, then nothing is allocated. One call at a time."""
+
+    def __init__(self) -> None: ...
+    def attend(
+        self,
+        q: Address,  # (Nq, H, Dh) of the cache's dtype
+        out: Address,  # (Nq, H, Dh), written
+        num_heads: int,
+        scale: float,
+        keys: Address,
+        values: Address,
+        num_kv_heads: int,
+        head_dim: int,
+        bf16: bool,
+        block_table: Address,  # (B, max_blocks) int32, as all that follow
+        max_blocks: int,
+        block_size: int,  # a multiple of 16
+        context_lens: Address,  # (B,)
+        query_starts: Address,  # (B + 1,), or 0: one query a sequence
+        group_starts: Address,  # (num_groups + 1,)
+        shared_blocks: Address,  # (num_groups,)
+        num_groups: int,
+        level: str,  # auto, baseline, avx2, avx512; ValueError for one that this CPU does not have
+        num_threads: int,
+    ) -> None: ...
+
+def sample(
+    logits: Address,  # (B, V)
+    ld: int,
+    bf16: bool,
+    num_rows: int,
+    vocab_size: int,
+    u: Address,  # (B,) float64
+    temperature: Address,  # (B,) float32
+    top_k: Address,  # (B,) int64
+    top_p: Address,  # (B,) float32
+    min_p: Address,  # (B,) float32
+    tokens: Address,  # (B,) int64, written, as all that follow but the adjustments
+    logprobs: Address,  # (B,) float32
+    truncated_logprobs: Address,  # (B,) float32
+    is_bad: Address,  # (B,) bool
+    row_starts: Address,  # (B + 1,) int64 into the adjustments, or 0: none
+    ids: Address,  # (M,) int64
+    penalty: Address,  # (M,) float32
+    bias: Address,  # (M,) float32
+    entropies: Address,  # (B,) float32, or 0
+    num_top: int,
+    top_ids: Address,  # (B, num_top) int64
+    top_logprobs: Address,  # (B, num_top) float32
+    level: str,
+    num_threads: int,
+) -> None: ...
+
 # What follows is called by rollout/native.py alone, on a CPU for which head_native says so. Rows of x are read in whole
 # tiles: up to 32 rows and 32 columns beyond what is there must be readable, and finite.
 
@@ -283,75 +353,5 @@ def write_heads(
     bf16: bool,
     slots: Address,  # (N,) int64
     num_tokens: int,
-    num_threads: int,
-) -> None: ...
-
-# Called by kernels/paged_cache.py, paged_attention.py and sample.py, under the same rules.
-def write_kv(
-    keys: Address,  # tiled storage, see kernels/paged_cache.py
-    values: Address,
-    num_kv_heads: int,
-    head_dim: int,
-    bf16: bool,
-    k: Address,  # (N, K, Dh), contiguous within a token
-    ld_k: int,  # elements between two tokens
-    v: Address,
-    ld_v: int,
-    slots: Address,  # (N,) int64
-    num_tokens: int,
-    num_threads: int,
-) -> None: ...
-
-class DecodeWorkspace:
-    """Memory of decode attention: grows to what a call needs, then nothing is allocated. One call at a time."""
-
-    def __init__(self) -> None: ...
-    def attend(
-        self,
-        q: Address,  # (Nq, H, Dh) of the cache's dtype
-        out: Address,  # (Nq, H, Dh), written
-        num_heads: int,
-        scale: float,
-        keys: Address,
-        values: Address,
-        num_kv_heads: int,
-        head_dim: int,
-        bf16: bool,
-        block_table: Address,  # (B, max_blocks) int32, as all that follow
-        max_blocks: int,
-        block_size: int,  # a multiple of 16
-        context_lens: Address,  # (B,)
-        query_starts: Address,  # (B + 1,), or 0: one query a sequence
-        group_starts: Address,  # (num_groups + 1,)
-        shared_blocks: Address,  # (num_groups,)
-        num_groups: int,
-        level: str,  # auto, baseline, avx2, avx512; ValueError for one that this CPU does not have
-        num_threads: int,
-    ) -> None: ...
-
-def sample(
-    logits: Address,  # (B, V)
-    ld: int,
-    bf16: bool,
-    num_rows: int,
-    vocab_size: int,
-    u: Address,  # (B,) float64
-    temperature: Address,  # (B,) float32
-    top_k: Address,  # (B,) int64
-    top_p: Address,  # (B,) float32
-    min_p: Address,  # (B,) float32
-    tokens: Address,  # (B,) int64, written, as all that follow but the adjustments
-    logprobs: Address,  # (B,) float32
-    truncated_logprobs: Address,  # (B,) float32
-    is_bad: Address,  # (B,) bool
-    row_starts: Address,  # (B + 1,) int64 into the adjustments, or 0: none
-    ids: Address,  # (M,) int64
-    penalty: Address,  # (M,) float32
-    bias: Address,  # (M,) float32
-    entropies: Address,  # (B,) float32, or 0
-    num_top: int,
-    top_ids: Address,  # (B, num_top) int64
-    top_logprobs: Address,  # (B, num_top) float32
-    level: str,
     num_threads: int,
 ) -> None: ...

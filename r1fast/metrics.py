@@ -44,7 +44,10 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
     "rollout/preemptions": ("", "samples whose cache was taken away and computed again"),
     "rollout/prefix_hit_rate": ("share", "prompt tokens that were found in the prefix cache"),
     "rollout/acceptance": ("share", "drafted tokens that were what was sampled"),
-    "rollout/cache_use": ("share", "blocks of the KV cache held at once, at most, since the start"),
+    "rollout/cache_mib": (
+        "MiB",
+        "keys and values held at once, at most since the start, all ranks",
+    ),
     "ratio": ("", "mean of policy probability over sampler probability, per token; 1 on policy"),
     "loss": ("", "training loss"),
     "grad_norm": ("", "norm of the gradient before clipping"),

@@ -137,6 +137,7 @@ class GRPOTrainer(Trainer):
             self.scorer.score(groups, step_from_end=self.num_steps - 1 - step)
         row = self._rollout_row(groups) | self._engine_row(before)
         row |= self.update(groups, step)
+        self.engine.reset_prefix_cache()
         self._store_samples(groups, step)
         return row
 
@@ -178,12 +179,16 @@ class GRPOTrainer(Trainer):
 
     def _engine_row(self, before: EngineStats) -> dict[str, float]:
         """What the engines of all ranks did in this step."""
-        sums = distributed.sum_dict(self.engine.stats.since(before))
-        row = {"rollout/preemptions": sums["preemptions"]}
+        stats = self.engine.stats
+        held = stats.peak_blocks * stats.block_bytes
+        sums = distributed.sum_dict(stats.since(before) | {"held": float(held)})
+        row = {
+            "rollout/preemptions": sums["preemptions"],
+            "rollout/cache_mib": sums["held"] / 2**20,
+        }
         for name, part, whole in (
             ("rollout/prefix_hit_rate", "prefix_hits", "prefix_queries"),
             ("rollout/acceptance", "accepted", "drafted"),
-            ("rollout/cache_use", "peak_blocks", "num_blocks"),
         ):
             if sums[whole]:
                 row[name] = sums[part] / sums[whole]

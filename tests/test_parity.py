@@ -12,6 +12,7 @@ from r1fast.batch import pack
 from r1fast.model import save_model
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams, sample_seed
+from r1fast.rollout.speculation import Speculation
 from r1fast.training import completion_logprobs
 from r1fast.types import Sequence
 
@@ -75,6 +76,17 @@ def test_refilled_slots(family):
     model, prompts = tiny_model(family), make_prompts((30, 4, 1, 11, 2, 20, 7))
     groups = rollout(model, prompts, SamplingParams(max_tokens=24), slots=5)
     assert_parity(model, prompts, groups, 1.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_the_native_forward(family, monkeypatch):
+    """The model's own forward over the same cache, as other processors run it."""
+    monkeypatch.setattr("r1fast.rollout.runner.is_supported", lambda model: False)
+    model, prompts = tiny_model(family), make_prompts()
+    sampling = SamplingParams(max_tokens=24)
+    for options in ({}, {"prefill_tokens": 12, "slots": 9}, {"speculation": Speculation(3, 1, 1)}):
+        groups = rollout(model, prompts, sampling, **options)
+        assert_parity(model, prompts, groups, 1.0)
 
 
 def test_prefill_in_parts():

@@ -154,6 +154,26 @@ def test_prefix_cache_across_calls_and_weights():
     assert engine.generate(prompt, 1, sampling)[0].completions[0].token_ids == first.token_ids
 
 
+def test_a_fused_optimizer_is_noticed():
+    """It writes the weights without touching their version counters."""
+    model = tiny_model()
+    engine = Engine(model, [EOS])
+    prompt, sampling = [[5, 6] * 24], SamplingParams(max_tokens=8, temperature=0)
+    before = engine.generate(prompt, 1, sampling)[0].completions[0]
+    versions = [p._version for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
+    assert versions == [p._version for p in model.parameters()]
+    after = engine.generate(prompt, 1, sampling)[0].completions[0]
+    assert engine.stats.prefix_hits == 0
+    assert (
+        after.logprobs
+        == Engine(model, [EOS]).generate(prompt, 1, sampling)[0].completions[0].logprobs
+    )
+    assert after.logprobs != before.logprobs
+
+
 def test_a_long_prompt_does_not_stall_decoding(model):
     """While 100 tokens are prefilled 10 a step, the sample that runs gets a token every step."""
     engine = Engine(model, [EOS], decode=str, prefill_tokens=10)

@@ -177,6 +177,8 @@ class Engine:
 
     def _refresh(self) -> None:
         """A cache where there is none, and none of what older weights have left in it."""
+        if self._requests:
+            return  # weights are not to change while something runs
         weights = self.runner.weights_key()
         if self.scheduler is None:
             cache = KVCache(
@@ -191,9 +193,10 @@ class Engine:
         self._weights = weights
 
     def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix and prepared weight.
+        """Forget every cached prefix and prepared weight: the weights have changed.
 
-        Changes through the parameters are seen by themselves; only `.data` hides them.
+        An engine without requests looks for changes when one is added. It compares version counters and
+        some elements, so that a few written behind `.data` may be missed: call this after those.
         """
         self.runner.reset()
         if self.scheduler is not None:
@@ -422,9 +425,9 @@ class Engine:
     ) -> list[RolloutGroup]:
         """G completions of each of N prompts, in order; events of each step to `on_token`.
 
-        A completion depends on its prompt and seed, not on its batch mates or on what the engine did before
-        (up to the rounding of the GEMMs, whose order of summation may depend on the batch size; not even
-        that with `batch_invariant`). A completion whose logits are not finite ends with finish_reason
+        A completion depends on its prompt and seed, not on its batch mates or on what the engine did
+        before: to the last bit on the CPU's native forward (`batch_invariant` insists on it), elsewhere
+        up to the rounding of GEMMs, whose order of summation may depend on the batch. A completion whose logits are not finite ends with finish_reason
         "error". Raises ValueError for bad input, before anything is sampled, and FloatingPointError
         where every completion has failed.
         """

@@ -19,6 +19,8 @@ from r1fast.rollout.native import NativeForward, is_supported
 from r1fast.rollout.rows import Rows
 from r1fast.rollout.scheduler import Chunk
 
+NUM_SAMPLED = 64  # elements of a parameter that tell whether it was trained
+
 
 @dataclass(slots=True)
 class Inputs:
@@ -30,13 +32,14 @@ class Inputs:
 
 
 class Runner:
-    """`batch_invariant`: a row's results are the same bits whatever else is in its step.
+    """`batch_invariant` insists on what the native forward gives: a row's results are the same bits
+    whatever else is in its step, and whether it was decoded, prefilled in chunks or computed again.
 
     Raises ValueError where that cannot be had.
     """
 
     def __init__(self, model: Decoder, *, batch_invariant: bool = False):
-        self.model, self.batch_invariant = model, batch_invariant
+        self.model = model
         self.device = model.head_weight.device
         self.is_native = is_supported(model)
         if batch_invariant and not self.is_native:
@@ -47,8 +50,15 @@ class Runner:
         self._native: NativeForward | None = None
 
     def weights_key(self) -> tuple:
-        """Another one after the parameters have been written to or replaced."""
-        return tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+        """Another one after the parameters have been replaced or trained.
+
+        Version counters miss what fused optimizers write, so some elements of each are compared too.
+        """
+        parameters = [p.detach() for p in self.model.parameters()]
+        sampled = [p.reshape(-1)[:: max(p.numel() // NUM_SAMPLED, 1)] for p in parameters]
+        content = torch.cat(sampled).view(torch.uint8).cpu().numpy().tobytes()
+        versions = (0 if p.is_inference() else p._version for p in parameters)
+        return tuple(p.data_ptr() for p in parameters), tuple(versions), content
 
     def reset(self) -> None:
         """Forget what was prepared from the weights."""
@@ -97,7 +107,7 @@ class Runner:
         )
         inputs = self._inputs(tokens, positions, blocks, N)
         starts = np.concatenate(([0], np.cumsum([end - start for _, start, end in chunks])))
-        if self.batch_invariant:
+        if self.is_native:  # as fast as SDPA, and the same sums as in decode
             attend = _Paged(cache, self._prefill_plan(chunks, starts, cache))
         else:
             attend = _Chunks(cache, chunks, starts, self.device)
