@@ -218,10 +218,11 @@ inline void narrow_to_bf16(float* x, int64_t size, int64_t num_threads) {
   for (int64_t begin = alone, end; begin < size; begin = end) {
     end = std::min(size, 2 * begin);
     const int64_t num_tasks = ceil_div(end - begin, 4 * kStep);
-    parallel_for(num_tasks, worthwhile_threads(num_threads, static_cast<double>(end - begin)), [&](int64_t task, int64_t) {
+    parallel_for(num_tasks, worthwhile_threads(num_threads, 1.0 * (end - begin)), [&](int64_t task, int64_t) {
       narrow(begin + task * 4 * kStep, std::min(end, begin + (task + 1) * 4 * kStep));
     });
   }
+  release_pages(bytes + size * 2, size * 2);
 }
 
 }  // namespace r1fast

@@ -76,6 +76,18 @@ inline void advise_huge_pages(void* from, int64_t num_bytes) {
 #endif
 }
 
+// Gives back the whole pages of memory that nobody will read again; it stays addressable.
+inline void release_pages(void* from, int64_t num_bytes) {
+#if defined(__linux__)
+  constexpr int64_t kPage = 4096;
+  const auto begin = round_up(reinterpret_cast<intptr_t>(from), kPage);
+  const auto end = (reinterpret_cast<intptr_t>(from) + num_bytes) / kPage * kPage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_DONTNEED);
+#else
+  (void)from, (void)num_bytes;
+#endif
+}
+
 // Uninitialised, on a cache line's boundary.
 template <class T>
 class AlignedBuffer {

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from r1fast.kernels.dispatch import Backend, use_triton
+from r1fast.kernels.loss_rows import check_tensors
 
 NOISE = tl.constexpr(1e-6)  # of a reward, or of 1 where it is smaller
 
@@ -168,6 +169,8 @@ def has_signal(
 
 
 def _check(rewards: Tensor, verdicts: Tensor | None) -> None:
+    check_tensors(rewards=rewards)
+    check_tensors(optional=True, verdicts=verdicts)
     if rewards.dim() != 2 or rewards.shape[1] < 1:
         raise ValueError(f"rewards must be (N, G) with G >= 1, got {tuple(rewards.shape)}")
     if not rewards.is_floating_point():

@@ -34,9 +34,11 @@ def has_amx(dtype: torch.dtype) -> bool:
 
 def empty(shape: tuple[int, ...] | int, dtype: torch.dtype) -> Tensor:
     """torch.empty in huge pages where it is large: its first use costs half as much."""
-    from r1fast import _C
-
     x = torch.empty(shape, dtype=dtype)
+    try:
+        from r1fast import _C
+    except ImportError:
+        return x
     _C.advise_huge_pages(x.data_ptr(), x.nbytes)
     return x
 
@@ -44,7 +46,7 @@ def empty(shape: tuple[int, ...] | int, dtype: torch.dtype) -> Tensor:
 def narrow_to_bf16(x: Tensor) -> Tensor:
     """A contiguous float32 tensor rounded to bfloat16 where it lies: no fresh memory, `x` is used up.
 
-    The result keeps the memory of `x`, twice what it needs.
+    The result keeps the storage of `x`, twice what it needs; the pages behind it are given back.
     """
     from r1fast import _C
 

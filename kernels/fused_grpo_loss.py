@@ -21,7 +21,7 @@ from torch import Tensor
 
 from r1fast.kernels.dispatch import Backend
 from r1fast.kernels.linear_logprobs import check_head_inputs, linear_logprobs_ref
-from r1fast.kernels.loss_rows import check_mask, drop_dead_rows, prepare_rows
+from r1fast.kernels.loss_rows import check_mask, check_tensors, drop_dead_rows, prepare_rows
 from r1fast.kernels.policy_loss import loss_terms
 from r1fast.kernels.policy_loss_options import PolicyLossOptions
 from r1fast.kernels.vocab_head import VocabHead, grad_dtypes, gradients_needed, to_dtypes
@@ -68,7 +68,9 @@ class FusedLossFunction(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, target_ids, rows, options, head_options, want, report):
         head_options = dict(head_options)
         workspace_bytes, needs = head_options.pop("workspace_bytes"), head_options["needs"]
-        head = VocabHead(hidden, weight, target_ids, bias=bias, **head_options)
+        head = VocabHead(
+            hidden, weight, target_ids, bias=bias, finite_logprobs=True, **head_options
+        )
         N, old = len(hidden), rows.old_logprobs
         size = head.rows_per_chunk(N, workspace_bytes)
         want_entropy = options.needs_entropy or "entropy" in want
@@ -113,9 +115,8 @@ class FusedLossFunction(torch.autograd.Function):
                 s.E = None
         for name in want:
             report[name] = torch.cat(kept[name]) if kept[name] else loss.new_zeros(0)
+        # narrowed in backward: the factor of the loss must meet the sums in float32
         ctx.gradients, ctx.dtypes = head.gradients(), grad_dtypes(hidden, weight, bias)
-        if hidden.dtype != torch.float16:  # a loss scale must meet it in float32
-            ctx.gradients = to_dtypes(ctx.gradients, ctx.dtypes)
         return loss
 
     @staticmethod
@@ -216,8 +217,12 @@ def fused_grpo_loss(
     the exponentials at any one time (by default under an eighth of the logits), `process_group` as
     in `linear_logprobs`.
 
+    A bfloat16 weight on the CPU gets a gradient in the memory of the float32 sum that it was, twice
+    its size, or that sum itself where `weight.grad_dtype` is torch.float32.
+
     Raises ValueError for shapes, dtypes or devices that do not fit, an empty mask, a target outside
-    the vocabulary, NaN or Inf in a row that counts, an unknown name, an option without its input.
+    the vocabulary or of probability 0, NaN or Inf in a row that counts, an unknown name, an option
+    without its input.
     """
     options = PolicyLossOptions(
         loss_type=loss_type, importance_sampling_level=importance_sampling_level,
@@ -229,6 +234,7 @@ def fused_grpo_loss(
         rollout_correction=rollout_correction, rollout_clip_min=rollout_clip_min,
         rollout_clip_max=rollout_clip_max,
     )  # fmt: skip
+    check_tensors(hidden=hidden)
     check_mask(completion_mask, len(hidden))
     check_head_inputs(
         hidden, weight, target_ids, bias, temperature, softcap, process_group, completion_mask

@@ -14,7 +14,7 @@ from torch import Tensor
 from r1fast.kernels.dispatch import Backend
 from r1fast.kernels.fused_grpo_loss import FusedLossFunction
 from r1fast.kernels.linear_logprobs import check_head_inputs, linear_logprobs, logits_ref
-from r1fast.kernels.loss_rows import LossRows
+from r1fast.kernels.loss_rows import LossRows, check_finite, check_shape, check_tensors
 from r1fast.kernels.policy_loss_options import PolicyLossOptions
 from r1fast.kernels.vocab_head import gradients_needed
 
@@ -68,12 +68,12 @@ def linear_cross_entropy(
         raise ValueError(f"num_tokens must be above 0, got {num_tokens}")
     if num_tokens is not None and reduction != "mean":
         raise ValueError(f"num_tokens is what a mean divides by; reduction is {reduction!r}")
-    if token_weights is not None and token_weights.shape != target_ids.shape:
-        raise ValueError(
-            f"token_weights must be (T,) = {tuple(target_ids.shape)}, got "
-            f"{tuple(token_weights.shape)}"
-        )
+    check_tensors(target_ids=target_ids)
+    check_tensors(optional=True, token_weights=token_weights)
     counts = target_ids != ignore_index
+    if token_weights is not None:
+        check_shape("token_weights", token_weights, len(target_ids))
+        check_finite("token_weights", token_weights[counts], counts.nonzero()[:, 0])
     check_head_inputs(hidden, weight, target_ids, bias, temperature, softcap, process_group, counts)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     head_options = {

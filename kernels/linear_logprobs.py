@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from r1fast.kernels.dispatch import Backend
+from r1fast.kernels.loss_rows import check_tensors
 from r1fast.kernels.vocab_head import VocabHead, grad_dtypes, gradients_needed, to_dtypes
 
 WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 5 << 28}  # 1.25 GiB on a GPU
@@ -154,6 +155,8 @@ def check_head_inputs(
     mask: Tensor | None = None,
 ) -> None:
     """ValueError with what was wrong, what came and what would do. Masked targets may be anything."""
+    check_tensors(hidden=hidden, weight=weight, target_ids=target_ids)
+    check_tensors(optional=True, bias=bias)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"need hidden (T, D) and weight (V, D), got {tuple(hidden.shape)} and "

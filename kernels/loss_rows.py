@@ -166,6 +166,7 @@ def prepare_rows(
 def check_mask(completion_mask: Tensor | None, T: int) -> None:
     if completion_mask is None:
         return
+    check_tensors(completion_mask=completion_mask)
     check_shape("completion_mask", completion_mask, T)
     if completion_mask.dtype != torch.bool:
         raise ValueError(f"completion_mask must be bool, got {completion_mask.dtype}")
@@ -241,6 +242,13 @@ def _weights(
     return weights / divisor
 
 
+def check_tensors(*, optional: bool = False, **tensors: object) -> None:
+    """ValueError for what is not a tensor, nor None where that is allowed."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) and not (optional and x is None):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
 def check_shape(name: str, x: Tensor, T: int) -> None:
     if x.shape != (T,):
         raise ValueError(f"{name} must be (T,) = ({T},), got {tuple(x.shape)}")
@@ -256,11 +264,10 @@ def check_finite(name: str, x: Tensor, index: Tensor) -> None:  # (N,), (N,) the
 
 
 def _check_tensors(device: torch.device | None, **tensors: Tensor | None) -> None:
+    check_tensors(optional=True, **tensors)
     for name, x in tensors.items():
         if x is None:
             continue
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.is_complex():
             raise ValueError(f"{name} must be real, got {x.dtype}")
         if device is not None and x.device != device and name != "cu_seqlens":

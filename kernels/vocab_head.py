@@ -95,6 +95,7 @@ class VocabHead:
         process_group: dist.ProcessGroup | None = None,
         needs: tuple[bool, bool, bool] = (True, True, True),  # gradients of hidden, weight, bias
         row_numbers: Tensor | None = None,  # (N,) what the caller calls the rows, for messages
+        finite_logprobs: bool = False,  # whether a target of probability 0 is an error
     ):
         self.hidden, self.weight, self.bias = hidden.detach(), weight.detach(), bias
         if bias is not None:
@@ -111,7 +112,7 @@ class VocabHead:
         if process_group is not None:
             self._find_slice(target_ids, process_group)
         self.need_hidden, self.need_weight, self.need_bias = needs
-        self.row_numbers = row_numbers
+        self.row_numbers, self.finite_logprobs = row_numbers, finite_logprobs
         self.dhidden = self.dweight = self.dbias = self._workspace = None
 
     def _find_slice(self, target_ids: Tensor, group: dist.ProcessGroup) -> None:
@@ -187,7 +188,13 @@ class VocabHead:
         stats.E = None
         stats, good = self._stats(h, y, z, exact, slope, keep, want_entropy, own_workspace)
         if not bool(good.all()):
-            row = self._row(rows.start + int((~good).nonzero()[0]))
+            first = int((~good).nonzero()[0])
+            row = self._row(rows.start + first)
+            if float(stats.logprobs[first]) == -math.inf:
+                raise NonFiniteError(
+                    f"row {row}: its target has probability 0, so its loss is infinite; mask the "
+                    "row, or look for a logit or bias of minus infinity"
+                )
             for name, x in (("weight", self.weight), ("bias", self.bias)):
                 if x is not None and not bool(x.isfinite().all()):
                     raise NonFiniteError(f"{name} holds NaN or Inf")
@@ -213,8 +220,12 @@ class VocabHead:
         S = s + e
         log_S = S.log()
         logprobs = torch.where(s <= e, -torch.log1p(s / e), z - c - log_S)
-        entropy = log_S - (sz + e * (z - c)) / S if want_entropy else None
         good = (S > S_RANGE[0]) & (S < S_RANGE[1])
+        entropy = None
+        if want_entropy:
+            entropy = log_S - (sz + torch.where(e > 0, e * (z - c), 0)) / S
+        if self.finite_logprobs:
+            good &= logprobs.isfinite()
         return ChunkStats(logprobs, entropy, log_S, S, s, e / S, slope, E), good
 
     def _take_workspace(self, R: int, own: bool) -> Tensor:

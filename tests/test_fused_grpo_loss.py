@@ -8,7 +8,7 @@ from test_policy_loss import KLS, POLICIES
 
 from r1fast.kernels import cpu_head
 from r1fast.kernels.fused_grpo_loss import fused_grpo_loss, fused_grpo_loss_ref
-from r1fast.kernels.linear_logprobs import linear_logprobs_ref
+from r1fast.kernels.linear_logprobs import linear_logprobs, linear_logprobs_ref
 from r1fast.kernels.vocab_head import VocabHead
 
 T, D, V = 23, 16, 131
@@ -475,3 +475,54 @@ def test_bad_input(change, message):
     names = ("hidden", "weight", "target_ids", "advantages", "completion_mask")
     with pytest.raises(ValueError, match=message):
         fused_grpo_loss(*[inputs.pop(n) for n in names], **{"bias": None, **inputs})
+
+
+def test_a_loss_that_is_scaled_is_rounded_once():
+    """Divided by 3, as over micro-batches: dweight meets the factor before it is bfloat16."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 256, generator=g) for n in (64, 2000))
+    y = torch.randint(2000, (64,), generator=g)
+    x = [t.bfloat16() / 4 for t in (hidden, weight)]
+
+    def dweight(scale, dtype):
+        h, w = (t.to(dtype).clone().requires_grad_() for t in x)
+        A = torch.ones(64, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        loss = fused_grpo_loss(h, w, y, A, loss_type="dapo")[0]
+        (loss * scale).backward()
+        return w.grad.double()
+
+    errors = []
+    for scale in (1.0, 1 / 3):
+        exact = dweight(scale, torch.float64)
+        errors.append((dweight(scale, torch.bfloat16) - exact).norm() / exact.norm())
+    assert errors[1] <= 1.05 * errors[0], errors
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo"])
+def test_an_impossible_target_is_an_error(loss_type):
+    hidden, weight, y = torch.randn(4, 8), torch.randn(20, 8), torch.arange(4)
+    bias = torch.zeros(20)
+    bias[2] = -math.inf
+    with pytest.raises(ValueError, match="row 2: its target has probability 0"):
+        fused_grpo_loss(hidden, weight, y, torch.ones(4), bias=bias, loss_type=loss_type)
+    bias = bias.roll(10)  # no target there: nothing is wrong
+    loss, _ = fused_grpo_loss(
+        hidden, weight, y, torch.ones(4), bias=bias, loss_type=loss_type, entropy_coef=0.1
+    )
+    assert loss.isfinite()
+    logprobs, entropy = linear_logprobs(hidden, weight, y, bias=bias.roll(-10), return_entropy=True)
+    assert logprobs[2] == -math.inf
+    assert entropy.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight", "target_ids", "completion_mask"])
+def test_what_is_no_tensor_is_named(name):
+    inputs = {
+        "hidden": torch.randn(2, 4),
+        "weight": torch.randn(9, 4),
+        "target_ids": torch.tensor([1, 2]),
+        "completion_mask": None,
+    }
+    inputs[name] = [1.0, 2.0]
+    with pytest.raises(ValueError, match=f"{name} must be a tensor, got list"):
+        fused_grpo_loss(**inputs, advantages=torch.ones(2), loss_type="dapo")

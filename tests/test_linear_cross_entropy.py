@@ -85,3 +85,11 @@ def test_bad_input(options, message):
     (hidden, weight, _), y = make_inputs()
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(hidden, weight, y, **options)
+
+
+def test_token_weights_must_be_finite():
+    inputs = torch.randn(3, 4), torch.randn(9, 4), torch.tensor([1, -100, 2])
+    weights = torch.tensor([1.0, math.nan, 1.0])
+    assert linear_cross_entropy(*inputs, token_weights=weights).isfinite()  # row 1 does not count
+    with pytest.raises(ValueError, match="token_weights is nan at row 2"):
+        linear_cross_entropy(*inputs, token_weights=weights.roll(1))
