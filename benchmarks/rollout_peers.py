@@ -68,7 +68,7 @@ def run_r1fast(path: str, dtype: str) -> tuple[Callable[[Case], dict], Any]:
 def run_generate(path: str, dtype: str) -> tuple[Callable[[Case], dict], Any]:
     """transformers' `generate`, without the log-probabilities, whose scores would cost it memory.
 
-    A dynamic cache, sdpa and sampling without top-k; a static cache or compilation is slower here.
+    Its defaults, a dynamic cache and sdpa, and sampling without top-k: neither a static cache nor compilation was tried.
     """
     import torch
     from transformers import AutoModelForCausalLM, StoppingCriteria
