@@ -137,8 +137,9 @@ class DecodeWorkspace {
       const Unit& unit = units_[static_cast<size_t>(index / kv_heads)];
       if (chunk >= unit.num_chunks) return;
       attend_unit(call, unit, head, chunk, chunk + 1, floats_->data() + thread * scratch);
-      // the last one to finish merges them all
-      if (finished_[static_cast<size_t>(index)].fetch_add(1, std::memory_order_acq_rel) + 1 == unit.num_chunks) {
+      // the last one to finish merges them all; one that was alone has written its results
+      if (unit.num_chunks > 1 &&
+          finished_[static_cast<size_t>(index)].fetch_add(1, std::memory_order_acq_rel) + 1 == unit.num_chunks) {
         finish_unit(call, unit, head);
       }
     });

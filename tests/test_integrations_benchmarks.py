@@ -73,7 +73,7 @@ def test_every_bar_is_reported_with_its_number(monkeypatch):
     cells = {("materialised", "logits"): 800.0, ("r1fast", memory): 90.0}
     cells |= {(name, both): 2.0 for name in ("r1fast", "GEMMs", "torch.mm", "materialised")}
     lines = bench_loss.cpu_bars("toy", "fp32", cells, "r1fast", "r1fast")
-    assert "toy: over three GEMMs, fastest path: 1 (<= 1.2: holds)" in lines
+    assert "toy: over three GEMMs: 1 (<= 1.2: holds)" in lines
     assert "toy: over three torch.mm: 1 (<= 0.7: MISSED)" in lines
     assert "toy: faster than materialised: 1 (>= 1.7: MISSED)" in lines
     assert "toy: faster than TRL: not measured" in lines
