@@ -62,7 +62,7 @@ class RolloutConfig:
     cache_gib: float = (
         0.0  # of keys and values; 0 = what the slots need, at most half the free memory
     )
-    block_size: int = 16  # positions in a block of the cache
+    block_size: int = 16  # positions in a block of the cache, a multiple of 16
     prefix_cache: bool = True  # equal prompts are prefilled once, until the weights change
     prefill_tokens: int = 2048  # of prompts in one step, so that decoding goes on
     num_draft_tokens: int = 0  # prompt-lookup drafts in a step, verified exactly; 0 = off
@@ -253,6 +253,7 @@ def _check(c: Config) -> None:
         "prefill_tokens",
     ):  # fmt: skip
         need(getattr(r, name) >= 1, f"rollout.{name}", getattr(r, name), "at least 1")
+    need(r.block_size % 16 == 0, "rollout.block_size", r.block_size, "a multiple of 16")
     need(0 <= r.min_p <= 1, "rollout.min_p", r.min_p, "in [0, 1] (0 is off)")
     need(r.cache_gib >= 0, "rollout.cache_gib", r.cache_gib, "at least 0 (0 is found)")
     drafts = r.num_draft_tokens

@@ -350,3 +350,32 @@ def test_one_prompt_with_broken_logits_is_alone(bad):
             f"prompt 1, sample {g}: the model's logits are not finite: its weights have diverged"
         )
     assert engine.stats.blocks_used == 0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"top_k": 2**63}, {"top_k": 1.5}, {"max_tokens": 2**40}, {"top_logprobs": 1.5},
+        {"temperature": 1e-39}, {"temperature": 1e39}, {"repetition_penalty": 1e-300},
+        {"logit_bias": {3: math.inf}}, {"logit_bias": {3: 10**400}},
+        {"stop": ("x",) * 1000}, {"stop_token_ids": tuple(range(1000))},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_that_arithmetic_cannot_hold_are_refused(values):
+    with pytest.raises(ValueError, match=f"{next(iter(values))} must"):
+        SamplingParams(**values)
+
+
+def test_what_add_refuses_leaves_the_engine_as_it_was(model):
+    engine = Engine(model, [EOS])
+    mate = engine.add(PROMPT, [1, 2], SamplingParams(max_tokens=5))
+    for prompt, seeds in ((PROMPT, [2**63]), ([1.5, 2.0], [1]), ("ab", [1])):
+        with pytest.raises(ValueError, match="bad"):
+            engine.add(prompt, seeds, SamplingParams(), name="bad")
+    reasons = []
+    while engine.has_work:
+        reasons += [e.finish_reason for e in engine.step() if e.request_id == mate]
+    assert sum(r is not None for r in reasons) == 2
+    with pytest.raises(ValueError, match="block_size must be a multiple of 16, got 8"):
+        Engine(model, [EOS], block_size=8)

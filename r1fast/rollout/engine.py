@@ -63,6 +63,8 @@ class Engine:
         ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if block_size % 16:
+            raise ValueError(f"block_size must be a multiple of 16, got {block_size}")
         self.model, self.eos_ids = model, eos
         self.decode = decode or (lambda ids: "")
         self._has_text = decode is not None
@@ -122,7 +124,7 @@ class Engine:
         """
         self._num_requests += 1
         name = name or f"request {self._num_requests}"
-        self._check(prompt_ids, sampling, name)
+        self._check(prompt_ids, seeds, sampling, name)
         self._refresh()
         prompt = np.array(prompt_ids, np.int64)
         lengths = [sampling.max_tokens] * len(seeds) if lengths is None else lengths
@@ -155,10 +157,17 @@ class Engine:
             self.scheduler.add(request)
         return request.id
 
-    def _check(self, prompt: Sequence[int], sampling: SamplingParams, name: str) -> None:
+    def _check(
+        self, prompt: Sequence[int], seeds: Sequence[int], sampling: SamplingParams, name: str
+    ) -> None:
         V = self.model.spec.vocab_size
         if not len(prompt):
             raise ValueError(f"{name} is empty")
+        if isinstance(prompt, str) or np.asarray(prompt).dtype.kind not in "iu":
+            raise ValueError(f"{name} must be token ids, got {prompt!r:.80}")
+        for seed in seeds:
+            if not -(2**63) <= seed < 2**63:
+                raise ValueError(f"{name} has a seed that does not fit in 64 bits: {seed}")
         if min(prompt) < 0 or max(prompt) >= V:
             raise ValueError(
                 f"{name} has a token id outside [0, {V}): {min(prompt)}..{max(prompt)}"

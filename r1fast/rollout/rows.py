@@ -71,10 +71,9 @@ class Rows:
 
     def start(self, sample: Sample, tokens: np.ndarray, blocks: np.ndarray) -> int:
         """Give the sample a slot. `tokens` are all in the cache; the next one is appended by `append`."""
-        slot = self.free.pop()
+        slot = self.free[-1]  # taken at the end: what fails before leaves everything as it was
         request, p = sample.request, sample.request.sampling
         self.reserve(len(tokens) + 1)
-        self.samples[slot], sample.slot = sample, slot
         self.tokens[slot, : len(tokens)] = tokens
         self.blocks[slot, : len(blocks)] = blocks
         self.length[slot], self.num_blocks[slot] = len(tokens), len(blocks)
@@ -96,6 +95,8 @@ class Rows:
                 values = sample.saved[name]
                 getattr(self, name)[slot, : len(values)] = values
             sample.saved = None
+        self.samples[slot], sample.slot = sample, slot
+        self.free.pop()
         self._batch = None
         return slot
 

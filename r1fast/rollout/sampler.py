@@ -14,6 +14,9 @@ from torch import Tensor
 from r1fast.kernels import sample as kernel
 
 MAX_TOP_LOGPROBS = 64
+MAX_COUNT = 2**31 - 1
+MAX_STOPS = 256  # each is looked for at every token
+MAX_SCALE = 1e6  # of temperatures, penalties and biases
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, splitmix64's increment
 
 
@@ -43,25 +46,40 @@ class SamplingParams:
             if not ok:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
 
-        finite = all(map(math.isfinite, (self.temperature, self.repetition_penalty)))
-        need(finite and self.temperature >= 0, "temperature", "at least 0")
+        def is_count(n: object) -> bool:
+            return type(n) is int and 0 <= n <= MAX_COUNT
+
+        # beyond these, float32 has no room for logits
+        scale = f"in [{1 / MAX_SCALE:g}, {MAX_SCALE:g}]"
+        need(self.temperature >= 0, "temperature", "at least 0")
+        need(self.temperature == 0 or 1 / MAX_SCALE <= self.temperature <= MAX_SCALE,
+             "temperature", f"0 (greedy) or {scale}")  # fmt: skip
         need(0 < self.top_p <= 1, "top_p", "in (0, 1]")
-        need(self.top_k >= 0, "top_k", "at least 0 (0 is off)")
-        need(self.max_tokens >= 1, "max_tokens", "at least 1")
+        need(is_count(self.top_k), "top_k", f"at least 0 (0 is off), an integer up to {MAX_COUNT}")
+        need(is_count(self.max_tokens) and self.max_tokens >= 1,
+             "max_tokens", f"at least 1, an integer up to {MAX_COUNT}")  # fmt: skip
         need(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
-        need(finite and self.repetition_penalty > 0, "repetition_penalty", "above 0")
+        need(self.repetition_penalty > 0, "repetition_penalty", "above 0")
+        need(1 / MAX_SCALE <= self.repetition_penalty <= MAX_SCALE, "repetition_penalty", scale)
         is_list = isinstance(self.stop, list | tuple)
         need(is_list and all(isinstance(s, str) and s for s in self.stop),
              "stop", "a tuple of strings that are not empty")  # fmt: skip
+        for name in ("stop", "stop_token_ids"):
+            if len(getattr(self, name)) > MAX_STOPS:
+                raise ValueError(
+                    f"{name} must have at most {MAX_STOPS} entries, got {len(getattr(self, name))}"
+                )
         is_list = isinstance(self.stop_token_ids, list | tuple)
         need(is_list and all(type(t) is int for t in self.stop_token_ids),
              "stop_token_ids", "a tuple of token ids")  # fmt: skip
-        need(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "in [0, max_tokens]")
+        need(is_count(self.min_tokens) and self.min_tokens <= self.max_tokens,
+             "min_tokens", "in [0, max_tokens]")  # fmt: skip
         is_map = isinstance(self.logit_bias, Mapping)
-        need(is_map and all(type(t) is int and isinstance(b, int | float) and not math.isnan(b)
+        need(is_map and all(type(t) is int and isinstance(b, int | float)
+                            and (b == -math.inf or -MAX_SCALE <= b <= MAX_SCALE)
                             for t, b in self.logit_bias.items()),
-             "logit_bias", "a mapping of token ids to numbers")  # fmt: skip
-        need(0 <= self.top_logprobs <= MAX_TOP_LOGPROBS, "top_logprobs",
+             "logit_bias", "a mapping of token ids to numbers within 1e6, or -inf for a ban")  # fmt: skip
+        need(is_count(self.top_logprobs) and self.top_logprobs <= MAX_TOP_LOGPROBS, "top_logprobs",
              f"in [0, {MAX_TOP_LOGPROBS}]")  # fmt: skip
 
     @property

@@ -161,8 +161,8 @@ class Scheduler:
                     self.waiting.appendleft(rest)
                     continue
                 break
-            job.samples.pop(0)
             self.rows.start(sample, job.tokens, blocks)
+            job.samples.pop(0)
             started.append((job, sample))
             if not job.samples:
                 self.ready.popleft()

@@ -114,7 +114,10 @@ class EngineThread:
                 actions = list(self._inbox)
                 self._inbox.clear()
             for action in actions:
-                action()
+                try:
+                    action()
+                except Exception as error:
+                    self._fail(error)
             if not self.engine.has_work:
                 continue
             try:
@@ -172,8 +175,13 @@ class EngineThread:
         for job in dict.fromkeys(self._jobs.values()):
             item = (0, TokenEvent(-1, 0, [], [], finish_reason="error", error=self.failure))
             by_job[job], job.num_open = [item] * job.num_open, 0
-            self._abort(job)
         self._call(lambda: _put(by_job))
+        for job in by_job:
+            try:
+                self._abort(job)
+            except Exception as again:  # the thread must live to answer the others
+                warn(f"a request could not be given up: {type(again).__name__}: {again}")
+        self._jobs.clear()
         time.sleep(0.1)  # a fault that stays must not spin
 
     def _call(self, function: Callable[[], None]) -> None:
