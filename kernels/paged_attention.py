@@ -47,6 +47,7 @@ class DecodePlan:
     group_starts: Tensor  # (num_groups + 1,) from 0 to B
     shared_blocks: Tensor  # (num_groups,)
     query_starts: Tensor | None = None  # (B + 1,) from 0 to Nq; None: one query a sequence
+    max_shared_blocks: int | None = None  # no group shares more; None: as many as a row has
     workspace: object = None  # memory of the CPU kernel, made by the first call
 
 
@@ -139,12 +140,9 @@ def paged_attention(
     elif backend == "triton":
         from r1fast.kernels.triton_paged_attention import paged_attention_triton
 
-        starts = plan.query_starts
-        if starts is None:
-            starts = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
         paged_attention_triton(
-            q, keys, values, plan.block_table, plan.context_lens, starts, plan.group_starts,
-            plan.shared_blocks, scale, out, max_queries=1 if plan.query_starts is None else None,
+            q, keys, values, plan.block_table, plan.context_lens, plan.query_starts,
+            plan.group_starts, plan.shared_blocks, scale, out, plan.max_shared_blocks,
         )  # fmt: skip
     elif backend == "flash":
         out.copy_(_flash_attention(q, keys, values, plan, scale))
@@ -157,7 +155,10 @@ FLASH_BLOCK = 256  # flash attention 2 takes blocks of a multiple of this
 
 
 def _flash_attention(q, keys, values, plan: DecodePlan, scale: float) -> Tensor:
-    """The kv-cache kernel of flash attention: one query a sequence, nothing shared."""
+    """The kv-cache kernel of flash attention 2 over the rows layout as it lies: one query a sequence.
+
+    A shared prefix is read once for each sequence.
+    """
     from flash_attn import flash_attn_with_kvcache
 
     out = flash_attn_with_kvcache(
@@ -183,10 +184,11 @@ def _choose(layout: PagedLayout, plan: DecodePlan, backend: str) -> str:
     if backend == "flash":
         if importlib.util.find_spec("flash_attn") is None:
             raise ValueError("backend flash needs flash-attn, which is not installed; use auto")
-        if layout.block_size % FLASH_BLOCK or plan.query_starts is not None:
+        half = layout.dtype in (torch.bfloat16, torch.float16)
+        if layout.block_size % FLASH_BLOCK or plan.query_starts is not None or not half:
             raise ValueError(
-                f"backend flash needs blocks of a multiple of {FLASH_BLOCK} and one query a "
-                f"sequence, got block_size {layout.block_size}; use auto"
+                f"backend flash needs blocks of a multiple of {FLASH_BLOCK}, bfloat16 or float16 and "
+                f"one query a sequence, got block_size {layout.block_size} in {layout.dtype}; use auto"
             )
     return backend
 

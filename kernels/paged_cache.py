@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from r1fast.kernels.dispatch import Backend, use_triton
+
 TILE = 16  # slots of a tile: the float32 lanes of AVX-512
 
 
@@ -114,17 +116,29 @@ def write_kv(
     values: Tensor,
     k: Tensor,  # (N, K, Dh)
     v: Tensor,  # (N, K, Dh)
-    slot_mapping: Tensor,  # (N,) int64, distinct
+    slot_mapping: Tensor,  # (N,) int64, distinct but for those that nobody reads
+    *,
+    backend: Backend = "auto",
 ) -> None:
-    """Stores each token's key and value in its slot. Slots are not checked."""
+    """Stores each token's key and value in its slot. Slots are not checked.
+
+    On CUDA in one kernel that can be captured: assignment by index would, in PyTorch's deterministic
+    mode, ask the device for the largest.
+    """
     layout.check(keys, values)
     assert k.shape == v.shape == (len(slot_mapping), layout.num_kv_heads, layout.head_dim), k.shape
-    if not layout.is_tiled:
+    by_triton = not layout.is_tiled and use_triton(k, backend)
+    if not layout.is_tiled and not by_triton:
         write_kv_ref(layout, keys, values, k, v, slot_mapping)
+        return
+    k, v = (x if _rows_ok(x, layout.dtype) else x.to(layout.dtype).contiguous() for x in (k, v))
+    if by_triton:
+        from r1fast.kernels.triton_paged_attention import write_kv_triton
+
+        write_kv_triton(keys, values, k, v, slot_mapping)
         return
     from r1fast import _C
 
-    k, v = (x if _rows_ok(x, layout.dtype) else x.to(layout.dtype).contiguous() for x in (k, v))
     _C.write_kv(
         keys.data_ptr(), values.data_ptr(), layout.num_kv_heads, layout.head_dim,
         layout.dtype == torch.bfloat16, k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0),

@@ -4,7 +4,8 @@ The formulas are in paged_attention.py. Two launches of one kernel make partial 
 shared prefixes, with the query heads of a whole group as rows, and over each sequence's own positions. A third merges
 them. Splits are SPLIT positions long whatever the batch is, and nothing depends on how many programs run, so a
 row's bits do not depend on its batch mates as long as its prefix stays shared or not.
-Grids depend on shapes alone: the launches can be captured in a CUDA graph and replayed with other contexts.
+Grids depend on shapes alone: the launches can be captured in a CUDA graph and replayed with other contexts. So
+room that a step does not use has to be cheap: an empty split writes eight bytes a row, an empty group runs no program.
 """
 
 import torch
@@ -15,40 +16,60 @@ from torch import Tensor
 from r1fast.kernels.triton_head import precision
 
 SPLIT = 512  # positions of one partial result
+LEAST_G = 32  # group counts up to this share one compiled kernel
 # (bytes of an element, shared prefix) -> query rows and positions at once; 16 rows are a tensor core's least
 TILES = {(2, True): (64, 64), (2, False): (16, 64), (4, True): (16, 32), (4, False): (16, 32)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_blocks", "num_groups", "num_queries", "first_part"])
 def _partial_kernel(
     q_ptr, keys_ptr, values_ptr, table_ptr, context_ptr, query_starts_ptr, group_starts_ptr,
-    shared_ptr, m_ptr, l_ptr, a_ptr, max_blocks, num_groups, num_queries, scale,
+    shared_ptr, m_ptr, l_ptr, a_ptr, max_blocks, num_groups, num_queries, first_part, scale,
     H: tl.constexpr, K: tl.constexpr, Dh: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    SHARED: tl.constexpr, FIRST_PART: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
+    SHARED: tl.constexpr, ONE_QUERY: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows, one kv head, one split. Rows are (query, head) of a group, or of a sequence."""
-    owner = tl.program_id(0) // K
+    """One tile of rows, one kv head, one split. Rows are (query, head) of a group, or of a sequence.
+
+    ONE_QUERY: query i is sequence i's, and query_starts is not read.
+    """
     kv_head = tl.program_id(0) % K
-    tile = tl.program_id(1)
+    index = tl.program_id(0) // K  # shared: a tile of some group; else a sequence
     split = tl.program_id(2)
     HEADS: tl.constexpr = H // K
+    groups = tl.arange(0, BLOCK_G)
+    is_group = groups < num_groups
+    ends = tl.load(group_starts_ptr + 1 + groups, mask=is_group, other=0x7FFFFFFF)
     if SHARED:
-        sequence = tl.load(group_starts_ptr + owner)
-        last = tl.load(group_starts_ptr + owner + 1)
+        # the tiles of all groups follow each other
+        starts = tl.load(group_starts_ptr + groups, mask=is_group, other=0)
+        sizes = tl.where(is_group, ends - starts, 0)
+        if not ONE_QUERY:
+            first = tl.load(query_starts_ptr + starts, mask=is_group, other=0)
+            sizes = tl.load(query_starts_ptr + starts + sizes, mask=is_group, other=0) - first
+        tiles = (sizes * HEADS + BLOCK_M - 1) // BLOCK_M
+        group = tl.sum((tl.cumsum(tiles, 0) <= index).to(tl.int32), 0)
+        if group >= num_groups:
+            return
+        tile = index - tl.sum(tl.where(groups < group, tiles, 0), 0)
+        sequence = tl.load(group_starts_ptr + group)
+        last = tl.load(group_starts_ptr + group + 1)
         begin = 0
-        end = tl.load(shared_ptr + owner) * BLOCK_SIZE
+        end = tl.load(shared_ptr + group) * BLOCK_SIZE
     else:
-        sequence = owner
-        last = owner + 1
-        groups = tl.arange(0, BLOCK_G)
-        ends = tl.load(group_starts_ptr + 1 + groups, mask=groups < num_groups, other=0x7FFFFFFF)
-        group = tl.sum((ends <= owner).to(tl.int32), 0)
+        tile = tl.program_id(1)
+        sequence = index
+        last = index + 1
+        group = tl.sum((ends <= index).to(tl.int32), 0)
         begin = tl.load(shared_ptr + group) * BLOCK_SIZE
-        end = tl.load(context_ptr + owner)
-    first_query = tl.load(query_starts_ptr + sequence)
-    end_query = tl.load(query_starts_ptr + last)
+        end = tl.load(context_ptr + index)
+    if ONE_QUERY:
+        first_query = sequence
+        end_query = last
+    else:
+        first_query = tl.load(query_starts_ptr + sequence)
+        end_query = tl.load(query_starts_ptr + last)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     query = first_query + row // HEADS
     head = kv_head * HEADS + row % HEADS
@@ -63,9 +84,8 @@ def _partial_kernel(
     end = tl.minimum(end, begin + SPLIT)
     d = tl.arange(0, BLOCK_D)
     at = query.to(tl.int64) * H + head  # (BLOCK_M,)
-    q = tl.load(
-        q_ptr + at[:, None] * Dh + d[None, :], mask=is_row[:, None] & (d < Dh)[None, :], other=0.0
-    )
+    row_mask = is_row[:, None] & (d < Dh)[None, :]
+    q = tl.load(q_ptr + at[:, None] * Dh + d[None, :], mask=row_mask, other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -93,14 +113,14 @@ def _partial_kernel(
         l = l * shrink + tl.sum(e, 1)
         a = a * shrink[:, None] + tl.dot(e.to(v.dtype), v, input_precision=PRECISION)
         m = most
-    part = (FIRST_PART + split).to(tl.int64) * num_queries * H + at
+    part = (first_part + split).to(tl.int64) * num_queries * H + at
     tl.store(m_ptr + part, m, mask=is_row)
     tl.store(l_ptr + part, l, mask=is_row)
-    mask = is_row[:, None] & (d < Dh)[None, :]
-    tl.store(a_ptr + part[:, None] * Dh + d[None, :], a, mask=mask)
+    if begin < end:  # an empty split has no `a`
+        tl.store(a_ptr + part[:, None] * Dh + d[None, :], a, mask=row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_parts"])
 def _merge_kernel(
     m_ptr, l_ptr, a_ptr, out_ptr, num_rows, num_parts,
     Dh: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -108,21 +128,53 @@ def _merge_kernel(
     """One query head: its parts, in order; 0 if none has seen a position."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    m = tl.load(m_ptr + row)
-    l = tl.load(l_ptr + row)
-    a = tl.load(a_ptr + row * Dh + d, mask=d < Dh, other=0.0)
+    m = float("-inf")
+    l = 0.0
+    a = tl.zeros((BLOCK_D,), tl.float32)
     at = row
-    for _ in range(1, num_parts):
-        at += num_rows
+    for _ in range(num_parts):
         other = tl.load(m_ptr + at)
         most = tl.maximum(m, other)
         safe = tl.where(most == float("-inf"), 0.0, most)
         old, new = tl.exp(m - safe), tl.exp(other - safe)
         l = l * old + tl.load(l_ptr + at) * new
-        a = a * old + tl.load(a_ptr + at * Dh + d, mask=d < Dh, other=0.0) * new
+        width = tl.where(other > float("-inf"), Dh, 0)  # an empty part has written no `a`
+        a = a * old + tl.load(a_ptr + at * Dh + d, mask=d < width, other=0.0) * new
         m = most
+        at += num_rows
     out = a / tl.where(l == 0, 1.0, l)
     tl.store(out_ptr + row * Dh + d, out.to(out_ptr.dtype.element_ty), mask=d < Dh)
+
+
+@triton.jit
+def _write_kernel(
+    k_ptr, v_ptr, slots_ptr, keys_ptr, values_ptr, stride_k, stride_v,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token: its WIDTH = K Dh elements of key and of value."""
+    token = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < WIDTH
+    at = tl.load(slots_ptr + token) * WIDTH + i
+    k = tl.load(k_ptr + token * stride_k + i, mask=inside)
+    v = tl.load(v_ptr + token * stride_v + i, mask=inside)
+    tl.store(keys_ptr + at, k, mask=inside)
+    tl.store(values_ptr + at, v, mask=inside)
+
+
+def write_kv_triton(
+    keys: Tensor,  # (num_blocks, block_size, K, Dh)
+    values: Tensor,
+    k: Tensor,  # (N, K, Dh) of their dtype, a token's elements side by side
+    v: Tensor,
+    slots: Tensor,  # (N,) int64
+) -> None:
+    width = k.shape[1] * k.shape[2]
+    if len(slots):
+        _write_kernel[(len(slots),)](
+            k, v, slots, keys, values, k.stride(0), v.stride(0),
+            WIDTH=width, BLOCK=triton.next_power_of_2(width),
+        )  # fmt: skip
 
 
 def paged_attention_triton(
@@ -131,13 +183,12 @@ def paged_attention_triton(
     values: Tensor,
     block_table: Tensor,  # (B, max_blocks) int32
     context_lens: Tensor,  # (B,)
-    query_starts: Tensor,  # (B + 1,)
+    query_starts: Tensor | None,  # (B + 1,); None: one query a sequence
     group_starts: Tensor,  # (num_groups + 1,)
     shared_blocks: Tensor,  # (num_groups,)
     scale: float,
     out: Tensor,  # (Nq, H, Dh)
     max_shared_blocks: int | None = None,  # no group shares more; default max_blocks
-    max_queries: int | None = None,  # of one sequence; default Nq
 ) -> None:
     (Nq, H, Dh), (_, block_size, K, _) = q.shape, keys.shape
     B, max_blocks = block_table.shape
@@ -154,18 +205,21 @@ def paged_attention_triton(
         "UPCAST": not q.is_cuda,  # the interpreter multiplies bfloat16 as if it were integers
         "PRECISION": precision(q.dtype),
         "BLOCK_D": max(16, triton.next_power_of_2(Dh)),
-        "BLOCK_G": triton.next_power_of_2(num_groups),
+        "BLOCK_G": triton.next_power_of_2(max(num_groups, LEAST_G)),
+        "ONE_QUERY": query_starts is None,
     }  # fmt: skip
+    most_rows = heads * (1 if query_starts is None else Nq)  # of one sequence
     for is_shared, splits in ((True, shared_splits), (False, own_splits)):
-        most_rows = heads * (Nq if is_shared or max_queries is None else max_queries)
         BLOCK_M, BLOCK_N = TILES[q.element_size(), is_shared]
-        owners = num_groups if is_shared else B
-        if splits and owners and Nq:
-            _partial_kernel[(owners * K, triton.cdiv(most_rows, BLOCK_M), splits)](
+        # all the tiles that groups can have: the full ones, and one more for each
+        tiles = Nq * heads // BLOCK_M + num_groups if is_shared else triton.cdiv(most_rows, BLOCK_M)
+        grid = (tiles * K, 1, splits) if is_shared else (B * K, tiles, splits)
+        if splits and B and Nq:
+            _partial_kernel[grid](
                 q, keys, values, block_table, context_lens, query_starts, group_starts,
-                shared_blocks, m, l, a, block_table.stride(0), num_groups, Nq, scale,
-                SHARED=is_shared, FIRST_PART=0 if is_shared else shared_splits,
-                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **constants,
+                shared_blocks, m, l, a, block_table.stride(0), num_groups, Nq,
+                0 if is_shared else shared_splits, scale,
+                SHARED=is_shared, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **constants,
             )  # fmt: skip
     if Nq:
         _merge_kernel[(Nq * H,)](

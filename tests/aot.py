@@ -158,7 +158,7 @@ def decode_cases() -> list[Case]:
             tile = paged.TILES[2 if dtype == "bf16" else 4, is_shared]
             constants = {
                 "H": 28, "K": 4, "Dh": head_dim, "BLOCK_SIZE": 16, "SHARED": is_shared,
-                "FIRST_PART": 0 if is_shared else 4, "SPLIT": paged.SPLIT, "UPCAST": False,
+                "ONE_QUERY": True, "SPLIT": paged.SPLIT, "UPCAST": False,
                 "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
                 **dict(zip(("BLOCK_M", "BLOCK_N"), tile, strict=True)),
                 "BLOCK_D": head_dim, "BLOCK_G": 32,
@@ -172,7 +172,11 @@ def decode_cases() -> list[Case]:
             dict.fromkeys(("m_ptr", "l_ptr", "a_ptr"), "*fp32") | {"out_ptr": f"*{dtype}"},
             {"Dh": head_dim, "BLOCK_D": head_dim}, options={"num_warps": 1},
         )  # fmt: skip
-    return found
+    types = {f"{name}_ptr": "*bf16" for name in ("k", "v", "keys", "values")}
+    return found + on_every_chip(
+        "triton_paged_attention", "_write_kernel", "bf16-512", types | {"slots_ptr": "*i64"},
+        {"WIDTH": 512, "BLOCK": 512}, ("stride_k", "stride_v"),
+    )  # fmt: skip
 
 
 def sample_cases() -> list[Case]:

@@ -1,5 +1,8 @@
 """Decode attention over the paged cache against float64; NaN wherever no query may look."""
 
+import importlib.machinery
+import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -268,6 +271,22 @@ def test_write_takes_views_and_other_dtypes():
     assert torch.equal(v, qkv[:, 2].bfloat16())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_writes_what_the_reference_writes(dtype, device):
+    """Views of a fused projection too; what nobody writes stays."""
+    layout = PagedLayout(3, 10, 16, DTYPES[dtype], device, kind="rows")
+    qkv = torch.randn(40, 8, 10, device=device).to(layout.dtype)
+    k, v = qkv[:, 2:5], qkv[:, 5:]
+    slots = torch.randperm(64, device=device)[:40]
+    caches = [layout.allocate(4) for _ in range(2)]
+    for (keys, values), backend in zip(caches, ("torch", "triton"), strict=True):
+        keys.fill_(torch.nan)
+        values.fill_(torch.nan)
+        write_kv(layout, keys, values, k, v, slots, backend=backend)
+    for actual, expected in zip(*caches, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_bytes_are_those_of_the_tokens():
     for dtype in DTYPES.values():
         layout = PagedLayout(2, 64, 16, dtype)
@@ -329,3 +348,50 @@ def test_a_backend_that_cannot_run_is_refused(backend, kind, message):
     s = Step(*STEPS["one position"], 2, 1, 16, torch.float32, kind=kind)
     with pytest.raises(ValueError, match=message):
         s.run(backend=backend)
+
+
+def flash_attn_with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
+    cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,
+    return_softmax_lse=False,
+):  # fmt: skip
+    """A stand-in with flash-attn 2's documented signature, layouts and limits; the rest is not to be given."""
+    others = (k, v, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, alibi_slopes)
+    assert all(x is None for x in others)
+    assert (window_size, softcap, num_splits, return_softmax_lse) == ((-1, -1), 0.0, 0, False)
+    (B, one, H, Dh), (_, page, K, width) = q.shape, k_cache.shape
+    assert (one, width, page % 256, H % K) == (1, Dh, 0, 0)
+    assert k_cache.shape == v_cache.shape
+    assert q.dtype == k_cache.dtype == v_cache.dtype == torch.bfloat16
+    assert cache_seqlens.dtype == block_table.dtype == torch.int32
+    assert (cache_seqlens.shape, len(block_table)) == ((B,), B)
+    plan = DecodePlan(block_table, cache_seqlens, torch.arange(B + 1).int(), torch.zeros(B).int())
+    layout = PagedLayout(K, Dh, page, q.dtype, kind="rows")
+    out = paged_attention_ref(q[:, 0], layout, k_cache, v_cache, plan, scale=softmax_scale)
+    return out[:, None]
+
+
+@pytest.fixture
+def flash_attn(monkeypatch):
+    module = types.ModuleType("flash_attn")
+    module.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+    module.flash_attn_with_kvcache = flash_attn_with_kvcache
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+
+
+def test_flash_attention_takes_the_cache_as_it_lies(flash_attn):
+    groups = [([513, 700], 2), ([255], 0), ([1], 0)]
+    s = Step(groups, None, 4, 2, 64, torch.bfloat16, kind="rows", block_size=256)
+    for scale in (None, 0.3):
+        assert torch.equal(s.run(backend="flash", scale=scale), s.run(backend="torch", scale=scale))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "block_size", "queries"),
+    [("bf16", 16, None), ("fp32", 256, None), ("bf16", 256, [2])],
+)
+def test_flash_attention_names_what_it_cannot_take(flash_attn, dtype, block_size, queries):
+    s = Step([([40], 0)], queries, 4, 2, 64, DTYPES[dtype], kind="rows", block_size=block_size)
+    with pytest.raises(ValueError, match="backend flash needs blocks of a multiple of 256, bfloat"):
+        s.run(backend="flash")
