@@ -66,6 +66,7 @@ class RolloutConfig:
     prefix_cache: bool = True  # equal prompts are prefilled once, until the weights change
     prefill_tokens: int = 2048  # of prompts in one step, so that decoding goes on
     num_draft_tokens: int = 0  # prompt-lookup drafts in a step, verified exactly; 0 = off
+    cuda_graphs: bool = True  # on a GPU: a decode step is one launch; false starts each kernel
     batch_invariant: bool = False  # insist on the same bits whatever is in the batch, or refuse
 
 

@@ -47,6 +47,7 @@ class Engine:
         prefix_cache: bool = True,
         prefill_tokens: int = 2048,  # of prompts in one step, so that decoding goes on
         batch_invariant: bool = False,
+        cuda_graphs: bool = True,  # on a GPU, for steps without drafts
         speculation: Speculation | None = None,
     ):
         eos = sorted(set(eos_ids))
@@ -79,7 +80,11 @@ class Engine:
             "max_sequences": max_batch_size,
             "max_positions": self.context,
         }
-        self.runner = Runner(model, batch_invariant=batch_invariant)
+        self.runner = Runner(
+            model,
+            batch_invariant=batch_invariant,
+            graph_rows=max_batch_size if cuda_graphs else 0,
+        )
         self.rows = Rows(max_batch_size, block_size, self._is_eos)
         self.scheduler: Scheduler | None = None  # with its cache, from the first request on
         self._prefill_tokens, self._prefix_cache = prefill_tokens, prefix_cache
@@ -102,6 +107,7 @@ class Engine:
             prefix_cache=rollout.prefix_cache,
             prefill_tokens=rollout.prefill_tokens,
             batch_invariant=rollout.batch_invariant,
+            cuda_graphs=rollout.cuda_graphs,
             speculation=Speculation(rollout.num_draft_tokens) if rollout.num_draft_tokens else None,
         )
 
@@ -197,6 +203,7 @@ class Engine:
                 cache, self.rows, prefill_tokens=self._prefill_tokens,
                 prefix_cache=self._prefix_cache,
             )  # fmt: skip
+            self.runner.reset()
         elif weights != self._weights:
             self.reset_prefix_cache()
         self._weights = weights

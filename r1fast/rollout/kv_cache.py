@@ -51,11 +51,17 @@ class KVCache:
         self.allocator = BlockAllocator(
             num_blocks, block_size, max_cached=-1 if num_bytes is None else num_blocks
         )
-        self.layers = [self.layout.allocate(num_blocks) for _ in range(spec.num_layers)]
+        # the last block is nobody's: rows that only fill up a batch write there
+        self.layers = [self.layout.allocate(num_blocks + 1) for _ in range(spec.num_layers)]
 
     @property
     def num_blocks(self) -> int:
         return self.allocator.num_blocks
+
+    @property
+    def scratch_slot(self) -> int:
+        """A slot that no sequence ever reads."""
+        return self.num_blocks * self.block_size
 
     def blocks_for(self, positions: int) -> int:
         return -(-positions // self.block_size)

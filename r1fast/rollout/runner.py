@@ -4,7 +4,8 @@ Two forwards with one meaning: `native` on a CPU that has AVX-512, else the mode
 Shapes: B running rows, Nq tokens of a step, N tokens of prompts, D model width, V vocabulary.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from r1fast.kernels.attention import PackedAttention
 from r1fast.kernels.paged_attention import DecodePlan, paged_attention, read_kv
 from r1fast.model import Decoder
+from r1fast.rollout.cuda_graphs import Capture, CudaCapture, DecodeGraphs
+from r1fast.rollout.decode_step import DecodeStep, Inputs, slots_of
 from r1fast.rollout.kv_cache import KVCache
 from r1fast.rollout.native import NativeForward, is_supported
 from r1fast.rollout.rows import Rows
@@ -22,23 +25,15 @@ from r1fast.rollout.scheduler import Chunk
 NUM_SAMPLED = 64  # elements of a parameter that tell whether it was trained
 
 
-@dataclass(slots=True)
-class Inputs:
-    """What the model forwards in one step."""
-
-    tokens: Tensor  # (N,) int64
-    positions: Tensor  # (N,) int64
-    slots: Tensor  # (N,) int64: where their keys and values go
-
-
 class Runner:
     """`batch_invariant` insists on what the native forward gives: a row's results are the same bits
     whatever else is in its step, and whether it was decoded, prefilled in chunks or computed again.
+    `graph_rows` is for how many rows decode steps become CUDA graphs, on a GPU; 0: none.
 
     Raises ValueError where that cannot be had.
     """
 
-    def __init__(self, model: Decoder, *, batch_invariant: bool = False):
+    def __init__(self, model: Decoder, *, batch_invariant: bool = False, graph_rows: int = 0):
         self.model = model
         self.device = model.head_weight.device
         self.is_native = is_supported(model)
@@ -48,6 +43,18 @@ class Runner:
                 f"{model.head_weight.dtype} on {self.device}"
             )
         self._native: NativeForward | None = None
+        self.graphs: DecodeGraphs | None = None
+        if graph_rows and self.device.type == "cuda":
+            self.use_graphs(graph_rows, partial(CudaCapture, self.device))
+
+    def use_graphs(self, max_rows: int, make_capture: Callable[[], Capture]) -> None:
+        self.graphs = DecodeGraphs(
+            make_capture,
+            max_rows=max_rows,
+            max_positions=self.model.spec.max_position_embeddings,
+            device=self.device,
+        )
+        self._addresses = self._weight_addresses()
 
     def weights_key(self) -> tuple:
         """Another one after the parameters have been replaced or trained.
@@ -58,11 +65,17 @@ class Runner:
         sampled = [p.reshape(-1)[:: max(p.numel() // NUM_SAMPLED, 1)] for p in parameters]
         content = torch.cat(sampled).view(torch.uint8).cpu().numpy().tobytes()
         versions = (0 if p.is_inference() else p._version for p in parameters)
-        return tuple(p.data_ptr() for p in parameters), tuple(versions), content
+        return self._weight_addresses(), tuple(versions), content
+
+    def _weight_addresses(self) -> tuple[int, ...]:
+        return tuple(p.data_ptr() for p in self.model.parameters())
 
     def reset(self) -> None:
-        """Forget what was prepared from the weights."""
+        """Forget what was prepared from the weights, but not graphs that read them where they still are."""
         self._native = None
+        if self.graphs is not None and self._addresses != (now := self._weight_addresses()):
+            self.graphs.clear()
+            self._addresses = now
 
     def logits(self, hidden: Tensor) -> Tensor:  # (n, D) of `prefill` or `decode` -> (n, V)
         """In a buffer that the next call may use again."""
@@ -77,24 +90,15 @@ class Runner:
 
     def decode(self, rows: Rows, cache: KVCache, drafts: np.ndarray | None = None) -> Tensor:
         """(B, num_draft) drafts, -1: none. Returns (Nq, V) logits: a row's last token's, then its drafts'."""
-        batch = rows.batch()
-        slots, N = batch.slots, rows.block_size
-        length = rows.length[slots]
-        tokens, positions, starts, row = rows.tokens[slots, length - 1], length - 1, None, None
-        if drafts is not None:
-            counts = 1 + (drafts >= 0).sum(1)
-            starts = np.concatenate(([0], np.cumsum(counts)))
-            row = np.repeat(np.arange(len(slots)), counts)
-            offset = np.arange(len(row)) - starts[row]
-            tokens = np.concatenate((tokens[:, None], drafts), 1)[row, offset]
-            positions, length = positions[row] + offset, length + counts - 1
-        table = rows.blocks[slots, : cache.blocks_for(int(length.max()))]
-        row = np.arange(len(slots)) if row is None else row
-        inputs = self._inputs(tokens, positions, table[row, positions // N], N)
-        plan = DecodePlan(
-            *map(self._int32, (table, length, batch.group_starts, batch.shared_blocks)),
-            None if starts is None else self._int32(starts),
-        )
+        step = DecodeStep.of(rows, drafts)
+        if self.graphs is not None:
+            logits = self.graphs.logits(step, cache, self._decode)
+            if logits is not None:
+                return logits
+        return self._decode(*step.to(self._tensor), cache)
+
+    def _decode(self, inputs: Inputs, plan: DecodePlan, cache: KVCache) -> Tensor:  # (Nq, V)
+        """Shapes alone decide what it does, so that a graph of it holds for other contents."""
         return self.logits(self._forward(inputs, cache, _Paged(cache, plan)))
 
     def prefill(self, chunks: list[Chunk], cache: KVCache) -> Tensor:
@@ -105,7 +109,8 @@ class Runner:
         blocks = np.concatenate(
             [job.blocks[np.arange(start, end) // N] for job, start, end in chunks]
         )
-        inputs = self._inputs(tokens, positions, blocks, N)
+        slots = slots_of(blocks, positions, N)
+        inputs = Inputs(*map(self._tensor, (tokens, positions, slots)))
         starts = np.concatenate(([0], np.cumsum([end - start for _, start, end in chunks])))
         if self.is_native:  # as fast as SDPA, and the same sums as in decode
             attend = _Paged(cache, self._prefill_plan(chunks, starts, cache))
@@ -136,12 +141,6 @@ class Runner:
             return attend(layer, q)
 
         return self.model(x.tokens, x.positions, write_and_attend)
-
-    def _inputs(
-        self, tokens: np.ndarray, positions: np.ndarray, blocks: np.ndarray, block_size: int
-    ) -> Inputs:
-        slots = blocks.astype(np.int64) * block_size + positions % block_size
-        return Inputs(*map(self._tensor, (tokens, positions, slots)))
 
     def _tensor(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.device, non_blocking=True)
@@ -216,4 +215,4 @@ def _index(parts: list[np.ndarray], device) -> Tensor:
 def _slots(blocks: np.ndarray, end: int, block_size: int) -> np.ndarray:
     """Where positions [0, end) lie."""
     p = np.arange(end)
-    return blocks[p // block_size].astype(np.int64) * block_size + p % block_size
+    return slots_of(blocks[p // block_size], p, block_size)
