@@ -6,19 +6,22 @@
 A decode step has to read every weight and every cached key and value once, a group's prompt once for the
 group; the floor of a step is those bytes over the bandwidth of a large copy, measured here. The rate is
 that of all tokens over all time, prefill included; the share of the floor is over the decode steps alone.
-Gains, over 64 new tokens: cascade is shared blocks read once against once a sample, CUDA graphs are where
-the engine has a switch for them. transformers' `generate` makes 128 tokens of the same batch.
+Gains are ratios of decode steps over 64 new tokens, and each variant's time to first token stands beside them:
+cascade is shared blocks read once against once a sample; CUDA graphs are on against off, for the batch and
+for one group alone, where launches weigh most; flash-attn, where it is installed, is its kernel against ours
+with nothing shared, in blocks of 256. transformers' `generate` makes 128 tokens of the same batch.
 """
 
 import argparse
-import dataclasses
+import functools
 import gc
-import inspect
+import importlib.util
 import json
 import random
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from common import append_rows, measured_here, print_table
 
@@ -85,21 +88,54 @@ def rollout(engine: Any, prompts: list[list[int]], group: int, new_tokens: int) 
     return {"first": first, "seconds": seconds, "step": decode / max(1, num_steps)}
 
 
-def without_cascade(engine: Any, *args: Any) -> dict[str, float]:
-    """`rollout` with a plan that shares nothing, so that a group's prompt is read for each sample."""
-    from r1fast.rollout import runner
+class Bench:
+    """Rollouts of one model by fresh engines, so that no variant finds the graphs of another."""
 
-    shared = runner.paged_attention
+    def __init__(self, model: Any, args: argparse.Namespace, prompts: list[list[int]]):
+        self.model, self.args, self.prompts = model, args, prompts
+        spec = model.spec
+        self.position_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 2
 
-    def alone(q: Any, layout: Any, keys: Any, values: Any, plan: Any, **options: Any) -> Any:
-        plan = dataclasses.replace(plan, shared_blocks=torch.zeros_like(plan.shared_blocks))
-        return shared(q, layout, keys, values, plan, **options)
+    def run(
+        self,
+        new_tokens: int,
+        *,
+        shares: bool = True,
+        num_prompts: int | None = None,
+        attention: str = "auto",
+        **options: Any,
+    ) -> dict[str, float]:
+        """A rollout of the first prompts, after one that compiles, captures and warms up."""
+        from r1fast.rollout import runner
+        from r1fast.rollout.engine import Engine
 
-    runner.paged_attention = alone
-    try:
-        return rollout(engine, *args)
-    finally:
-        runner.paged_attention = shared
+        args, prompts = self.args, self.prompts[:num_prompts]
+        num_samples = len(prompts) * args.group
+        longest = args.prompt_tokens + new_tokens + options.get("block_size", 16)
+        engine = Engine(
+            self.model, [0], max_batch_size=num_samples,
+            # nothing shared is the same memory: blocks are, though they are read once a sample
+            cache_bytes=(num_samples + len(prompts)) * longest * self.position_bytes, **options,
+        )  # fmt: skip
+        if not shares:
+            engine.rows._shared = lambda slots, starts: np.zeros(len(starts) - 1, np.int64)
+        op = runner.paged_attention
+        runner.paged_attention = functools.partial(op, backend=attention)
+        try:
+            rollout(engine, prompts, args.group, min(new_tokens, args.short_tokens))
+            if new_tokens > args.short_tokens:  # wider tables have graphs of their own
+                rollout(engine, prompts, args.group, new_tokens)
+            return rollout(engine, prompts, args.group, new_tokens)
+        finally:
+            runner.paged_attention = op
+            del engine
+            free_memory(args.device)
+
+
+def free_memory(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def generate_rate(config: dict, prompts: list, group: int, new_tokens: int, device: str) -> float:
@@ -124,12 +160,40 @@ def generate_rate(config: dict, prompts: list, group: int, new_tokens: int, devi
     return best
 
 
+def gains(bench: Bench, end: float) -> dict[str, tuple[float, str]]:
+    """What graphs, cascade and flash-attn change, as far as there is time."""
+    values, short, steps = {}, bench.args.short_tokens, {}
+    alone = {"num_prompts": 1}
+    unshared = {"shares": False, "block_size": 256}
+    variants = {
+        "as it is": {}, "without CUDA graphs": {"cuda_graphs": False}, "without cascade": {"shares": False},
+        "one group": alone, "one group without CUDA graphs": alone | {"cuda_graphs": False},
+    }  # fmt: skip
+    if bench.args.device == "cuda" and importlib.util.find_spec("flash_attn"):
+        variants |= {"flash-attn": unshared | {"attention": "flash"}, "blocks of 256": unshared}
+    for name, options in variants.items():
+        if time.monotonic() > end:
+            break
+        found = bench.run(short, **options)
+        steps[name] = found["step"]
+        values[f"decode step, {name}"] = (1000 * found["step"], "ms")
+        values[f"time to first token, {name}"] = (1000 * found["first"], "ms")
+    for gain, slow, fast in (
+        ("CUDA-graph gain", "without CUDA graphs", "as it is"),
+        ("CUDA-graph gain, one group", "one group without CUDA graphs", "one group"),
+        ("cascade gain", "without cascade", "as it is"),
+        ("flash-attn gain, nothing shared", "blocks of 256", "flash-attn"),
+    ):
+        if slow in steps and fast in steps:
+            values[gain] = (steps[slow] / steps[fast], "ratio")
+    return values
+
+
 def run_shape(
     shape: str, args: argparse.Namespace, bandwidth: float, end: float
 ) -> tuple[list, list]:
     """Measure one shape: (rows for results.csv, lines about the bars)."""
     from r1fast.model import Decoder, ModelSpec
-    from r1fast.rollout.engine import Engine
 
     config, rng = config_of(shape), random.Random(0)
     spec = ModelSpec.from_hf_config(config)
@@ -141,18 +205,14 @@ def run_shape(
         for _ in range(args.prompts)
     ]
     model = Decoder(spec, dtype=torch.bfloat16, device=args.device, seed=0)
-    engine = Engine(model, [0], max_batch_size=args.prompts * args.group)
-    short = (prompts, args.group, args.short_tokens)
-    rollout(engine, *short)  # compiles, tunes
-    gains = {"shared": rollout(engine, *short)}
-    found = rollout(engine, prompts, args.group, args.new_tokens)
+    bench = Bench(model, args, prompts)
+    found = bench.run(args.new_tokens)
     num_samples = args.prompts * args.group
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     if model.lm_head is not None:
         weight_bytes -= model.embed.weight.nbytes  # of which a step reads a row a sample
-    position_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 2
     cached = args.prompts * args.prompt_tokens + num_samples * args.new_tokens / 2
-    floor = (weight_bytes + cached * position_bytes) / bandwidth
+    floor = (weight_bytes + cached * bench.position_bytes) / bandwidth
     values = {
         "tokens/s": (num_samples * args.new_tokens / found["seconds"], "1/s"),
         "time to first token": (1000 * found["first"], "ms"),
@@ -161,19 +221,9 @@ def run_shape(
         "share of the floor": (floor / found["step"], "ratio"),
         "copy bandwidth": (bandwidth / 1e9, "GB/s"),
     }
-    if time.monotonic() < end:
-        alone = without_cascade(engine, *short)
-        values["cascade gain"] = (alone["step"] / gains["shared"]["step"], "ratio")
-    if "cuda_graphs" in inspect.signature(Engine).parameters:
-        plain = Engine(model, [0], max_batch_size=num_samples, cuda_graphs=False)
-        rollout(plain, *short)
-        gain = rollout(plain, *short)["step"] / gains["shared"]["step"]
-        values["CUDA-graph gain"] = (gain, "ratio")
-        del plain
-    del engine, model
-    gc.collect()
-    if args.device == "cuda":
-        torch.cuda.empty_cache()
+    values |= gains(bench, end)
+    del bench, model
+    free_memory(args.device)
     rows = [(label, "r1fast", name, *value) for name, value in values.items()]
     lines = [
         bar(f"{label}: share of the bandwidth floor", values["share of the floor"][0], FLOOR_BAR)
@@ -214,7 +264,7 @@ def main() -> None:
         rows, lines = run_shape(shape, args, bandwidth, end)
         all_rows += rows
         all_lines += lines
-        if not args.no_append:
+        if not args.no_append and args.device == "cuda":
             append_rows("rollout on a GPU", rows)
         if args.json:
             with open(args.json, "w") as file:
