@@ -5,10 +5,9 @@
 
 #include "block_allocator.hpp"
 #include "decode_attention.hpp"
-#include "decoder_rows.hpp"
+#include "decoder.hpp"
 #include "epilogue.hpp"
 #include "head.hpp"
-#include "linear.hpp"
 #include "packing.hpp"
 #include "sampling.hpp"
 
@@ -402,6 +401,62 @@ void bind_decode(py::module_& m) {
           py::arg("num_threads"), "out (Nq, H, Dh): attention of q over the tiled cache.");
 }
 
+#if defined(__x86_64__)
+template <class T, class Tiles>
+void bind_decoder_of(py::module_& m, const char* name) {
+  using Address = uintptr_t;
+  using Decoder = r1fast::Decoder<T, Tiles>;
+  using Linear = typename Decoder::Linear;
+  py::class_<Decoder>(m, name, "The decoder's forward over packed weights and a tiled cache.")
+      .def(py::init([](int64_t width, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t mlp_width,
+                       float eps, Address embedding, int64_t ld_embedding, Address norm) {
+             return std::make_unique<Decoder>(
+                 r1fast::DecoderShape{width, num_heads, num_kv_heads, head_dim, mlp_width, eps},
+                 at<const T>(embedding), ld_embedding, at<const T>(norm));
+           }),
+           py::arg("width"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
+           py::arg("mlp_width"), py::arg("eps"), py::arg("embedding"), py::arg("ld_embedding"), py::arg("norm"))
+      .def(
+          "add_layer",
+          [](Decoder& self, Address attn_norm, Address q_norm, Address k_norm, Address mlp_norm, const Linear& qkv,
+             const Linear& o, const Linear& gate_up, const Linear& down, Address keys, Address values) {
+            self.add_layer({at<const T>(attn_norm), at<const T>(q_norm), at<const T>(k_norm), at<const T>(mlp_norm),
+                            &qkv, &o, &gate_up, &down, at<T>(keys), at<T>(values)});
+          },
+          py::arg("attn_norm"), py::arg("q_norm"), py::arg("k_norm"), py::arg("mlp_norm"), py::arg("qkv"),
+          py::arg("o"), py::arg("gate_up"), py::arg("down"), py::arg("keys"), py::arg("values"),
+          py::keep_alive<1, 6>(), py::keep_alive<1, 7>(), py::keep_alive<1, 8>(), py::keep_alive<1, 9>())
+      .def(
+          "run",
+          [](Decoder& self, Address tokens, Address positions, Address slots, int64_t num_tokens, Address rotations,
+             Address block_table, int64_t max_blocks, int64_t block_size, Address context_lens, Address query_starts,
+             Address group_starts, Address shared_blocks, int64_t num_groups, Address hidden, int64_t ld_hidden,
+             int64_t num_threads) {
+            py::gil_scoped_release release;
+            const r1fast::DecodeProblem<T> attention{nullptr,
+                                                     nullptr,
+                                                     0,
+                                                     0,
+                                                     at<const int32_t>(block_table),
+                                                     max_blocks,
+                                                     block_size / r1fast::kTile,
+                                                     at<const int32_t>(context_lens),
+                                                     at<const int32_t>(query_starts),
+                                                     at<const int32_t>(group_starts),
+                                                     at<const int32_t>(shared_blocks),
+                                                     num_groups};
+            const typename Decoder::Step step{at<const int64_t>(tokens), at<const int64_t>(positions),
+                                              at<const int64_t>(slots),  num_tokens,
+                                              at<const float>(rotations), attention};
+            self.run(step, at<T>(hidden), ld_hidden, num_threads);
+          },
+          py::arg("tokens"), py::arg("positions"), py::arg("slots"), py::arg("num_tokens"), py::arg("rotations"),
+          py::arg("block_table"), py::arg("max_blocks"), py::arg("block_size"), py::arg("context_lens"),
+          py::arg("query_starts"), py::arg("group_starts"), py::arg("shared_blocks"), py::arg("num_groups"),
+          py::arg("hidden"), py::arg("ld_hidden"), py::arg("num_threads"));
+}
+#endif
+
 // The decoder's own products and what stands between them. The caller, rollout/native.py, has checked shapes and strides.
 void bind_decoder(py::module_& m) {
   using Address = uintptr_t;
@@ -442,38 +497,9 @@ void bind_decoder(py::module_& m) {
   bind_linear(Bf16{}, r1fast::Avx512Tiles{}, "PackedLinearBF16");
   bind_linear(Bf16{}, r1fast::AmxTiles{}, "PackedLinearAMX");
 
-  m.def(
-      "rms_norm",
-      [](Address x, int64_t ld_x, Address weight, float eps, int64_t num_rows, int64_t dim, bool bf16, Address y,
-         int64_t ld_y, int64_t num_threads) {
-        with_dtype(bf16, [&](auto kind) {
-          using T = decltype(kind);
-          r1fast::rms_norm(at<const T>(x), ld_x, at<const T>(weight), eps, num_rows, dim, at<T>(y), ld_y, num_threads);
-        });
-      },
-      py::arg("x"), py::arg("ld_x"), py::arg("weight"), py::arg("eps"), py::arg("num_rows"), py::arg("dim"),
-      py::arg("bf16"), py::arg("y"), py::arg("ld_y"), py::arg("num_threads"));
-
-  m.def(
-      "write_heads",
-      [](Address qkv, int64_t ld, Address q_norm, Address k_norm, float eps, Address rotations, Address positions,
-         int64_t num_heads, Address q, Address keys, Address values, int64_t num_kv_heads, int64_t head_dim, bool bf16,
-         Address slots, int64_t num_tokens, int64_t num_threads) {
-        with_dtype(bf16, [&](auto kind) {
-          using T = decltype(kind);
-          const r1fast::HeadsCall<T> call{at<const T>(qkv),       ld,
-                                          at<const T>(q_norm),    at<const T>(k_norm),
-                                          eps,                    at<const float>(rotations),
-                                          at<const int64_t>(positions), num_heads,
-                                          at<T>(q)};
-          const r1fast::PagedCache<T> cache{at<T>(keys), at<T>(values), num_kv_heads, head_dim};
-          r1fast::write_heads(call, cache, at<const int64_t>(slots), num_tokens, num_threads);
-        });
-      },
-      py::arg("qkv"), py::arg("ld"), py::arg("q_norm"), py::arg("k_norm"), py::arg("eps"), py::arg("rotations"),
-      py::arg("positions"), py::arg("num_heads"), py::arg("q"), py::arg("keys"), py::arg("values"),
-      py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("bf16"), py::arg("slots"), py::arg("num_tokens"),
-      py::arg("num_threads"));
+  bind_decoder_of<float, r1fast::Avx512Tiles>(m, "DecoderF32");
+  bind_decoder_of<Bf16, r1fast::Avx512Tiles>(m, "DecoderBF16");
+  bind_decoder_of<Bf16, r1fast::AmxTiles>(m, "DecoderAMX");
 #endif
 }
 

@@ -285,10 +285,15 @@ def use_native(x: Tensor, backend: Backend) -> bool:
 
 def _per_row(name: str, value, dtype: torch.dtype, logits: Tensor, low, high) -> Tensor:
     """(B,), within [low, high]. A tensor on a GPU is not looked at: that would wait for it."""
-    x = torch.as_tensor(value, dtype=dtype, device=logits.device)
-    if x.is_cpu and x.numel() and not bool(((x >= low) & (x <= high)).all()):
+    if not torch.is_tensor(value):
+        is_ok = low <= value <= high
+        x = torch.full((len(logits),), value if is_ok else low, dtype=dtype, device=logits.device)
+    else:
+        x = value.to(logits.device, dtype).expand(len(logits)).contiguous()
+        is_ok = not x.is_cpu or bool(((x >= low) & (x <= high)).all())
+    if not is_ok:
         raise ValueError(f"{name} must be from {low} to {high}, got {value}")
-    return x.expand(len(logits)).contiguous()
+    return x
 
 
 def _checked(a: Adjustments, num_rows: int, vocab_size: int) -> Adjustments:

@@ -324,34 +324,59 @@ class PackedLinearBF16(PackedLinearF32):
 class PackedLinearAMX(PackedLinearF32):
     """In bfloat16, with AMX, where head_amx says so."""
 
-def rms_norm(
-    x: Address,  # (R, D)
-    ld_x: int,
-    weight: Address,  # (D,)
-    eps: float,
-    num_rows: int,
-    dim: int,
-    bf16: bool,
-    y: Address,  # (R, D)
-    ld_y: int,
-    num_threads: int,
-) -> None: ...
-def write_heads(
-    qkv: Address,  # (N, H + 2 K, Dh)
-    ld: int,
-    q_norm: Address,  # (Dh,) or 0
-    k_norm: Address,
-    eps: float,
-    rotations: Address,  # (P, 2 Dh) float32: cos, then sin with its first half negated
-    positions: Address,  # (N,) int64, below P
-    num_heads: int,
-    q: Address,  # (N, H, Dh), written: normed and rotated
-    keys: Address,  # tiled cache, written
-    values: Address,
-    num_kv_heads: int,
-    head_dim: int,
-    bf16: bool,
-    slots: Address,  # (N,) int64
-    num_tokens: int,
-    num_threads: int,
-) -> None: ...
+class DecoderF32:
+    """The decoder's forward over packed weights and a tiled cache, in memory that is kept.
+
+    Weights, norms and the cache are read where they lie, at every call.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        mlp_width: int,
+        eps: float,
+        embedding: Address,  # (V, D)
+        ld_embedding: int,
+        norm: Address,  # (D,), the final one
+    ) -> None: ...
+    def add_layer(
+        self,
+        attn_norm: Address,  # (D,)
+        q_norm: Address,  # (Dh,) or 0
+        k_norm: Address,
+        mlp_norm: Address,
+        qkv: PackedLinearF32,
+        o: PackedLinearF32,
+        gate_up: PackedLinearF32,  # halved
+        down: PackedLinearF32,
+        keys: Address,  # of the tiled cache, written
+        values: Address,
+    ) -> None: ...
+    def run(
+        self,
+        tokens: Address,  # (N,) int64
+        positions: Address,  # (N,) int64, below P
+        slots: Address,  # (N,) int64: where keys and values go
+        num_tokens: int,
+        rotations: Address,  # (P, 2 Dh) float32: cos, then sin with its first half negated
+        block_table: Address,  # int32 each, as in kernels.paged_attention.DecodePlan
+        max_blocks: int,
+        block_size: int,
+        context_lens: Address,
+        query_starts: Address,  # or 0
+        group_starts: Address,
+        shared_blocks: Address,
+        num_groups: int,
+        hidden: Address,  # (N, D), written: after the final norm
+        ld_hidden: int,
+        num_threads: int,
+    ) -> None: ...
+
+class DecoderBF16(DecoderF32):
+    """In bfloat16, with AVX-512."""
+
+class DecoderAMX(DecoderF32):
+    """In bfloat16, with AMX, where head_amx says so."""

@@ -9,7 +9,7 @@ from tiny import FAMILIES, tiny_model
 from r1fast import _C
 from r1fast.kernels.attention import PackedAttention
 from r1fast.rollout.kv_cache import KVCache
-from r1fast.rollout.native import Buffers, NativeForward, PackedWeight, is_supported
+from r1fast.rollout.native import NativeForward, PackedWeight, is_supported, padded
 from r1fast.rollout.request import Prefill
 from r1fast.rollout.runner import Runner
 
@@ -71,10 +71,9 @@ def test_bfloat16_rounds_where_the_model_does(family):
 def test_packed_weight(dtype, num_rows, num_out, num_in):
     """Against float64, with NaN in every row and column that is not there; rows alone give the same bits."""
     g = torch.Generator().manual_seed(0)
-    buffers = Buffers(tiny_model().to(dtype))
     weight = torch.randn(num_out, num_in, generator=g).to(dtype)
     bias = torch.randn(num_out, generator=g).to(dtype)
-    x = buffers.rows(num_rows, num_in)
+    x = padded(num_rows, num_in, dtype)
     x[:num_rows, :num_in] = torch.randn(num_rows, num_in, generator=g)
     packed = PackedWeight(weight, bias)
     exact = x[:num_rows, :num_in].double() @ weight.double().T + bias.double()
@@ -84,7 +83,7 @@ def test_packed_weight(dtype, num_rows, num_out, num_in):
     torch.testing.assert_close(y[:num_rows, :num_out].double(), exact, rtol=1e-5, atol=1e-3)
     assert y[num_rows].isnan().all()
     assert y[:, num_out].isnan().all()
-    alone, one = torch.empty(1, num_out), buffers.rows(1, num_in)
+    alone, one = torch.empty(1, num_out), padded(1, num_in, dtype)
     one[0] = x[num_rows - 1, : one.shape[1]]
     packed(one, alone, 1, _C.After.store)
     assert torch.equal(alone[0], y[num_rows - 1, :num_out])
@@ -107,6 +106,10 @@ def test_new_weights_are_packed_again():
     with torch.no_grad():
         model.layers[0].qkv.bias.add_(1)
     assert runner.weights_key() != key
-    native = runner._native = NativeForward(model)
+    cache = KVCache(
+        model.spec, torch.float32, torch.device("cpu"), block_size=16, num_bytes=1 << 20,
+        max_sequences=4, max_positions=128,
+    )  # fmt: skip
+    native = runner._native = NativeForward(model, cache)
     runner.reset()
     assert runner._native is not native

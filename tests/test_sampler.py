@@ -3,10 +3,15 @@ import math
 import pytest
 import torch
 
-from r1fast.rollout.sampler import SamplingParams, sample, sample_seed, uniforms
+from r1fast.rollout import sampler
+from r1fast.rollout.sampler import SamplingParams, sample, sample_seed
 
 N = 40_000
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -2.0, -4.0, 0.5])
+
+
+def uniforms(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(sampler.uniforms(seeds.numpy(), positions.numpy()))
 
 
 def draw(params: SamplingParams, logits=LOGITS, seed=0, n=N) -> torch.Tensor:

@@ -33,7 +33,7 @@ def draw(logits: Tensor, rows: Rows, slots: np.ndarray, offsets: np.ndarray | No
     position = rows.length[slots] - rows.prompt_length[slots]
     if offsets is not None:
         position = position + offsets
-    u = uniforms(torch.from_numpy(rows.seed[slots]), torch.from_numpy(position)).to(device)
+    u = torch.from_numpy(uniforms(rows.seed[slots], position)).to(device)
     if batch.sampling is not None:
         p = batch.sampling
         settings = {name: getattr(p, name) for name in SETTINGS}

@@ -99,7 +99,13 @@ class Runner:
 
     def _decode(self, inputs: Inputs, plan: DecodePlan, cache: KVCache) -> Tensor:  # (Nq, V)
         """Shapes alone decide what it does, so that a graph of it holds for other contents."""
-        return self.logits(self._forward(inputs, cache, _Paged(cache, plan)))
+        if self.is_native:
+            return self.logits(self._native_forward(inputs, cache, plan))
+
+        def attend(layer: int, q: Tensor) -> Tensor:
+            return paged_attention(q, cache.layout, *cache.layers[layer], plan)
+
+        return self.logits(self._forward(inputs, cache, attend))
 
     def prefill(self, chunks: list[Chunk], cache: KVCache) -> Tensor:
         """Forward tokens of prompts into the cache. Returns (n, D): the last token's of those that end."""
@@ -113,10 +119,9 @@ class Runner:
         inputs = Inputs(*map(self._tensor, (tokens, positions, slots)))
         starts = np.concatenate(([0], np.cumsum([end - start for _, start, end in chunks])))
         if self.is_native:  # as fast as SDPA, and the same sums as in decode
-            attend = _Paged(cache, self._prefill_plan(chunks, starts, cache))
+            hidden = self._native_forward(inputs, cache, self._prefill_plan(chunks, starts, cache))
         else:
-            attend = _Chunks(cache, chunks, starts, self.device)
-        hidden = self._forward(inputs, cache, attend)
+            hidden = self._forward(inputs, cache, _Chunks(cache, chunks, starts, self.device))
         ends = [end == len(job.tokens) for job, _, end in chunks]
         return hidden[self._tensor(starts[1:][ends] - 1)]
 
@@ -129,12 +134,13 @@ class Runner:
         groups, shared = np.arange(len(chunks) + 1), np.zeros(len(chunks))
         return DecodePlan(*map(self._int32, (table, context, groups, shared, starts)))
 
+    def _native_forward(self, inputs: Inputs, cache: KVCache, plan: DecodePlan) -> Tensor:  # (N, D)
+        if self._native is None or self._native.cache is not cache:
+            self._native = NativeForward(self.model, cache)
+        return self._native.forward(inputs, plan)
+
     def _forward(self, inputs: Inputs, cache: KVCache, attend) -> Tensor:  # (N, D)
         x = inputs
-        if self.is_native:
-            if self._native is None:
-                self._native = NativeForward(self.model)
-            return self._native.forward(x.tokens, x.positions, x.slots, cache, attend.into)
 
         def write_and_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cache.write(layer, k, v, x.slots)
@@ -147,19 +153,6 @@ class Runner:
 
     def _int32(self, x: np.ndarray) -> Tensor:
         return self._tensor(x.astype(np.int32))
-
-
-class _Paged:
-    """Attention of each sequence's queries over its blocks."""
-
-    def __init__(self, cache: KVCache, plan: DecodePlan):
-        self.cache, self.plan = cache, plan
-
-    def __call__(self, layer: int, q: Tensor) -> Tensor:  # (Nq, H, Dh) -> (Nq, H, Dh)
-        return paged_attention(q, self.cache.layout, *self.cache.layers[layer], self.plan)
-
-    def into(self, layer: int, q: Tensor, out: Tensor) -> None:
-        paged_attention(q, self.cache.layout, *self.cache.layers[layer], self.plan, out=out)
 
 
 class _Chunks:
@@ -188,10 +181,6 @@ class _Chunks:
 
     def __call__(self, layer: int, q: Tensor) -> Tensor:  # (N, H, Dh) -> (N, H, Dh)
         out = torch.empty_like(q)
-        self.into(layer, q, out)
-        return out
-
-    def into(self, layer: int, q: Tensor, out: Tensor) -> None:
         layout, (keys, values) = self.cache.layout, self.cache.layers[layer]
         if self.packed is not None:
             k, v = read_kv(layout, keys, values, self.fresh_slots)
@@ -206,6 +195,7 @@ class _Chunks:
                 enable_gqa=q.shape[1] != k.shape[1],
             )
             out[a:b] = mixed[0].transpose(0, 1)
+        return out
 
 
 def _index(parts: list[np.ndarray], device) -> Tensor:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor
 
 from r1fast.kernels import sample as kernel
@@ -17,7 +18,7 @@ MAX_TOP_LOGPROBS = 64
 MAX_COUNT = 2**31 - 1
 MAX_STOPS = 256  # each is looked for at every token
 MAX_SCALE = 1e6  # of temperatures, penalties and biases
-GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, splitmix64's increment
+GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,18 +100,14 @@ def sample_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:  # (B,), (B,) int64 -> (B,) in [0, 1)
-    """splitmix64 of seed and position; int64 multiplication wraps as uint64's does."""
-    x = seeds + GOLDEN * (positions + 1)
-    x = (x ^ _shift(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    x = (x ^ _shift(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
-    x = x ^ _shift(x, 31)
-    return _shift(x, 11).double() * 2.0**-53
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+def uniforms(
+    seeds: np.ndarray, positions: np.ndarray
+) -> np.ndarray:  # (B,) int64 -> (B,) in [0, 1)
+    """splitmix64 of seed and position."""
+    x = seeds.view(np.uint64) + GOLDEN * (positions.view(np.uint64) + 1)
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return ((x ^ (x >> 31)) >> 11) * 2.0**-53
 
 
 def sample(
