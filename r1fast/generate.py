@@ -51,7 +51,7 @@ def generate(target: str, overrides: list[str], options: Options) -> None:
     note(f"template: {config.template.name}")
     prompts = _prompts(texts, policy, config)
     sampling = _sampling(options, policy, config)
-    engine = Engine.of(policy, config.rollout)
+    engine = Engine.of(policy, config.rollout, fixed_weights=True)
     seed = sample_seed(_number(options, "seed", config.seed), "generate")
     began, num_tokens, num_failed = time.monotonic(), 0, 0
     alone = len(prompts) == num == 1 and "json" not in options

@@ -73,13 +73,12 @@ def encode_text(text: str, tokenizer, *, add_special_tokens: bool = True) -> lis
     An end-of-sequence token that the tokenizer puts behind a prompt is taken off again: the model
     is to continue, not to start anew.
     """
-    plain = _ids(tokenizer.encode(text, add_special_tokens=False))
-    if not add_special_tokens:
-        return plain
-    ids = _ids(tokenizer.encode(text, add_special_tokens=True))
+    ids = _ids(tokenizer.encode(text, add_special_tokens=add_special_tokens))
     eos = getattr(tokenizer, "eos_token_id", None)
-    if eos is not None and ids[-1:] == [eos] and plain[-1:] != [eos]:
-        ids = ids[:-1]
+    if add_special_tokens and eos is not None and ids[-1:] == [eos]:
+        plain = _ids(tokenizer.encode(text, add_special_tokens=False))
+        if plain[-1:] != [eos]:
+            return ids[:-1]
     return ids
 
 

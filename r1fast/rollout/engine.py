@@ -5,7 +5,7 @@ prefilled once for its G samples, which share its blocks; a slot that comes free
 Shapes: B decode rows, T prompt tokens, H query heads, K kv heads, Dh head width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,22 +16,31 @@ from r1fast.model import Decoder
 from r1fast.policy import Policy
 from r1fast.rollout.draw import Draw, draw
 from r1fast.rollout.kv_cache import KVCache
-from r1fast.rollout.request import Request, Sample
-from r1fast.rollout.result import EngineStats, completion_of
+from r1fast.rollout.loops import Loops
+from r1fast.rollout.request import (
+    RefusedRequest,
+    Request,
+    Sample,
+    check_request,
+    why_banned,
+)
+from r1fast.rollout.result import EngineStats, event_of
 from r1fast.rollout.rows import Rows
 from r1fast.rollout.runner import Runner
-from r1fast.rollout.sampler import SamplingParams, sample_seed
+from r1fast.rollout.sampler import SamplingParams
 from r1fast.rollout.scheduler import Scheduler
 from r1fast.rollout.speculation import Speculation
 from r1fast.rollout.text import TextStream
-from r1fast.types import Problem, RolloutGroup, TokenEvent
+from r1fast.rollout.weights import checksums, versions
+from r1fast.types import TokenEvent
 
 NOT_FINITE = "the model's logits are not finite: its weights have diverged"
 
 
-class Engine:
+class Engine(Loops):
     """Samples from `model`. `eos_ids` end a completion (the end token is part of it).
 
+    Weights may be trained, replaced or moved (`model.to`) between requests, not while one runs.
     Not for several threads at once. Raises ValueError for values out of range.
     """
 
@@ -49,6 +58,7 @@ class Engine:
         batch_invariant: bool = False,
         cuda_graphs: bool = True,  # on a GPU, for steps without drafts
         speculation: Speculation | None = None,
+        fixed_weights: bool = False,  # they never change: not looked at again
     ):
         eos = sorted(set(eos_ids))
         if not eos:
@@ -69,7 +79,6 @@ class Engine:
         self.model, self.eos_ids = model, eos
         self.decode = decode or (lambda ids: "")
         self._has_text = decode is not None
-        self.device = model.head_weight.device
         self.context = model.spec.max_position_embeddings
         self.speculation = speculation
         self._is_eos = np.zeros(model.spec.vocab_size, bool)
@@ -88,15 +97,17 @@ class Engine:
         self.rows = Rows(max_batch_size, block_size, self._is_eos)
         self.scheduler: Scheduler | None = None  # with its cache, from the first request on
         self._prefill_tokens, self._prefix_cache = prefill_tokens, prefix_cache
+        self._fixed_weights = fixed_weights
         self._requests: dict[int, Request] = {}
         self._ended: list[TokenEvent] = []  # of requests that were aborted
         self._num_requests = 0
-        self._weights: tuple = ()
+        self._versions: tuple = ()  # of the weights as they were when the engine was last idle,
+        self._checksums: list[int] = []  # and what they held
         self._counts = EngineStats()
 
     @classmethod
-    def of(cls, policy: Policy, rollout: RolloutConfig) -> "Engine":
-        """The engine that a config asks for."""
+    def of(cls, policy: Policy, rollout: RolloutConfig, **options) -> "Engine":
+        """The engine that a config asks for, with further `options` of the constructor."""
         return cls(
             policy.model,
             policy.eos_ids,
@@ -109,7 +120,12 @@ class Engine:
             batch_invariant=rollout.batch_invariant,
             cuda_graphs=rollout.cuda_graphs,
             speculation=Speculation(rollout.num_draft_tokens) if rollout.num_draft_tokens else None,
+            **options,
         )
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.head_weight.device
 
     def add(
         self,
@@ -126,7 +142,8 @@ class Engine:
 
         With `stream` every step has an event for each sample, else there is one when it ends.
         Raises ValueError, which calls the request `name`, for an empty prompt, a token id outside the
-        vocabulary, a prompt that fills the context, and for what the cache cannot hold even alone.
+        vocabulary, a prompt that fills the context, bans of every token, and for what the cache cannot
+        hold even alone; and where the weights have changed while other requests run.
         """
         self._num_requests += 1
         name = name or f"request {self._num_requests}"
@@ -135,19 +152,21 @@ class Engine:
         prompt = np.array(prompt_ids, np.int64)
         lengths = [sampling.max_tokens] * len(seeds) if lengths is None else lengths
         if len(lengths) != len(seeds) or min(lengths, default=1) < 1:
-            raise ValueError(
+            raise RefusedRequest(
                 f"{name} needs a length of at least 1 for each of its {len(seeds)} samples, "
-                f"got {lengths}"
+                f"got {lengths}",
+                "lengths",
             )
         limits = [min(len(prompt) + n, self.context) for n in lengths]
         limit = max(limits, default=0)
         cache = self.scheduler.cache
         if (needed := cache.blocks_for(limit)) > cache.num_blocks:
-            raise ValueError(
+            raise RefusedRequest(
                 f"{name} needs {needed} blocks of the cache for its {len(prompt)} tokens and up to "
                 f"{limit - len(prompt)} more, there are {cache.num_blocks} of "
                 f"{cache.block_size} positions: give the cache {needed * cache.block_bytes} bytes "
-                "or more, or lower max_tokens"
+                "or more, or lower max_tokens",
+                "prompt",
             )
         request = Request(self._num_requests, name, prompt, sampling, stream, return_entropy)
         for i, (seed, own) in enumerate(zip(seeds, limits, strict=True)):
@@ -166,53 +185,50 @@ class Engine:
     def _check(
         self, prompt: Sequence[int], seeds: Sequence[int], sampling: SamplingParams, name: str
     ) -> None:
-        V = self.model.spec.vocab_size
-        if not len(prompt):
-            raise ValueError(f"{name} is empty")
-        if isinstance(prompt, str) or np.asarray(prompt).dtype.kind not in "iu":
-            raise ValueError(f"{name} must be token ids, got {prompt!r:.80}")
-        for seed in seeds:
-            if not -(2**63) <= seed < 2**63:
-                raise ValueError(f"{name} has a seed that does not fit in 64 bits: {seed}")
-        if min(prompt) < 0 or max(prompt) >= V:
-            raise ValueError(
-                f"{name} has a token id outside [0, {V}): {min(prompt)}..{max(prompt)}"
-            )
-        if len(prompt) >= self.context:
-            raise ValueError(
-                f"{name} has {len(prompt)} tokens and fills the model's context of "
-                f"{self.context}; drop or shorten it"
-            )
-        if sampling.stop and not self._has_text:
-            raise ValueError(f"{name} has stop strings, but the engine was made without `decode`")
-        for key in ("stop_token_ids", "logit_bias"):
-            for token in getattr(sampling, key):
-                if not 0 <= token < V:
-                    raise ValueError(f"{name} has {key} with token {token}, outside [0, {V})")
+        check_request(
+            name,
+            prompt,
+            seeds,
+            sampling,
+            vocab_size=self.model.spec.vocab_size,
+            context=self.context,
+            eos_ids=self.eos_ids,
+            has_text=self._has_text,
+        )
 
     def _refresh(self) -> None:
-        """A cache where there is none, and none of what older weights have left in it."""
+        """A cache that fits the weights, and none of what older ones have left in it.
+
+        Raises ValueError where a quick look finds other weights while requests run; what that look
+        cannot see (a fused optimizer's step) is found when the engine is idle.
+        """
+        if self._fixed_weights and self.scheduler is not None:
+            return
+        now = versions(self.model)
         if self._requests:
-            return  # weights are not to change while something runs
-        weights = self.runner.weights_key()
-        if self.scheduler is None:
-            cache = KVCache(
-                self.model.spec, self.model.head_weight.dtype, self.device, **self._cache_options
-            )
+            if now != self._versions:
+                raise ValueError(
+                    f"the model's weights have changed while {len(self._requests)} requests run; "
+                    "let them end or abort them before training, then add more"
+                )
+            return
+        weight, content = self.model.head_weight, checksums(self.model)
+        if (now, content) != (self._versions, self._checksums):
+            self.reset_prefix_cache()
+        if self.scheduler is None or not self.scheduler.cache.fits(weight):
+            self.scheduler = None  # the old cache's memory is free before there is a new one
+            cache = KVCache(self.model.spec, weight.dtype, weight.device, **self._cache_options)
             self.scheduler = Scheduler(
-                cache, self.rows, prefill_tokens=self._prefill_tokens,
+                cache, self.rows, self._counts, prefill_tokens=self._prefill_tokens,
                 prefix_cache=self._prefix_cache,
             )  # fmt: skip
-            self.runner.reset()
-        elif weights != self._weights:
-            self.reset_prefix_cache()
-        self._weights = weights
+        self._versions, self._checksums = now, content
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix and prepared weight: the weights have changed.
 
-        An engine without requests looks for changes when one is added. It compares version counters and
-        some elements, so that a few written behind `.data` may be missed: call this after those.
+        There is no need to: an engine without requests looks for changes when one is added, at all
+        weights. With `fixed_weights` it does not, and this makes it take them as they are now.
         """
         self.runner.reset()
         if self.scheduler is not None:
@@ -231,6 +247,13 @@ class Engine:
             if not sample.is_done:
                 self._ended.append(self._event(sample, "abort"))
         self.scheduler.drop(request)
+
+    def _discard(self, request_ids: Iterable[int]) -> None:
+        """End these requests, and nobody is to see an event of them any more."""
+        ids = set(request_ids)
+        for request_id in ids:
+            self.abort(request_id)
+        self._ended = [e for e in self._ended if e.request_id not in ids]
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
@@ -297,8 +320,10 @@ class Engine:
         """Give entries `at` of what was drawn to these slots, and end what has ended."""
         rows, sound = self.rows, ~drawn.is_bad[at]
         if not sound.all():
-            for slot in slots[~sound]:
-                self._end(rows.samples[slot], "error", events, error=NOT_FINITE)
+            for slot, is_banned in zip(slots[~sound], drawn.is_banned[at][~sound], strict=True):
+                sample = rows.samples[slot]
+                why = why_banned(sample.request.sampling) if is_banned else NOT_FINITE
+                self._end(sample, "error", events, error=why)
             slots, at = slots[sound], at[sound]
         tokens = drawn.tokens[at]
         stopped, full = rows.append(slots, tokens, {k: x[at] for k, x in drawn.values.items()})
@@ -341,36 +366,14 @@ class Engine:
             self._requests.pop(request.id, None)
 
     def _event(self, sample: Sample, reason: str | None, **why) -> TokenEvent:
-        """What the sample has got since its last event."""
-        request, first = sample.request, sample.num_emitted
-        values = self.rows.results(sample)
-        token_ids = values["tokens"][first:].tolist()
-        sample.num_emitted += len(token_ids)
-        if reason and sample.text is not None:
-            sample.shown += sample.text.finish()
-        text, sample.shown = sample.shown, ""
-        if not request.stream and (sample.text is None or sample.text.stopped_by is None):
-            text = self.decode(token_ids)
-        top, sample.top_logprobs = sample.top_logprobs, []
-        return TokenEvent(
-            request.id,
-            sample.index,
-            token_ids,
-            values["logprobs"][first:].tolist(),
-            text,
-            values["truncated"][first:].tolist() if request.sampling.truncates else [],
-            top if request.sampling.top_logprobs else None,
-            values["entropies"][first:].tolist() if request.return_entropy else None,
-            reason,
-            **why,
-        )
+        return event_of(sample, self.rows.results(sample), self.decode, reason, **why)
 
     @property
     def stats(self) -> EngineStats:
         """Counters since the engine was made, and how full its cache is now."""
         if self.scheduler is None:
             return replace(self._counts)
-        s, cache, allocator = self.scheduler, self.scheduler.cache, self.scheduler.allocator
+        cache, allocator = self.scheduler.cache, self.scheduler.allocator
         return replace(
             self._counts,
             num_blocks=cache.num_blocks,
@@ -379,111 +382,9 @@ class Engine:
             peak_blocks=allocator.peak_used,
             block_bytes=cache.block_bytes,
             num_running=self.rows.num_running,
-            num_waiting=s.num_waiting,
-            prefix_hits=s.num_prefix_hits,
-            prefix_queries=s.num_prefix_queries,
-            preemptions=s.num_preemptions,
+            num_waiting=self.scheduler.num_waiting,
         )
 
     @property
     def num_decode_steps(self) -> int:
         return self._counts.decode_steps
-
-    def stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        num_generations: int,
-        sampling: SamplingParams,
-        *,
-        seed: int = 0,
-        return_entropy: bool = False,
-    ) -> Iterator[TokenEvent]:
-        """The events of `num_generations` samples of each prompt; request_id is the prompt's index.
-
-        Other requests of the engine go on meanwhile, but their events are lost: use `step` for both.
-        """
-        seeds = _seeds(prompts, num_generations, seed)
-        names = self._add_all(prompts, seeds, sampling, stream=True, return_entropy=return_entropy)
-        try:
-            while not names.keys().isdisjoint(self._requests):
-                for event in self.step():
-                    if event.request_id in names:
-                        yield replace(event, request_id=names[event.request_id])
-        finally:
-            for request_id in names:
-                self.abort(request_id)
-
-    def _add_all(self, prompts, seeds, sampling, **options) -> dict[int, int]:
-        """Add all prompts or, where one is bad, none. Returns request id -> position."""
-        ids: dict[int, int] = {}
-        try:
-            for i, (prompt, own) in enumerate(zip(prompts, seeds, strict=True)):
-                ids[self.add(prompt, own, sampling, name=f"prompt {i}", **options)] = i
-        except ValueError:
-            for request_id in ids:
-                self.abort(request_id)
-            self._ended = [e for e in self._ended if e.request_id not in ids]
-            raise
-        return ids
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        num_generations: int | None,  # None: as many as there are `seeds`
-        sampling: SamplingParams,
-        *,
-        seed: int = 0,
-        seeds: Sequence[Sequence[int]] | None = None,  # (N, G) instead of some made from `seed`
-        problems: Sequence[Problem] | None = None,  # (N,) that the prompts are of
-        return_entropy: bool = False,
-        on_finish: Callable[[int], None] = lambda num_finished: None,
-        on_token: Callable[[TokenEvent], None] | None = None,
-    ) -> list[RolloutGroup]:
-        """G completions of each of N prompts, in order; events of each step to `on_token`.
-
-        A completion depends on its prompt and seed, not on its batch mates or on what the engine did
-        before: to the last bit on the CPU's native forward (`batch_invariant` insists on it), elsewhere
-        up to the rounding of GEMMs, whose order of summation may depend on the batch. A completion whose logits are not finite ends with finish_reason
-        "error". Raises ValueError for bad input, before anything is sampled, and FloatingPointError
-        where every completion has failed.
-        """
-        if seeds is None:
-            seeds = _seeds(prompts, num_generations, seed)
-        if len(prompts) != len(seeds):
-            raise ValueError(
-                f"{len(prompts)} prompts need as many lists of seeds, got {len(seeds)}"
-            )
-        stream = on_token is not None
-        ids = self._add_all(prompts, seeds, sampling, stream=stream, return_entropy=return_entropy)
-        parts: list[list[list[TokenEvent]]] = [[[] for _ in own] for own in seeds]
-        num_finished = 0
-        try:
-            while not ids.keys().isdisjoint(self._requests):
-                events = [e for e in self.step() if e.request_id in ids]
-                for event in events:
-                    event = replace(event, request_id=ids[event.request_id])
-                    parts[event.request_id][event.sample].append(event)
-                    if on_token is not None:
-                        on_token(event)
-                ended = sum(e.finish_reason is not None for e in events)
-                if ended:
-                    num_finished += ended
-                    on_finish(num_finished)
-        finally:
-            for request_id in ids:
-                self.abort(request_id)
-        completions = [[completion_of(events) for events in group] for group in parts]
-        flat = [c for group in completions for c in group]
-        if flat and all(c.finish_reason == "error" for c in flat):
-            raise FloatingPointError(flat[0].error)
-        problems = problems or [Problem("", id=f"prompt {i}") for i in range(len(prompts))]
-        return [
-            RolloutGroup(problem, list(prompt), group)
-            for problem, prompt, group in zip(problems, prompts, completions, strict=True)
-        ]
-
-
-def _seeds(prompts: Sequence, num_generations: int | None, seed: int) -> list[list[int]]:
-    if num_generations is None or num_generations < 0:
-        raise ValueError(f"num_generations must be at least 0, got {num_generations}")
-    return [[sample_seed(seed, i, g) for g in range(num_generations)] for i in range(len(prompts))]

@@ -37,7 +37,7 @@ class KVCache:
         self.layout = PagedLayout(
             spec.num_kv_heads, spec.head_dim, block_size, dtype=dtype, device=device
         )
-        self.block_size = block_size
+        self.block_size, self.dtype, self.device = block_size, dtype, device
         self.block_bytes = self.layout.bytes_per_block() * spec.num_layers
         largest = max_sequences * -(-max_positions // block_size)
         room = int(free_memory(device) * FOUND_SHARE) if num_bytes is None else num_bytes
@@ -53,6 +53,10 @@ class KVCache:
         )
         # the last block is nobody's: rows that only fill up a batch write there
         self.layers = [self.layout.allocate(num_blocks + 1) for _ in range(spec.num_layers)]
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether keys and values of this weight's type and device can be stored."""
+        return (weight.dtype, weight.device) == (self.dtype, self.device)
 
     @property
     def num_blocks(self) -> int:

@@ -84,6 +84,8 @@ class NativeForward:
             model.norm.weight.data_ptr(),
         )  # fmt: skip
         self._packed = []  # their biases are read where they lie
+        # so are embeddings and norms: a parameter that is replaced must not take its memory along
+        self._kept = [p.detach() for p in model.parameters()]
         for layer, (keys, values) in zip(model.layers, self.cache.layers, strict=True):
             packed = (
                 _pack(layer.qkv), _pack(layer.o), _pack(layer.gate_up, halved=True),

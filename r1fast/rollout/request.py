@@ -1,5 +1,7 @@
 """What the scheduler moves about: requests, their samples, and the prefills that start them."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -7,6 +9,15 @@ from torch import Tensor
 
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.rollout.text import TextStream
+
+
+class RefusedRequest(ValueError):
+    """A request that cannot be served. `field` is what of it is at fault: prompt, seeds, lengths or one
+    of SamplingParams."""
+
+    def __init__(self, message: str, field: str):
+        super().__init__(message)
+        self.field = field
 
 
 @dataclass(slots=True, eq=False)
@@ -53,3 +64,66 @@ class Prefill:
     blocks: np.ndarray | None = None  # (num_blocks,) int32, held from its admission on
     num_computed: int = 0  # tokens whose keys and values are in the cache
     logits: Tensor | None = None  # (1, V) of the last token, once all are computed
+
+
+def check_request(
+    name: str,
+    prompt: Sequence[int],
+    seeds: Sequence[int],
+    sampling: SamplingParams,
+    *,
+    vocab_size: int,
+    context: int,  # tokens of prompt and completion
+    eos_ids: Sequence[int],
+    has_text: bool,
+) -> None:
+    """Raises RefusedRequest, which calls the request `name`, for what no cache could make possible."""
+    V = vocab_size
+    if not len(prompt):
+        raise RefusedRequest(f"{name} is empty", "prompt")
+    if isinstance(prompt, str) or np.asarray(prompt).dtype.kind not in "iu":
+        raise RefusedRequest(f"{name} must be token ids, got {prompt!r:.80}", "prompt")
+    for seed in seeds:
+        if not -(2**63) <= seed < 2**63:
+            raise RefusedRequest(f"{name} has a seed that does not fit in 64 bits: {seed}", "seeds")
+    if min(prompt) < 0 or max(prompt) >= V:
+        raise RefusedRequest(
+            f"{name} has a token id outside [0, {V}): {min(prompt)}..{max(prompt)}", "prompt"
+        )
+    if len(prompt) >= context:
+        raise RefusedRequest(
+            f"{name} has {len(prompt)} tokens and fills the model's context of {context}; "
+            "drop or shorten it",
+            "prompt",
+        )
+    if sampling.stop and not has_text:
+        raise RefusedRequest(
+            f"{name} has stop strings, but the engine was made without `decode`", "stop"
+        )
+    for key in ("stop_token_ids", "logit_bias"):
+        for token in getattr(sampling, key):
+            if not 0 <= token < V:
+                raise RefusedRequest(f"{name} has {key} with token {token}, outside [0, {V})", key)
+    banned = {t for t, bias in sampling.logit_bias.items() if bias == -math.inf}
+    by = ["logit_bias"] * bool(banned)
+    if sampling.min_tokens:
+        banned |= {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_ids)}
+        by.append("min_tokens")
+    if len(banned) == V:
+        raise RefusedRequest(
+            f"{name} bans every one of the vocabulary's {V} tokens by its {' and '.join(by)}", by[0]
+        )
+
+
+def why_banned(sampling: SamplingParams) -> str:
+    """Where the model's logits were finite, and those that the request made of them are not."""
+    names = [
+        name
+        for name, is_set in (
+            ("logit_bias", sampling.logit_bias),
+            ("min_tokens", sampling.min_tokens),
+            ("repetition_penalty", sampling.repetition_penalty != 1),
+        )
+        if is_set
+    ]
+    return f"its own {' and '.join(names)} left no token with a finite logit"

@@ -1,10 +1,13 @@
-"""What comes out of the engine beside tokens: its counters, and the best of several completions."""
+"""What comes out of the engine: events, completions and the best of them, counters."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from r1fast.types import Completion, TokenEvent
+import numpy as np
+
+from r1fast.rollout.request import Sample
+from r1fast.types import Completion, FinishReason, TokenEvent
 
 
 @dataclass(slots=True)
@@ -62,6 +65,37 @@ def best_completions(
         return c.finish_reason != "error", sum(c.logprobs) / scale
 
     return sorted(completions, key=score, reverse=True)[:n]
+
+
+def event_of(
+    sample: Sample,
+    values: Mapping[str, np.ndarray],  # Rows.results of it
+    decode: Callable[[list[int]], str],
+    reason: FinishReason | None,
+    **why,  # stop_reason or error
+) -> TokenEvent:
+    """What the sample has got since its last event."""
+    request, first = sample.request, sample.num_emitted
+    token_ids = values["tokens"][first:].tolist()
+    sample.num_emitted += len(token_ids)
+    if reason and sample.text is not None:
+        sample.shown += sample.text.finish()
+    text, sample.shown = sample.shown, ""
+    if not request.stream and (sample.text is None or sample.text.stopped_by is None):
+        text = decode(token_ids)
+    top, sample.top_logprobs = sample.top_logprobs, []
+    return TokenEvent(
+        request.id,
+        sample.index,
+        token_ids,
+        values["logprobs"][first:].tolist(),
+        text,
+        values["truncated"][first:].tolist() if request.sampling.truncates else [],
+        top if request.sampling.top_logprobs else None,
+        values["entropies"][first:].tolist() if request.return_entropy else None,
+        reason,
+        **why,
+    )
 
 
 def completion_of(events: Sequence[TokenEvent]) -> Completion:

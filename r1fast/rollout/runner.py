@@ -22,8 +22,6 @@ from r1fast.rollout.native import NativeForward, is_supported
 from r1fast.rollout.rows import Rows
 from r1fast.rollout.scheduler import Chunk
 
-NUM_SAMPLED = 64  # elements of a parameter that tell whether it was trained
-
 
 class Runner:
     """`batch_invariant` insists on what the native forward gives: a row's results are the same bits
@@ -34,16 +32,9 @@ class Runner:
     """
 
     def __init__(self, model: Decoder, *, batch_invariant: bool = False, graph_rows: int = 0):
-        self.model = model
-        self.device = model.head_weight.device
-        self.is_native = is_supported(model)
-        if batch_invariant and not self.is_native:
-            raise ValueError(
-                "batch_invariant needs float32 or bfloat16 weights on a CPU with AVX-512, got "
-                f"{model.head_weight.dtype} on {self.device}"
-            )
-        self._native: NativeForward | None = None
+        self.model, self.batch_invariant = model, batch_invariant
         self.graphs: DecodeGraphs | None = None
+        self.reset()
         if graph_rows and self.device.type == "cuda":
             self.use_graphs(graph_rows, partial(CudaCapture, self.device))
 
@@ -56,24 +47,24 @@ class Runner:
         )
         self._addresses = self._weight_addresses()
 
-    def weights_key(self) -> tuple:
-        """Another one after the parameters have been replaced or trained.
-
-        Version counters miss what fused optimizers write, so some elements of each are compared too.
-        """
-        parameters = [p.detach() for p in self.model.parameters()]
-        sampled = [p.reshape(-1)[:: max(p.numel() // NUM_SAMPLED, 1)] for p in parameters]
-        content = torch.cat(sampled).view(torch.uint8).cpu().numpy().tobytes()
-        versions = (0 if p.is_inference() else p._version for p in parameters)
-        return self._weight_addresses(), tuple(versions), content
-
     def _weight_addresses(self) -> tuple[int, ...]:
         return tuple(p.data_ptr() for p in self.model.parameters())
 
     def reset(self) -> None:
-        """Forget what was prepared from the weights, but not graphs that read them where they still are."""
-        self._native = None
-        if self.graphs is not None and self._addresses != (now := self._weight_addresses()):
+        """Forget what was prepared from the weights, which may be of another type or elsewhere now; but
+        not graphs that read them where they still are.
+        """
+        self._native: NativeForward | None = None
+        self.device = self.model.head_weight.device
+        self.is_native = is_supported(self.model)
+        if self.batch_invariant and not self.is_native:
+            raise ValueError(
+                "batch_invariant needs float32 or bfloat16 weights on a CPU with AVX-512, got "
+                f"{self.model.head_weight.dtype} on {self.device}"
+            )
+        if self.graphs is not None and self.graphs.device != self.device:
+            self.graphs = None
+        elif self.graphs is not None and self._addresses != (now := self._weight_addresses()):
             self.graphs.clear()
             self._addresses = now
 

@@ -45,7 +45,7 @@ class SamplingParams:
     def __post_init__(self):
         def need(ok: bool, name: str, rule: str) -> None:
             if not ok:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r:.80}")
 
         def is_count(n: object) -> bool:
             return type(n) is int and 0 <= n <= MAX_COUNT

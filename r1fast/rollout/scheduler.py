@@ -12,6 +12,7 @@ import numpy as np
 
 from r1fast.rollout.kv_cache import KVCache
 from r1fast.rollout.request import Prefill, Request, Sample
+from r1fast.rollout.result import EngineStats
 from r1fast.rollout.rows import Rows
 
 Chunk = tuple[Prefill, int, int]  # its tokens [start, end)
@@ -21,14 +22,21 @@ Start = tuple[Prefill, Sample]  # a sample whose first token is drawn from the p
 class Scheduler:
     """Moves samples between waiting, prefilling, ready and running; owns what they hold."""
 
-    def __init__(self, cache: KVCache, rows: Rows, *, prefill_tokens: int, prefix_cache: bool):
-        self.cache, self.rows, self.allocator = cache, rows, cache.allocator
+    def __init__(
+        self,
+        cache: KVCache,
+        rows: Rows,
+        counts: EngineStats,  # what happens is counted there
+        *,
+        prefill_tokens: int,
+        prefix_cache: bool,
+    ):
+        self.cache, self.rows, self.allocator, self.counts = cache, rows, cache.allocator, counts
         self.prefill_tokens, self.prefix_cache = prefill_tokens, prefix_cache
         self.waiting: deque[Prefill] = deque()
         self.prefilling: list[Prefill] = []
         self.ready: deque[Prefill] = deque()  # computed, with samples that wait for a slot
         self.copies: list[tuple[int, int]] = []  # blocks to be copied before anything is written
-        self.num_preemptions = self.num_prefix_hits = self.num_prefix_queries = 0
 
     @property
     def has_work(self) -> bool:
@@ -66,7 +74,7 @@ class Scheduler:
 
     def _preempt(self) -> None:
         """Free some blocks: of prefills first, they have least to lose, then of the newest sample."""
-        self.num_preemptions += 1
+        self.counts.preemptions += 1
         if job := (self.prefilling or self.ready or [None])[-1]:
             (self.prefilling if self.prefilling else self.ready).pop()
             self._return(job)
@@ -127,8 +135,8 @@ class Scheduler:
             self.allocator.free(found)
             return False
         job.num_computed = len(found) * self.cache.block_size
-        self.num_prefix_queries += len(tokens)
-        self.num_prefix_hits += job.num_computed
+        self.counts.prefix_queries += len(tokens)
+        self.counts.prefix_hits += job.num_computed
         job.blocks = np.concatenate((found, self.allocator.allocate(total - len(found))))
         return True
 

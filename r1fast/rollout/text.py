@@ -18,6 +18,7 @@ class TextStream:
         self.stopped_by: str | None = None
         self._ids: list[int] = []
         self._start = self._read = 0  # the window is ids[start:], text is known up to ids[read]
+        self._ahead = 0  # characters behind ids[read] that are known too, before half a character
         self._held = ""  # text that might become a stop string
         self._seen = ""  # the end of the text, in which one may have begun
         self._longest = max(map(len, self.stop), default=0)
@@ -46,11 +47,16 @@ class TextStream:
     def _decode_new(self, final: bool = False) -> str:
         before = self.decode(self._ids[self._start : self._read])
         text = self.decode(self._ids[self._start :])
+        known = len(before) + self._ahead
         is_whole = not text.endswith(REPLACEMENT) or len(self._ids) - self._read > MAX_PENDING
-        if not (is_whole or final) or len(text) < len(before):
+        if not (is_whole or final):
+            new = text.rstrip(REPLACEMENT)[known:]
+            self._ahead += len(new)
+            return new
+        if len(text) < known:
             return ""
-        self._start, self._read = self._read, len(self._ids)
-        return text[len(before) :]
+        self._start, self._read, self._ahead = self._read, len(self._ids), 0
+        return text[known:]
 
     def _push(self, text: str, may_stop: bool) -> str:
         if not self.stop or not text:

@@ -9,7 +9,6 @@ import hmac
 import secrets
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,16 +21,13 @@ from starlette.routing import Route
 from r1fast.metrics import warn
 from r1fast.policy import Policy
 from r1fast.rollout.engine import Engine
+from r1fast.rollout.request import RefusedRequest
 from r1fast.rollout.result import completion_of
 from r1fast.rollout.sampler import sample_seed
 from r1fast.serve.engine_thread import EngineThread, Job
-from r1fast.serve.requests import (
-    Generation,
-    RequestError,
-    parse_json,
-    read_chat,
-    read_completion,
-)
+from r1fast.serve.fields import RequestError
+from r1fast.serve.reader import Reader
+from r1fast.serve.requests import Generation, read_chat, read_completion
 from r1fast.serve.responses import DONE, Responder, sse
 from r1fast.types import Completion
 
@@ -57,8 +53,7 @@ class Service:
         self.num_samples = 0  # at work or waiting
         self.created = int(time.time())
         self.token_text = functools.lru_cache(1 << 16)(lambda t: policy.tokenizer.decode([t]))
-        # one thread: a tokenizer is not safe in several
-        self.reader = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self.reader = Reader(policy)
 
     def app(self) -> Starlette:
         """The ASGI application; the engine's thread lives as long as it does."""
@@ -87,7 +82,7 @@ class Service:
             yield
         finally:
             await asyncio.to_thread(self.thread.stop)
-            self.reader.shutdown()
+            self.reader.close()
 
     async def completions(self, request: Request) -> Response:
         return await self._generate(request, read_completion)
@@ -125,10 +120,12 @@ class Service:
 
     async def _generate(self, request: Request, read: Any) -> Response:
         self._check_key(request)
-        body = parse_json(await self._body(request))
-        self._check_model(body.get("model"))
-        in_reader = functools.partial(asyncio.get_running_loop().run_in_executor, self.reader)
-        generation = await in_reader(read, body, self.policy)
+
+        def checked(body: dict, policy: Policy) -> Generation:
+            self._check_model(body.get("model"))
+            return read(body, policy, self.limits.max_samples)
+
+        generation = await self.reader.read(await self._body(request), checked)
         self._admit(generation)
         try:
             job = await self._submit(generation)
@@ -154,8 +151,9 @@ class Service:
             job = await self.thread.submit(
                 generation.prompts, seeds, generation.sampling, streams=generation.stream
             )
-        except ValueError as error:
-            raise RequestError(str(error), "messages" if generation.chat else "prompt") from None
+        except RefusedRequest as error:
+            name = generation.field_names.get(error.field, error.field)
+            raise RequestError(str(error), name) from None
         self.thread.counters["requests"] += 1
         self.thread.counters["prompt_tokens"] += sum(map(len, generation.prompts))
         return job
@@ -167,7 +165,7 @@ class Service:
             raise RequestError(
                 f"the request asks for {wanted} samples, this server takes at most {limit} at once; "
                 "split it",
-                "n" if len(generation.prompts) == 1 else "prompt",
+                "prompt" if len(generation.prompts) > 1 else generation.field_names["n"],
             )
         if self.num_samples + wanted > limit:
             raise RequestError(

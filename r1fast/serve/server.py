@@ -67,7 +67,7 @@ def serve(config: Config, path: str, options: ServeOptions) -> None:
             key = "" if options.api_key else ", and without --api-key nothing is asked for"
             warn(f"{host} is no loopback address: whoever reaches it can use the model{key}")
         policy = load_policy(path, dtype=config.model.dtype, device=config.model.device)
-        engine = Engine.of(policy, config.rollout)
+        engine = Engine.of(policy, config.rollout, fixed_weights=True)
         # the first request is not to pay for the cache, nor for preparing the weights
         engine.generate([[policy.eos_id]], 1, SamplingParams(max_tokens=1))
         name = options.model_name or Path(path).resolve().name

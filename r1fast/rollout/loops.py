@@ -1,0 +1,117 @@
+"""`generate` and `stream`: whole calls, as loops over the engine's `add` and `step`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from itertools import chain
+
+from r1fast.rollout.result import completion_of
+from r1fast.rollout.sampler import SamplingParams, sample_seed
+from r1fast.types import Problem, RolloutGroup, TokenEvent
+
+
+class Loops:
+    """The part of `engine.Engine` that drives itself."""
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_generations: int,
+        sampling: SamplingParams,
+        *,
+        seed: int = 0,
+        return_entropy: bool = False,
+    ) -> Iterator[TokenEvent]:
+        """The events of `num_generations` samples of each prompt; request_id is the prompt's index.
+
+        Other requests of the engine go on meanwhile, but their events are lost: use `step` for both.
+        """
+        seeds = _seeds(prompts, num_generations, seed)
+        ids = self._add_all(prompts, seeds, sampling, stream=True, return_entropy=return_entropy)
+        with closing(self._steps(ids)) as steps:
+            for events in steps:
+                yield from events
+
+    def _add_all(self, prompts, seeds, sampling, **options) -> dict[int, int]:
+        """Add all prompts or, where one is bad, none. Returns request id -> position."""
+        ids: dict[int, int] = {}
+        try:
+            for i, (prompt, own) in enumerate(zip(prompts, seeds, strict=True)):
+                ids[self.add(prompt, own, sampling, name=f"prompt {i}", **options)] = i
+        except ValueError:
+            self._discard(ids)
+            raise
+        return ids
+
+    def _steps(self, ids: dict[int, int]) -> Iterator[list[TokenEvent]]:
+        """The events of requests, id -> position, of each step until they have ended; under positions.
+
+        Nothing of them stays when this is left early.
+        """
+        try:
+            while not ids.keys().isdisjoint(
+                chain(self._requests, (e.request_id for e in self._ended))
+            ):
+                events = self.step()
+                yield [
+                    replace(e, request_id=ids[e.request_id]) for e in events if e.request_id in ids
+                ]
+        finally:
+            self._discard(ids)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_generations: int | None,  # None: as many as there are `seeds`
+        sampling: SamplingParams,
+        *,
+        seed: int = 0,
+        seeds: Sequence[Sequence[int]] | None = None,  # (N, G) instead of some made from `seed`
+        problems: Sequence[Problem] | None = None,  # (N,) that the prompts are of
+        return_entropy: bool = False,
+        on_finish: Callable[[int], None] = lambda num_finished: None,
+        on_token: Callable[[TokenEvent], None] | None = None,
+    ) -> list[RolloutGroup]:
+        """G completions of each of N prompts, in order; events of each step to `on_token`.
+
+        A completion depends on its prompt and seed, not on its batch mates or on what the engine did
+        before: to the last bit on the CPU's native forward (`batch_invariant` insists on it), elsewhere
+        up to the rounding of GEMMs, whose order of summation may depend on the batch. A completion whose
+        logits are not finite ends with finish_reason "error", one that is aborted meanwhile with "abort".
+        The request_id of an event is its prompt's index. Raises ValueError for bad input, before anything
+        is sampled, and FloatingPointError where every completion has failed.
+        """
+        if seeds is None:
+            seeds = _seeds(prompts, num_generations, seed)
+        if len(prompts) != len(seeds):
+            raise ValueError(
+                f"{len(prompts)} prompts need as many lists of seeds, got {len(seeds)}"
+            )
+        stream = on_token is not None
+        ids = self._add_all(prompts, seeds, sampling, stream=stream, return_entropy=return_entropy)
+        parts: list[list[list[TokenEvent]]] = [[[] for _ in own] for own in seeds]
+        num_finished = 0
+        with closing(self._steps(ids)) as steps:
+            for events in steps:
+                for event in events:
+                    parts[event.request_id][event.sample].append(event)
+                    if on_token is not None:
+                        on_token(event)
+                if ended := sum(e.finish_reason is not None for e in events):
+                    num_finished += ended
+                    on_finish(num_finished)
+        completions = [[completion_of(events) for events in group] for group in parts]
+        flat = [c for group in completions for c in group]
+        if flat and all(c.finish_reason == "error" for c in flat):
+            raise FloatingPointError(flat[0].error)
+        problems = problems or [Problem("", id=f"prompt {i}") for i in range(len(prompts))]
+        return [
+            RolloutGroup(problem, list(prompt), group)
+            for problem, prompt, group in zip(problems, prompts, completions, strict=True)
+        ]
+
+
+def _seeds(prompts: Sequence, num_generations: int | None, seed: int) -> list[list[int]]:
+    if num_generations is None or num_generations < 0:
+        raise ValueError(f"num_generations must be at least 0, got {num_generations}")
+    return [[sample_seed(seed, i, g) for g in range(num_generations)] for i in range(len(prompts))]
