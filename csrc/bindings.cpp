@@ -511,8 +511,9 @@ void bind_sample(py::module_& m) {
       "sample",
       [](Address logits, int64_t ld, bool bf16, int64_t num_rows, int64_t vocab_size, Address u, Address temperature,
          Address top_k, Address top_p, Address min_p, Address tokens, Address logprobs, Address truncated_logprobs,
-         Address is_bad, Address row_starts, Address ids, Address penalty, Address bias, Address entropies,
-         int64_t num_top, Address top_ids, Address top_logprobs, const std::string& level, int64_t num_threads) {
+         Address is_bad, Address row_starts, Address ids, Address penalty, Address bias, Address given,
+         Address entropies, int64_t num_top, Address top_ids, Address top_logprobs, const std::string& level,
+         int64_t num_threads) {
         with_dtype(bf16, [&](auto kind) {
           using T = decltype(kind);
           const r1fast::SampleProblem<T> problem{at<const T>(logits),
@@ -532,6 +533,7 @@ void bind_sample(py::module_& m) {
                                                  at<const int64_t>(ids),
                                                  at<const float>(penalty),
                                                  at<const float>(bias),
+                                                 at<const int64_t>(given),
                                                  at<float>(entropies),
                                                  num_top,
                                                  at<int64_t>(top_ids),
@@ -542,8 +544,9 @@ void bind_sample(py::module_& m) {
       py::arg("logits"), py::arg("ld"), py::arg("bf16"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("u"),
       py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("tokens"),
       py::arg("logprobs"), py::arg("truncated_logprobs"), py::arg("is_bad"), py::arg("row_starts"), py::arg("ids"),
-      py::arg("penalty"), py::arg("bias"), py::arg("entropies"), py::arg("num_top"), py::arg("top_ids"),
-      py::arg("top_logprobs"), py::arg("level"), py::arg("num_threads"), "A token and its log-probability, a row.");
+      py::arg("penalty"), py::arg("bias"), py::arg("given"), py::arg("entropies"), py::arg("num_top"),
+      py::arg("top_ids"), py::arg("top_logprobs"), py::arg("level"), py::arg("num_threads"),
+      "A token and its log-probability, a row.");
 }
 
 }  // namespace

@@ -38,6 +38,7 @@ struct SampleProblem {
   const int64_t* ids;
   const float* penalty;
   const float* bias;
+  const int64_t* given;  // (B), of tokens that stand instead of drawn ones: for their log-probabilities
   float* entropies;
   int64_t num_top;
   int64_t* top_ids;     // (B, num_top)
@@ -369,7 +370,9 @@ R1FAST_INLINE void sample_from(const SampleProblem<T>& problem, int64_t r, const
   const RowSums& row = scratch.sampled;
   const bool greedy = problem.temperature[r] == 0;
   Draw drawn{0, 1};
-  if (greedy) {
+  if (problem.given != nullptr) {
+    drawn.token = problem.given[r];
+  } else if (greedy) {
     drawn.token = argmax(logits, row);
   } else if ((top_k > 0 && top_k < V) || top_p < 1 || min_p > 0) {
     drawn = draw_truncated(logits, V, inv_temperature, top_k, top_p, min_p, problem.u[r], scratch);

@@ -165,6 +165,7 @@ def fused_grpo_loss(
     old_logprobs: Tensor | None = None,  # (T,) before the first update; default: the new ones
     ref_logprobs: Tensor | None = None,  # (T,) of the reference policy
     rollout_logprobs: Tensor | None = None,  # (T,) of the engine that sampled
+    policy_logprobs: Tensor | None = None,  # (T,) to take the loss at, instead of those of hidden
     loss_type: str = "grpo",
     importance_sampling_level: str = "token",
     clip_eps_low: float = 0.2,
@@ -211,7 +212,9 @@ def fused_grpo_loss(
     ratio, kl (with ref_logprobs), entropy (where needed), clip_ratio/low_mean, high_mean and
     region_mean. Tokens without advantage are left out where nothing else gives them a gradient.
     `want` asks for "logprobs" or "entropy" as (T,) tensors, 0 outside the completions: then every
-    completion token is computed.
+    completion token is computed. They are those of `hidden`, also beside `policy_logprobs`, which are
+    for a caller whose log-probabilities come from elsewhere (a forward with a fixed order of sums):
+    the loss and its derivatives in the log-probabilities are taken there, and go on into `hidden`.
 
     Masked rows may hold anything, NaN included, and are not read. `workspace_bytes` is the size of
     the exponentials at any one time (by default under an eighth of the logits), `process_group` as
@@ -247,7 +250,8 @@ def fused_grpo_loss(
     index, rows = prepare_rows(
         options, len(hidden), advantages, completion_mask, cu_seqlens=cu_seqlens,
         old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, rollout_logprobs=rollout_logprobs,
-        importance_weights=importance_weights, token_weights=token_weights, normaliser=normaliser,
+        policy_logprobs=policy_logprobs, importance_weights=importance_weights,
+        token_weights=token_weights, normaliser=normaliser,
         num_sequences=num_sequences, num_tokens=num_tokens,
         max_completion_tokens=max_completion_tokens,
         dtype=torch.promote_types(hidden.dtype, torch.float32),

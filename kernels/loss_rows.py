@@ -39,6 +39,7 @@ class LossRows:
     rollout_logprobs: Tensor | None
     importance: Tensor | None  # constant factors of the policy term
     lengths: Tensor | None  # (S,) int64, where the sequences are known
+    policy_logprobs: Tensor | None = None  # that stand in the loss for the ones computed beside it
 
     def rows(self, part: slice | Tensor, lengths: Tensor | None = None) -> "LossRows":
         """The rows `part`; where the loss looks at sequences they are whole, of `lengths` tokens."""
@@ -72,9 +73,10 @@ def prepare_rows(
     completion_mask: Tensor | None,  # (T,) bool
     *,
     cu_seqlens: Tensor | None = None,  # (S + 1,)
-    old_logprobs: Tensor | None = None,  # (T,), and so the next five
+    old_logprobs: Tensor | None = None,  # (T,), and so the next six
     ref_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
+    policy_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
     token_weights: Tensor | None = None,
     normaliser: float | None = None,
@@ -88,7 +90,7 @@ def prepare_rows(
     device = advantages.device
     _check_tensors(
         device, completion_mask=completion_mask, cu_seqlens=cu_seqlens, old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs, rollout_logprobs=rollout_logprobs,
+        ref_logprobs=ref_logprobs, rollout_logprobs=rollout_logprobs, policy_logprobs=policy_logprobs,
         importance_weights=importance_weights, token_weights=token_weights,
     )  # fmt: skip
     check_mask(completion_mask, T)
@@ -152,6 +154,7 @@ def prepare_rows(
         rollout_logprobs=picked("rollout_logprobs", rollout_logprobs),
         importance=picked("importance_weights", importance_weights),
         lengths=lengths,
+        policy_logprobs=picked("policy_logprobs", policy_logprobs),
     )  # fmt: skip
     for f in fields(rows):
         x = getattr(rows, f.name)

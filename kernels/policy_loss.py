@@ -225,6 +225,8 @@ def loss_terms(
     The gradient is analytic; on PyTorch the loss is differentiable too, which tests compare.
     """
     T, lengths = len(logprobs), rows.lengths
+    if rows.policy_logprobs is not None:  # x - x is 0: that value, with the gradient of this graph
+        logprobs = rows.policy_logprobs + (logprobs - logprobs.detach())
     old = logprobs.detach() if rows.old_logprobs is None else rows.old_logprobs
     ref = logprobs.detach() if rows.ref_logprobs is None else rows.ref_logprobs
     A, scale = rows.advantages, rows.importance
@@ -324,8 +326,8 @@ def policy_loss(
     """The loss of `fused_grpo_loss` for log-probabilities that are already there.
 
     `batch` is what `loss_rows.prepare_rows` takes: cu_seqlens, old_logprobs, ref_logprobs,
-    rollout_logprobs, importance_weights, token_weights, normaliser, num_sequences, num_tokens,
-    max_completion_tokens. Differentiable in logprobs and entropy. Masked entries are never read.
+    rollout_logprobs, policy_logprobs, importance_weights, token_weights, normaliser, num_sequences,
+    num_tokens, max_completion_tokens. Differentiable in logprobs and entropy. Masked entries are never read.
 
     Raises ValueError as `fused_grpo_loss` does.
     """

@@ -69,6 +69,7 @@ def sample_ref(
     adjustments: Adjustments | None = None,
     return_entropy: bool = False,
     num_top: int = 0,
+    given: Tensor | None = None,
     backend: str = "torch",
 ) -> Sampled:
     """What `sample` computes, in plain PyTorch, with a full sort."""
@@ -91,7 +92,8 @@ def sample_ref(
     # strictly above: a token of probability 0 is never drawn
     tokens = torch.searchsorted(cdf, (u.double() * cdf[:, -1])[:, None], right=True)[:, 0]
     last = V - 1 - (probs > 0).to(torch.int8).flip(-1).argmax(-1)
-    tokens = torch.where(greedy, adjusted.argmax(-1), tokens.minimum(last)).masked_fill(is_bad, 0)
+    tokens = torch.where(greedy, adjusted.argmax(-1), tokens.minimum(last))
+    tokens = (tokens if given is None else given).masked_fill(is_bad, 0)
     chosen = tokens[:, None]
     truncated = sampled.gather(1, chosen)[:, 0] - cdf[:, -1].log().to(dtype)
     entropy = -torch.where(policy > -torch.inf, policy.exp() * policy, 0).sum(-1)
@@ -138,6 +140,7 @@ def sample_native(
     adjustments: Adjustments | None,
     return_entropy: bool,
     num_top: int,
+    given: Tensor | None = None,  # (B,) int64
     level: str = "auto",  # auto, baseline, avx2 or avx512
 ) -> Sampled:
     """csrc/sampling.hpp, on the CPU."""
@@ -157,7 +160,8 @@ def sample_native(
         logits.data_ptr(), logits.stride(0), logits.dtype == torch.bfloat16, B, V, u.data_ptr(),
         temperature.data_ptr(), top_k.data_ptr(), top_p.data_ptr(), min_p.data_ptr(),
         tokens.data_ptr(), logprobs.data_ptr(), truncated.data_ptr(), is_bad.data_ptr(),
-        *changes, entropies.data_ptr() if return_entropy else 0,
+        *changes, 0 if given is None else given.data_ptr(),
+        entropies.data_ptr() if return_entropy else 0,
         num_top, top_ids.data_ptr(), top_logprobs.data_ptr(), level, torch.get_num_threads(),
     )  # fmt: skip
     return Sampled(
@@ -182,6 +186,7 @@ def sample_triton(
     return_entropy: bool,
     num_top: int,
     is_cut: bool,
+    given: Tensor | None,
 ) -> Sampled:
     """triton_sample.py; what is cut is found by a sort, where anything may be cut."""
     from r1fast.kernels import triton_sample
@@ -201,7 +206,9 @@ def sample_triton(
         adjusted = adjusted.masked_fill(~(kept | greedy[:, None]), -torch.inf)
     if adjusted is not logits:
         sampled = triton_sample.sum_rows(adjusted, inv_temperature)
-    tokens = triton_sample.draw(adjusted, u, temperature, inv_temperature, sampled)
+    tokens = given
+    if tokens is None:
+        tokens = triton_sample.draw(adjusted, u, temperature, inv_temperature, sampled)
     is_bad = policy.is_bad | sampled.is_bad
 
     def logprob(x: Tensor, sums, ids: Tensor) -> Tensor:  # (B, n) -> (B, n)
@@ -235,11 +242,12 @@ def sample(
     adjustments: Adjustments | None = None,
     return_entropy: bool = False,
     num_top: int = 0,
+    given: Tensor | None = None,  # (B,) int64 tokens to take instead of drawing some; without a cut
     backend: Backend = "auto",
 ) -> Sampled:
     """One token a row; `logits` stay as they are.
 
-    Raises ValueError for a parameter out of its range; the ids of `adjustments` are checked too.
+    Raises ValueError for a parameter out of its range; the ids of `adjustments` and `given` are checked too.
     """
     B, V = logits.shape
     assert logits.dtype in (torch.float32, torch.bfloat16), logits.dtype
@@ -248,6 +256,14 @@ def sample(
         raise ValueError(f"num_top must be from 0 to the vocabulary's {V}, got {num_top}")
     # a tensor on a GPU may cut
     is_cut = any(torch.is_tensor(x) or x != off for x, off in ((top_k, 0), (top_p, 1), (min_p, 0)))
+    if given is not None:
+        assert given.shape == (B,), (given.shape, B)
+        assert not is_cut
+        given = given.long().contiguous()
+        if given.is_cpu and B and not bool(((given >= 0) & (given < V)).all()):
+            raise ValueError(
+                f"token ids must be in [0, {V}), got {int(given.min())}..{int(given.max())}"
+            )
     temperature = _per_row("temperature", temperature, torch.float32, logits, 0, torch.inf)
     top_k = _per_row("top_k", top_k, torch.int64, logits, 0, 2**62)
     top_p = _per_row("top_p", top_p, torch.float32, logits, 0, 1)
@@ -258,7 +274,7 @@ def sample(
     if use_native(logits, backend):
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
         return sample_native(
-            logits, u, temperature, top_k, top_p, min_p, adjustments, return_entropy, num_top
+            logits, u, temperature, top_k, top_p, min_p, adjustments, return_entropy, num_top, given
         )
     if use_triton(logits, backend):
         return sample_triton(
@@ -272,11 +288,27 @@ def sample(
             return_entropy,
             num_top,
             is_cut,
+            given,
         )
     return sample_ref(
         logits, u, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        adjustments=adjustments, return_entropy=return_entropy, num_top=num_top,
+        adjustments=adjustments, return_entropy=return_entropy, num_top=num_top, given=given,
     )  # fmt: skip
+
+
+def token_logprobs(
+    logits: Tensor,  # (B, V) float32 or bfloat16
+    token_ids: Tensor,  # (B,) int64
+    *,
+    temperature: Tensor | float = 1.0,  # 0: as `sample` has it, log-probabilities at 1
+    backend: Backend = "auto",
+) -> Tensor:  # (B,) float32, log p; NaN in a bad row
+    """The log-probabilities that `sample` gives where it draws these tokens, to the bit.
+
+    Raises ValueError for a temperature below 0 or, on the CPU, a token outside the vocabulary.
+    """
+    u = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+    return sample(logits, u, temperature=temperature, given=token_ids, backend=backend).logprobs
 
 
 def use_native(x: Tensor, backend: Backend) -> bool:

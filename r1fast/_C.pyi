@@ -272,6 +272,7 @@ def sample(
     ids: Address,  # (M,) int64
     penalty: Address,  # (M,) float32
     bias: Address,  # (M,) float32
+    given: Address,  # (B,) int64 tokens that stand instead of drawn ones, or 0
     entropies: Address,  # (B,) float32, or 0
     num_top: int,
     top_ids: Address,  # (B, num_top) int64

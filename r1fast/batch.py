@@ -37,7 +37,8 @@ def collate(
 ) -> PackedBatch:
     """One PackedBatch of whole sequences, in the given order."""
     input_ids, target_ids, positions, mask, cu = [], [], [], [], [0]
-    weights, advantages, old, ref = [], [], [], []
+    weights, advantages, old, ref, policy = [], [], [], [], []
+    has_policy = all(s.policy_logprobs is not None for s in sequences)
     for s, weight in zip(sequences, token_weights, strict=True):
         tokens = s.prompt_ids + s.completion_ids
         n, P = len(tokens) - 1, len(s.prompt_ids) - 1  # the first P targets are prompt tokens
@@ -50,6 +51,8 @@ def collate(
         advantages += [0.0] * P + [s.advantage] * R
         old += [0.0] * P + (s.old_logprobs if s.old_logprobs is not None else [0.0] * R)
         ref += [0.0] * P + (s.ref_logprobs if s.ref_logprobs is not None else [0.0] * R)
+        if has_policy:
+            policy += [0.0] * P + s.policy_logprobs
         cu.append(cu[-1] + n)
     assert len(old) == len(ref) == cu[-1], (len(old), len(ref), cu[-1])
 
@@ -68,4 +71,5 @@ def collate(
         old_logprobs=put(old, torch.float32),
         ref_logprobs=put(ref, torch.float32),
         sequence_index=list(index),
+        policy_logprobs=put(policy, torch.float32) if has_policy else None,
     )

@@ -67,7 +67,8 @@ class RolloutConfig:
     prefill_tokens: int = 2048  # of prompts in one step, so that decoding goes on
     num_draft_tokens: int = 0  # prompt-lookup drafts in a step, verified exactly; 0 = off
     cuda_graphs: bool = True  # on a GPU: a decode step is one launch; false starts each kernel
-    batch_invariant: bool = False  # insist on the same bits whatever is in the batch, or refuse
+    # insist on the same bits whatever is in the batch, and take the loss at them; or refuse
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True, slots=True)

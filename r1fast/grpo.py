@@ -78,7 +78,8 @@ def grpo_objective(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, metrics) of one micro-batch: sums over its completion tokens, and their logprobs.
 
-    The metrics are detached; `logprobs` is (Tc,), of the completion tokens.
+    The metrics are detached; `logprobs` is (Tc,), of the completion tokens under `hidden`. The loss is
+    taken at the batch's `policy_logprobs` where there are some.
     """
     loss, report = fused_grpo_loss(
         hidden,
@@ -89,6 +90,7 @@ def grpo_objective(
         cu_seqlens=batch.cu_seqlens,
         old_logprobs=batch.old_logprobs,
         ref_logprobs=batch.ref_logprobs if config.kl_coef else None,
+        policy_logprobs=batch.policy_logprobs,
         token_weights=batch.token_weights,
         num_tokens=num_tokens,
         temperature=temperature,

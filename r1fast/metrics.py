@@ -41,6 +41,10 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
     "clip_ratio/region_mean": ("share", "tokens clipped on either side"),
     "logprob_mismatch/mean": ("nats", "mean |sampler logprob - trainer logprob| per token"),
     "logprob_mismatch/max": ("nats", "largest |sampler logprob - trainer logprob|"),
+    "logprob_mismatch/graph_max": (
+        "nats",
+        "largest |logprob in the loss - that of the forward with the gradient|, if batch_invariant",
+    ),
     "rollout/preemptions": ("", "samples whose cache was taken away and computed again"),
     "rollout/prefix_hit_rate": ("share", "prompt tokens that were found in the prefix cache"),
     "rollout/acceptance": ("share", "drafted tokens that were what was sampled"),

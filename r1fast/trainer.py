@@ -6,6 +6,7 @@ import copy
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -90,6 +91,11 @@ class GRPOTrainer(Trainer):
             r.temperature, r.top_p, r.top_k, r.max_completion_tokens, min_p=r.min_p
         )
         self.engine = Engine.of(policy, r)
+        # whose log-probabilities the loss takes, and the reference's beside them
+        self.is_invariant = r.batch_invariant
+        self.ref_engine = None
+        if self.is_invariant and self.reference is not None:
+            self.ref_engine = Engine.of(replace(policy, model=self.reference), r)
 
     def _check_budget(self, policy: Policy, config: Config) -> None:
         """A sequence that no micro-batch can hold is an error now, not after the first rollout."""
@@ -137,7 +143,6 @@ class GRPOTrainer(Trainer):
             self.scorer.score(groups, step_from_end=self.num_steps - 1 - step)
         row = self._rollout_row(groups) | self._engine_row(before)
         row |= self.update(groups, step)
-        self.engine.reset_prefix_cache()
         self._store_samples(groups, step)
         return row
 
@@ -208,9 +213,9 @@ class GRPOTrainer(Trainer):
         }
         if self.reference is not None:
             with self.timer("reference"):
-                self._fill_ref_logprobs(list(sequences.values()))
+                self._fill_ref_logprobs(sequences)
         sums: dict[str, float] = {"loss": 0.0}
-        norms, lr, mismatch = [], 0.0, (0.0, 0.0, 0)
+        norms, lr, mismatch = [], 0.0, (0.0, 0.0, 0.0, 0)
         num_parts = g.num_mini_batches * g.num_iterations
         for iteration in range(g.num_iterations):
             for m, part in enumerate(self._split(list(length), step, iteration)):
@@ -218,9 +223,11 @@ class GRPOTrainer(Trainer):
                 with self.timer("train"):
                     mini = self._backward(part, sequences, length, check_mismatch=first)
                     norm, lr = self.optimize()
+                    self.engine.reset_prefix_cache()
                 norms.append(norm)
                 if first:
-                    mismatch = (mini.pop("diff"), mini.pop("max_diff"), mini["num_tokens"])
+                    found = (mini.pop(name) for name in ("diff", "max_diff", "max_graph"))
+                    mismatch = (*found, mini["num_tokens"])
                 for key, value in mini.items():
                     sums[key] = sums.get(key, 0.0) + value
         self._refresh_reference(num_parts)
@@ -233,8 +240,10 @@ class GRPOTrainer(Trainer):
         row = {"loss": total.pop("loss") / num_parts, "learning_rate": lr}
         row["grad_norm"] = sum(norms) / len(norms)
         row |= {key: value / num_tokens for key, value in total.items()}
-        row["logprob_mismatch/mean"] = sum(d[0] for d in diffs) / max(sum(d[2] for d in diffs), 1)
+        row["logprob_mismatch/mean"] = sum(d[0] for d in diffs) / max(sum(d[3] for d in diffs), 1)
         row["logprob_mismatch/max"] = max(d[1] for d in diffs)
+        if self.is_invariant:
+            row["logprob_mismatch/graph_max"] = max(d[2] for d in diffs)
         return row
 
     def _sequences(self, groups: list[RolloutGroup]) -> dict[tuple[int, int], Sequence]:
@@ -274,11 +283,15 @@ class GRPOTrainer(Trainer):
             num_tokens=num_tokens,
             max_completion_tokens=self.config.rollout.max_completion_tokens,
         )
+        if self.is_invariant:
+            own = {key: sequences[key] for key in owned}
+            for s, logprobs in zip(own.values(), self._score(self.engine, own), strict=True):
+                s.policy_logprobs = logprobs
         batches = pack(
             [sequences[key] for key in owned], g.token_budget, weights, device=self.policy.device
         )
         totals: dict[str, Tensor] = {}
-        largest = 0.0
+        largest = graph = 0.0
         for batch in batches:
             try:
                 loss, sums = grpo_objective(
@@ -298,20 +311,45 @@ class GRPOTrainer(Trainer):
             sums["loss"] = loss.detach()
             logprobs = sums.pop("logprobs")
             if check_mismatch:
-                diff = (logprobs - batch.old_logprobs[batch.completion_mask]).abs()
+                m = batch.completion_mask
+                taken = logprobs if batch.policy_logprobs is None else batch.policy_logprobs[m]
+                diff = (taken - batch.old_logprobs[m]).abs()
                 sums["diff"] = diff.sum()
                 largest = max(largest, float(diff.max()))
+                graph = max(graph, float((logprobs - taken).abs().max()))
             for key, value in sums.items():
                 totals[key] = totals.get(key, 0) + value.double()
         result = {key: float(value) for key, value in totals.items()}
         if check_mismatch:
             result.setdefault("diff", 0.0)
-            result["max_diff"] = largest
+            result["max_diff"], result["max_graph"] = largest, graph
         result.setdefault("num_tokens", 0.0)
         return result
 
+    def _score(
+        self, engine: Engine, sequences: dict[tuple[int, int], Sequence]
+    ) -> list[list[float]]:
+        """Log-probabilities of each sequence's completion under the engine's weights, in order."""
+        groups: dict[int, list[tuple[int, int]]] = {}
+        for key in sequences:
+            groups.setdefault(key[0], []).append(key)
+        scored = engine.score(
+            [sequences[keys[0]].prompt_ids for keys in groups.values()],
+            [[sequences[key].completion_ids for key in keys] for keys in groups.values()],
+            self.sampling.temperature,
+        )
+        keys, values = sum(groups.values(), []), sum(scored, [])
+        logprobs = {key: x.tolist() for key, x in zip(keys, values, strict=True)}
+        return [logprobs[key] for key in sequences]
+
     @torch.no_grad()
-    def _fill_ref_logprobs(self, sequences: list[Sequence]) -> None:
+    def _fill_ref_logprobs(self, by_key: dict[tuple[int, int], Sequence]) -> None:
+        sequences = list(by_key.values())
+        if self.ref_engine is not None:
+            for s, logprobs in zip(sequences, self._score(self.ref_engine, by_key), strict=True):
+                s.ref_logprobs = logprobs
+            self.ref_engine.reset_prefix_cache()  # its packed weights are a copy of the reference
+            return
         batches = pack(
             sequences,
             self.config.grpo.token_budget,

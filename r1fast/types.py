@@ -92,6 +92,8 @@ class Sequence:
     old_logprobs: list[float] | None = None  # len(completion_ids)
     ref_logprobs: list[float] | None = None  # len(completion_ids)
     advantage: float = 0.0
+    # len(completion_ids): what the loss takes instead of the training forward's own
+    policy_logprobs: list[float] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -113,3 +115,4 @@ class PackedBatch:
     old_logprobs: Tensor  # (T,) float32
     ref_logprobs: Tensor  # (T,) float32
     sequence_index: list[int]  # (S,) where each sequence stood before packing
+    policy_logprobs: Tensor | None = None  # (T,) float32, where the sequences have them

@@ -29,9 +29,19 @@ def test_the_shift_by_hand():
     expected = torch.tensor([0, 0, 0.1, 0.1, 0.2, 0.2, 0.2, 0, 0.3])
     torch.testing.assert_close(batch.token_weights, expected)
     assert batch.sequence_index == [4, 5, 6]
+    assert batch.policy_logprobs is None
     assert batch.cu_seqlens.dtype == torch.int32
     assert batch.input_ids.dtype == batch.target_ids.dtype == torch.int64
     assert batch.token_weights.dtype == batch.old_logprobs.dtype == torch.float32
+
+
+def test_policy_logprobs_stand_where_the_targets_are():
+    sequences = make_sequences()
+    for s in sequences:
+        s.policy_logprobs = [x - 0.5 for x in s.old_logprobs]
+    batch = collate(sequences, [1.0] * 3, [0, 1, 2], "cpu")
+    expected = torch.where(batch.completion_mask, batch.old_logprobs - 0.5, 0.0)
+    assert torch.equal(batch.policy_logprobs, expected)
 
 
 @pytest.mark.parametrize("budget", [15, 20, 64, 1000])

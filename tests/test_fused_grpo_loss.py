@@ -97,6 +97,24 @@ def test_every_loss_is_the_materialised_one(policy, backend, dtype):
             assert_equal(actual, exact, tolerance, (extra, workspace_bytes))
 
 
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize("extra", [{"kl_coef": 0.2}, *EXTRAS[:2], {"loss_type": "gspo"}], ids=str)
+def test_log_probabilities_from_elsewhere(extra, backend, dtype):
+    """The loss is taken at `policy_logprobs`; the gradient goes on from there, and `want` is of `hidden`."""
+    inputs = make_inputs()
+    here = {**inputs, **{n: inputs[n].to(dtype) for n in ("hidden", "weight", "bias")}}
+    elsewhere = {"policy_logprobs": inputs["old_logprobs"] + 0.05}
+    exact = run(fused_grpo_loss_ref, inputs | elsewhere, **extra)
+    assert float(exact[0]) != pytest.approx(float(run(fused_grpo_loss_ref, inputs, **extra)[0]))
+    tolerance = 1e-11 if dtype == torch.float64 else 2e-5
+    for workspace_bytes in (None, V * 8 * 6):
+        options = {"backend": backend, "workspace_bytes": workspace_bytes, **extra}
+        actual = run(fused_grpo_loss, here | elsewhere, want="logprobs", **options)
+        assert_equal(actual, exact, tolerance, workspace_bytes)
+        own = run(fused_grpo_loss, here, want="logprobs", **options)[4]["logprobs"]
+        assert torch.equal(actual[4]["logprobs"], own)
+
+
 @pytest.mark.parametrize("options", [
     {"temperature": 0.7}, {"temperature": 1.5, "softcap": 3.0}, {"softcap": 2.0},
     {"softcap": 2.0, "entropy_coef": 0.3, "temperature": 0.7},

@@ -207,6 +207,24 @@ def test_the_gradient_is_the_derivative_of_the_loss(policy):
         torch.testing.assert_close(terms.dlogprobs, derivative, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda o: "-".join(map(str, o.values())))
+def test_log_probabilities_from_elsewhere(policy):
+    """The loss, its metrics and its gradient are those at `policy_logprobs`, to the bit."""
+    logprobs, entropy, advantages, mask, batch = make_batch(seed=0)
+    elsewhere = logprobs + 0.1 * torch.linspace(-1, 1, len(logprobs), dtype=torch.float64)
+    for kl, extra in itertools.product(KLS, [*ENTROPIES, *OFF_POLICY]):
+        options = PolicyLossOptions(**policy, **kl, **extra)
+        loss, dlogprobs, _, metrics = run(options, policy_logprobs=elsewhere)
+        leaf = elsewhere.clone().requires_grad_()
+        expected, expected_metrics = policy_loss(
+            leaf, advantages, mask, options, entropy=entropy, backend="torch", **batch
+        )
+        expected.backward()
+        assert torch.equal(loss, expected)
+        assert torch.equal(dlogprobs, leaf.grad)
+        assert metrics == expected_metrics
+
+
 @pytest.mark.parametrize("T", [1, 127, 1023, 1024, 1025])
 def test_the_kernel_computes_the_table(T, device):
     """Triton and PyTorch run one source; float32 of both against float64, for all branches."""

@@ -13,6 +13,7 @@ from r1fast.kernels.sample import (
     sample,
     sample_native,
     sample_ref,
+    token_logprobs,
 )
 
 LEVELS = ["baseline", "avx2", "avx512"]
@@ -35,13 +36,23 @@ def make_logits(B, V, dtype=torch.float32, seed=0, scale=3.0):
 def native(level):
     """`sample` on the C++ compiled for `level`, with one value a parameter."""
 
-    def run(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, adjustments=None, num_top=0):
+    def run(
+        logits,
+        u,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        adjustments=None,
+        num_top=0,
+        given=None,
+    ):
         B = len(logits)
         full = [torch.full((B,), float(x)) for x in (temperature, top_p, min_p)]
         k = torch.full((B,), top_k)
         try:
             return sample_native(
-                logits, u, full[0], k, full[1], full[2], adjustments, True, num_top, level
+                logits, u, full[0], k, full[1], full[2], adjustments, True, num_top, given, level
             )
         except ValueError:
             pytest.skip(f"this CPU has no {level}")
@@ -84,7 +95,7 @@ def test_unknown_level_is_refused():
     logits, u = make_logits(1, 4)
     one, k = torch.ones(1), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="level must be auto, baseline"):
-        sample_native(logits, u, one, k, one, 0 * one, None, False, 0, "sse9")
+        sample_native(logits, u, one, k, one, 0 * one, None, False, 0, None, "sse9")
 
 
 @settings(max_examples=60)
@@ -354,3 +365,44 @@ def test_triton_adjusts(device):
     result = sample(logits.to(device), u.to(device), adjustments=moved, backend="triton")
     exact = sample_ref(logits.double(), u, adjustments=a)
     assert_same_draw(type(result)(*(None if x is None else x.cpu() for x in result)), exact, u)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("V", [1, 17, 1024, 1025, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_given_tokens_have_the_bits_of_drawn_ones(level, V, dtype):
+    """Also beside an entropy, a cut and adjustments, which sum the row in other ways."""
+    run = native(level)
+    logits, u = make_logits(33, V, dtype)
+    bans = Adjustments(
+        torch.arange(34), torch.arange(33) % V, torch.full((33,), 1.3), torch.zeros(33)
+    )
+    for options in ({}, {"top_k": 3, "top_p": 0.9}, {"adjustments": bans}):
+        for temperature in (0.0, 0.7, 1.0):
+            drawn = run(logits, u, temperature, **options)
+            given = run(logits, 0 * u, temperature, given=drawn.tokens)
+            assert torch.equal(given.logprobs, drawn.logprobs)
+            assert torch.equal(given.tokens, drawn.tokens)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+def test_token_logprobs(backend, device):
+    """Of any token, likely or not, with a temperature a row; a bad row is NaN and no other."""
+    logits, _ = make_logits(9, 1500)
+    logits[3, 1400] = torch.nan
+    ids = torch.tensor([0, 1499, 1023, 5, 1024, 7, 8, 9, 10])
+    temperature = torch.linspace(0, 2, 9)
+    actual = token_logprobs(
+        logits.to(device), ids.to(device), temperature=temperature.to(device), backend=backend
+    ).cpu()
+    divisor = torch.where(temperature == 0, 1, temperature).double()[:, None]
+    exact = (logits.double() / divisor).log_softmax(-1)[torch.arange(9), ids]
+    torch.testing.assert_close(actual.double(), exact, rtol=1e-6, atol=2e-6, equal_nan=True)
+    assert actual.isnan().tolist() == [i == 3 for i in range(9)]
+
+
+@pytest.mark.parametrize("token", [-1, 10])
+def test_a_given_token_outside_the_vocabulary_is_refused(token):
+    logits, _ = make_logits(2, 10)
+    with pytest.raises(ValueError, match=r"token ids must be in \[0, 10\)"):
+        token_logprobs(logits, torch.tensor([3, token]))

@@ -29,6 +29,7 @@ from r1fast.rollout.rows import Rows
 from r1fast.rollout.runner import Runner
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.rollout.scheduler import Scheduler
+from r1fast.rollout.score import Scoring, make_jobs
 from r1fast.rollout.speculation import Speculation
 from r1fast.rollout.text import TextStream
 from r1fast.rollout.weights import checksums, versions
@@ -388,3 +389,24 @@ class Engine(Loops):
     @property
     def num_decode_steps(self) -> int:
         return self._counts.decode_steps
+
+    @torch.inference_mode()
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],  # N
+        completions: Sequence[Sequence[Sequence[int]]],  # of each prompt, any number and length
+        temperature: float = 1.0,
+    ) -> list[list[np.ndarray]]:  # (n,) float32 for each completion
+        """The log-probabilities of given tokens: what `generate` reports where it draws them.
+
+        To the bit on the CPU's native forward, elsewhere up to the rounding of GEMMs. NaN from the token
+        on whose logits are not finite. Raises ValueError, which names prompt or completion, for an empty prompt,
+        a token id outside the vocabulary, more tokens than the context or the cache has room for.
+        """
+        for i, prompt in enumerate(prompts):
+            self._check(prompt, (), SamplingParams(), f"prompt {i}")
+        jobs = make_jobs(prompts, completions, self.model.spec.vocab_size, self.context)
+        self._refresh()
+        scoring = Scoring(self.runner, self.scheduler.cache, self._prefill_tokens, temperature)
+        scoring.run(jobs, [len(prompt) for prompt in prompts])
+        return [[job.logprobs for job in group] for group in jobs]

@@ -100,6 +100,12 @@ class Runner:
 
     def prefill(self, chunks: list[Chunk], cache: KVCache) -> Tensor:
         """Forward tokens of prompts into the cache. Returns (n, D): the last token's of those that end."""
+        last = np.cumsum([end - start for _, start, end in chunks]) - 1
+        ends = [end == len(job.tokens) for job, _, end in chunks]
+        return self.forward_chunks(chunks, cache)[self._tensor(last[ends])]
+
+    def forward_chunks(self, chunks: list[Chunk], cache: KVCache) -> Tensor:
+        """(N, D) of all their tokens, in a buffer that the next call may use again."""
         N = cache.block_size
         positions = np.concatenate([np.arange(start, end) for _, start, end in chunks])
         tokens = np.concatenate([job.tokens[start:end] for job, start, end in chunks])
@@ -110,11 +116,8 @@ class Runner:
         inputs = Inputs(*map(self._tensor, (tokens, positions, slots)))
         starts = np.concatenate(([0], np.cumsum([end - start for _, start, end in chunks])))
         if self.is_native:  # as fast as SDPA, and the same sums as in decode
-            hidden = self._native_forward(inputs, cache, self._prefill_plan(chunks, starts, cache))
-        else:
-            hidden = self._forward(inputs, cache, _Chunks(cache, chunks, starts, self.device))
-        ends = [end == len(job.tokens) for job, _, end in chunks]
-        return hidden[self._tensor(starts[1:][ends] - 1)]
+            return self._native_forward(inputs, cache, self._prefill_plan(chunks, starts, cache))
+        return self._forward(inputs, cache, _Chunks(cache, chunks, starts, self.device))
 
     def _prefill_plan(self, chunks: list[Chunk], starts: np.ndarray, cache: KVCache) -> DecodePlan:
         """Every chunk a sequence of its own, with as many queries as it has tokens."""
