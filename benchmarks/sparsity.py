@@ -82,7 +82,7 @@ def model_blocks(folder: str, num_problems: int = 64):
     groups = engine.generate(prompts, 1, SamplingParams(1.0, 1.0, 0, 128), seeds=seeds)
     sequences = [Sequence(g.prompt_ids, g.completions[0].token_ids) for g in groups]
     for batch in pack(sequences, 4096, [0.0] * len(sequences)):
-        hidden = hidden_states(policy.model, batch)[batch.completion_mask]
+        hidden = hidden_states(policy.model, batch)
         for rows in hidden.split(BLOCK):
             yield torch.softmax((rows @ policy.model.head_weight.t()).double(), 1)
 

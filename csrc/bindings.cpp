@@ -7,6 +7,7 @@
 #include "decode_attention.hpp"
 #include "decoder.hpp"
 #include "epilogue.hpp"
+#include "group_packing.hpp"
 #include "head.hpp"
 #include "packing.hpp"
 #include "sampling.hpp"
@@ -601,6 +602,38 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("lengths"), py::arg("token_budget"), py::arg("num_ranks"), py::arg("costs") = py::none(),
       "rank -> micro-batch -> sequence indices, with equal numbers of micro-batches and even costs.");
+
+  m.def(
+      "pack_groups",
+      [](const py::object& prompt_lengths, const std::vector<py::object>& completion_lengths,
+         const py::object& token_budget, double cost_per_token, const py::object& num_ranks) {
+        const std::vector<int64_t> prompts = to_lengths(prompt_lengths);
+        std::vector<std::vector<int64_t>> completions;
+        for (const py::object& lengths : completion_lengths) completions.push_back(to_lengths(lengths));
+        const int64_t budget = to_int64(token_budget, "token_budget");
+        const int64_t ranks = to_int64(num_ranks, "num_ranks");
+        std::vector<r1fast::GroupBins> packed;
+        {
+          const py::gil_scoped_release release;
+          packed = r1fast::GroupPacker(prompts, completions, budget, cost_per_token).pack(ranks);
+        }
+        py::list result;
+        for (const r1fast::GroupBins& bins : packed) {
+          py::list of_rank;
+          for (const std::vector<r1fast::GroupPiece>& bin : bins) {
+            py::list pieces;
+            for (const r1fast::GroupPiece& piece : bin) {
+              pieces.append(py::make_tuple(piece.group, py::cast(piece.completions)));
+            }
+            of_rank.append(std::move(pieces));
+          }
+          result.append(std::move(of_rank));
+        }
+        return result;
+      },
+      py::arg("prompt_lengths"), py::arg("completion_lengths"), py::arg("token_budget"),
+      py::arg("cost_per_token") = 0.0, py::arg("num_ranks") = 1,
+      "rank -> micro-batch -> (group, its completions): each prompt once a micro-batch, groups split where they must be.");
 
   m.def(
       "lower_bound",

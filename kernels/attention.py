@@ -100,7 +100,7 @@ def plan_buckets(cu_seqlens: Tensor | Sequence[int], *, device=None) -> tuple[Bu
     return tuple(buckets)
 
 
-def _gather(x: Tensor, buckets: tuple[Bucket, ...]) -> tuple[Tensor, ...]:
+def gather_buckets(x: Tensor, buckets: tuple[Bucket, ...]) -> tuple[Tensor, ...]:
     """(T, H, Dh) -> (count, width, H, Dh) of each bucket; a slice is a view."""
     return tuple(
         (
@@ -112,7 +112,9 @@ def _gather(x: Tensor, buckets: tuple[Bucket, ...]) -> tuple[Tensor, ...]:
     )
 
 
-def _scatter(parts: Sequence[Tensor], buckets: tuple[Bucket, ...], num_tokens: int) -> Tensor:
+def scatter_buckets(
+    parts: Sequence[Tensor], buckets: tuple[Bucket, ...], num_tokens: int
+) -> Tensor:
     """(count, width, H, Dh) of each bucket -> (T, H, Dh); padding is dropped."""
     out = parts[0].new_empty(num_tokens, *parts[0].shape[2:])
     for b, part in zip(buckets, parts, strict=True):
@@ -124,29 +126,29 @@ def _scatter(parts: Sequence[Tensor], buckets: tuple[Bucket, ...], num_tokens: i
 
 
 class GatherFunction(torch.autograd.Function):
-    """`_gather`, whose backward need not add anything up: padding has no gradient."""
+    """`gather_buckets`, whose backward need not add anything up: padding has no gradient."""
 
     @staticmethod
     def forward(ctx, x, buckets):
         ctx.buckets, ctx.num_tokens = buckets, len(x)
-        return _gather(x, buckets)
+        return gather_buckets(x, buckets)
 
     @staticmethod
     def backward(ctx, *dparts):
-        return _scatter(dparts, ctx.buckets, ctx.num_tokens), None
+        return scatter_buckets(dparts, ctx.buckets, ctx.num_tokens), None
 
 
 class ScatterFunction(torch.autograd.Function):
-    """`_scatter`; the gradient of padding is zero."""
+    """`scatter_buckets`; the gradient of padding is zero."""
 
     @staticmethod
     def forward(ctx, buckets, num_tokens, *parts):
         ctx.buckets = buckets
-        return _scatter(parts, buckets, num_tokens)
+        return scatter_buckets(parts, buckets, num_tokens)
 
     @staticmethod
     def backward(ctx, dout):
-        dparts = _gather(dout, ctx.buckets)
+        dparts = gather_buckets(dout, ctx.buckets)
         for b, dpart in zip(ctx.buckets, dparts, strict=True):
             if b.padding is not None:
                 dpart.flatten(0, 1).index_fill_(0, b.padding, 0)
@@ -180,28 +182,30 @@ def bucketed_attention(
 
 
 @cache
-def _flash_varlen() -> Callable | None:
-    """The installed flash attention for packed CUDA batches, or None."""
+def flash_varlen() -> Callable | None:
+    """The installed flash attention for packed CUDA batches, or None.
+
+    Called with q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, scale. Causal from the
+    bottom right: a sequence's queries are the last of its keys.
+    """
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
         pass
     else:
-        return lambda q, k, v, cu, longest, scale: flash_attn_varlen_func(
-            q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True
-        )
+        return lambda *args: flash_attn_varlen_func(*args[:-1], softmax_scale=args[-1], causal=True)
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return lambda q, k, v, cu, longest, scale: varlen_attn(
-        q, k, v, cu, cu, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True
+    return lambda *args: varlen_attn(
+        *args[:-1], scale=args[-1], window_size=(-1, 0), enable_gqa=True
     )
 
 
-def _uses_flash(q: Tensor) -> bool:
+def uses_flash(q: Tensor) -> bool:
     is_half = q.dtype in (torch.float16, torch.bfloat16)
-    return q.is_cuda and is_half and _flash_varlen() is not None
+    return q.is_cuda and is_half and flash_varlen() is not None
 
 
 def varlen_attention(
@@ -219,9 +223,9 @@ def varlen_attention(
     `buckets` is `plan_buckets(cu_seqlens)`, to be shared by the calls on one batch.
     Half-precision CUDA tensors go to flash attention, everything else to the buckets.
     """
-    if _uses_flash(q):
+    if uses_flash(q):
         cu_seqlens = cu_seqlens.to(q.device, torch.int32)
-        return _flash_varlen()(q, k, v, cu_seqlens, max_seqlen, scale)
+        return flash_varlen()(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale)
     if buckets is None:
         buckets = plan_buckets(cu_seqlens, device=q.device)
     return bucketed_attention(q, k, v, buckets, scale)
@@ -236,6 +240,6 @@ class PackedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(T, H, Dh), (T, K, Dh), (T, K, Dh) -> (T, H, Dh)"""
-        if self._buckets is None and not _uses_flash(q):
+        if self._buckets is None and not uses_flash(q):
             self._buckets = plan_buckets(self.cu_seqlens, device=q.device)
         return varlen_attention(q, k, v, self.cu_seqlens, self.max_seqlen, buckets=self._buckets)

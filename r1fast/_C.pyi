@@ -28,6 +28,18 @@ def pack_balanced(
     (ceil(len(pack(...)) / num_ranks)), with costs evened over ranks and micro-batches. A micro-batch is empty
     only when there are fewer sequences than micro-batches."""
 
+def pack_groups(
+    prompt_lengths: Lengths,  # (number of groups,)
+    completion_lengths: Sequence[Lengths],  # of each group; a completion may have length 0
+    token_budget: int,
+    cost_per_token: float = 0.0,  # of a token outside attention, in pairs of query and key
+    num_ranks: int = 1,
+) -> list[list[list[tuple[int, list[int]]]]]:
+    """rank -> micro-batch -> (group, indices of its completions), both ascending. A micro-batch holds a prompt once
+    and at most `token_budget` tokens. A group is split only if it is over the budget alone. Every rank gets the same
+    number of micro-batches, with costs (attention and the rest) evened as in `pack_balanced`. Raises ValueError for
+    a completion that is over the budget with its prompt, and for an empty group or prompt."""
+
 def lower_bound(lengths: Lengths, token_budget: int) -> int:
     """No packing uses fewer micro-batches (Martello and Toth's L2; at least ceil(sum / token_budget))."""
 

@@ -1,7 +1,6 @@
 """Sequences -> packed micro-batches without padding. The only place that shifts tokens."""
 
 from collections.abc import Sequence as Seq
-from itertools import pairwise
 
 import torch
 
@@ -15,46 +14,80 @@ def pack(
     token_weights: Seq[float],  # (len(sequences),) the weight of each completion token of one
     *,
     device: torch.device | str = "cpu",
+    share_prompts: bool = False,
+    cost_per_token: float = 0.0,  # outside attention, in pairs of query and key; evens micro-batches
 ) -> list[PackedBatch]:
-    """Micro-batches of at most `token_budget` tokens, deterministic.
+    """Micro-batches of at most `token_budget` forwarded tokens, deterministic.
 
-    A sequence of n tokens is forwarded as its first n - 1; the target of position t is token t + 1.
+    A sequence's last token is only a target. With `share_prompts` equal prompts are forwarded once
+    a micro-batch, and a group of them is divided only where it is over the budget by itself.
     Raises ValueError for a sequence over the budget, an empty prompt or an empty completion.
     """
     for i, s in enumerate(sequences):
         if not s.prompt_ids or not s.completion_ids:
             part = "prompt" if not s.prompt_ids else "completion"
             raise ValueError(f"sequence {i} has an empty {part}: it has no token to learn from")
-    lengths = [s.num_tokens - 1 for s in sequences]
-    bins = _C.pack(lengths, token_budget) if sequences else []
-    return [
-        collate([sequences[i] for i in b], [token_weights[i] for i in b], b, device) for b in bins
-    ]
+    groups = group_by_prompt(sequences) if share_prompts else []
+    if 0 < len(groups) < len(sequences):
+        (packed,) = _C.pack_groups(
+            [len(sequences[group[0]].prompt_ids) for group in groups],
+            [[len(sequences[i].completion_ids) - 1 for i in group] for group in groups],
+            token_budget,
+            cost_per_token,
+        )
+        bins = [[[groups[g][m] for m in members] for g, members in b] for b in packed]
+    else:
+        lengths = [s.num_tokens - 1 for s in sequences]
+        bins = [[[i] for i in b] for b in _C.pack(lengths, token_budget)]
+    return [collate(sequences, token_weights, b, device) for b in bins]
+
+
+def group_by_prompt(sequences: Seq[Sequence]) -> list[list[int]]:
+    """Indices of the sequences of each prompt, in the order of their first."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, s in enumerate(sequences):
+        groups.setdefault(tuple(s.prompt_ids), []).append(i)
+    return list(groups.values())
 
 
 def collate(
-    sequences: list[Sequence], token_weights: list[float], index: list[int], device
+    sequences: Seq[Sequence], token_weights: Seq[float], groups: list[list[int]], device
 ) -> PackedBatch:
-    """One PackedBatch of whole sequences, in the given order."""
-    input_ids, target_ids, positions, mask, cu = [], [], [], [], [0]
+    """One PackedBatch of the sequences with these indices; those of one list share their prompt."""
+    input_ids, positions, bounds, prefix_of = [], [], [0], []
+    rows, target_ids, cu = [], [], [0]
     weights, advantages, old, ref, policy = [], [], [], [], []
     has_policy = all(s.policy_logprobs is not None for s in sequences)
-    for s, weight in zip(sequences, token_weights, strict=True):
-        tokens = s.prompt_ids + s.completion_ids
-        n, P = len(tokens) - 1, len(s.prompt_ids) - 1  # the first P targets are prompt tokens
-        R = n - P
-        input_ids += tokens[:-1]
-        target_ids += [0] * P + tokens[P + 1 :]
-        positions += range(n)
-        mask += [False] * P + [True] * R
-        weights += [0.0] * P + [weight] * R
-        advantages += [0.0] * P + [s.advantage] * R
-        old += [0.0] * P + (s.old_logprobs if s.old_logprobs is not None else [0.0] * R)
-        ref += [0.0] * P + (s.ref_logprobs if s.ref_logprobs is not None else [0.0] * R)
-        if has_policy:
-            policy += [0.0] * P + s.policy_logprobs
-        cu.append(cu[-1] + n)
-    assert len(old) == len(ref) == cu[-1], (len(old), len(ref), cu[-1])
+
+    def forward(tokens: list[int], position: int, prefix: int) -> None:
+        input_ids.extend(tokens)
+        positions.extend(range(position, position + len(tokens)))
+        bounds.append(len(input_ids))
+        prefix_of.append(prefix)
+
+    for group in groups:
+        prompt = sequences[group[0]].prompt_ids
+        prefix, start = len(prefix_of), len(input_ids)
+        last = start + len(prompt) - 1  # its hidden state predicts every completion's first token
+        if len(group) > 1:
+            forward(prompt, 0, -1)
+        for i in group:
+            s = sequences[i]
+            R = len(s.completion_ids)
+            if len(group) == 1:
+                forward(prompt + s.completion_ids[:-1], 0, -1)
+            elif R > 1:
+                forward(s.completion_ids[:-1], len(prompt), prefix)
+            rows += [last, *range(len(input_ids) - R + 1, len(input_ids))]
+            target_ids += s.completion_ids
+            weights += [token_weights[i]] * R
+            advantages += [s.advantage] * R
+            old += s.old_logprobs if s.old_logprobs is not None else [0.0] * R
+            ref += s.ref_logprobs if s.ref_logprobs is not None else [0.0] * R
+            if has_policy:
+                policy += s.policy_logprobs
+            cu.append(cu[-1] + R)
+    assert len(rows) == len(old) == len(ref) == cu[-1], (len(rows), len(old), len(ref), cu[-1])
 
     def put(values, dtype):
         return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
@@ -62,14 +95,15 @@ def collate(
     return PackedBatch(
         input_ids=put(input_ids, torch.int64),
         position_ids=put(positions, torch.int64),
-        cu_seqlens=put(cu, torch.int32),
-        max_seqlen=max(b - a for a, b in pairwise(cu)),
+        bounds=bounds,
+        prefix_of=prefix_of,
+        target_rows=rows,
         target_ids=put(target_ids, torch.int64),
-        completion_mask=put(mask, torch.bool),
+        cu_seqlens=put(cu, torch.int32),
         token_weights=put(weights, torch.float32),
         advantages=put(advantages, torch.float32),
         old_logprobs=put(old, torch.float32),
         ref_logprobs=put(ref, torch.float32),
-        sequence_index=list(index),
+        sequence_index=[i for group in groups for i in group],
         policy_logprobs=put(policy, torch.float32) if has_policy else None,
     )

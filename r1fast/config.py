@@ -98,7 +98,8 @@ class GRPOConfig:
     scale_rewards: Literal["group", "batch", "none"] = "group"
     std: Literal["population", "sample"] = "population"  # divide by G (numpy) or G - 1 (TRL)
     std_eps: float = 1e-4
-    token_budget: int = 16384  # tokens in one micro-batch
+    token_budget: int = 16384  # tokens forwarded in one micro-batch
+    shared_prompt: bool = True  # a group's prompt is forwarded once a micro-batch; exact
 
 
 @dataclass(frozen=True, slots=True)

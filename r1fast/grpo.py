@@ -68,7 +68,7 @@ def rollout_advantages(
 
 
 def grpo_objective(
-    hidden: Tensor,  # (T, D)
+    hidden: Tensor,  # (N, D) what predicts each completion token
     head_weight: Tensor,  # (V, D)
     batch: PackedBatch,
     config: GRPOConfig,
@@ -76,9 +76,9 @@ def grpo_objective(
     temperature: float,
     num_tokens: int,  # completion tokens of the optimizer step, over all ranks and micro-batches
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metrics) of one micro-batch: sums over its completion tokens, and their logprobs.
+    """(loss, metrics) of one micro-batch: sums over its N completion tokens, and their logprobs.
 
-    The metrics are detached; `logprobs` is (Tc,), of the completion tokens under `hidden`. The loss is
+    The metrics are detached; `logprobs` is (N,), of the completion tokens under `hidden`. The loss is
     taken at the batch's `policy_logprobs` where there are some.
     """
     loss, report = fused_grpo_loss(
@@ -86,7 +86,6 @@ def grpo_objective(
         head_weight,
         batch.target_ids,
         batch.advantages,
-        batch.completion_mask,
         cu_seqlens=batch.cu_seqlens,
         old_logprobs=batch.old_logprobs,
         ref_logprobs=batch.ref_logprobs if config.kl_coef else None,
@@ -102,7 +101,7 @@ def grpo_objective(
     sums = {name: mean * report["num_evaluated"] for name, mean in report.items()}
     del sums["num_evaluated"]
     sums |= {"num_tokens": num_tokens, "entropy": entropy.sum()}
-    return loss, sums | {"logprobs": logprobs[batch.completion_mask]}
+    return loss, sums | {"logprobs": logprobs}
 
 
 def loss_options(config: GRPOConfig) -> dict[str, object]:

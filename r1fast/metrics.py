@@ -52,6 +52,8 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
         "MiB",
         "keys and values held at once, at most since the start, all ranks",
     ),
+    "train/tokens_forwarded": ("tokens", "forwarded by the policy in training, all ranks"),
+    "train/tokens_saved": ("share", "that shared prompts kept from being forwarded again"),
     "ratio": ("", "mean of policy probability over sampler probability, per token; 1 on policy"),
     "loss": ("", "training loss"),
     "grad_norm": ("", "norm of the gradient before clipping"),

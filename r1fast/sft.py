@@ -101,13 +101,12 @@ class SFTTrainer(Trainer):
         sums = {"loss": 0.0, "entropy": 0.0}
         with self.timer("train"):
             for batch in pack(owned, s.token_budget, weights, device=self.policy.device):
-                m = batch.completion_mask
                 try:
                     loss, entropy = linear_cross_entropy(
-                        hidden_states(self.model, batch)[m],
+                        hidden_states(self.model, batch),
                         self.model.head_weight,
-                        batch.target_ids[m],
-                        token_weights=batch.token_weights[m],
+                        batch.target_ids,
+                        token_weights=batch.token_weights,
                         reduction="sum",
                         return_entropy=True,
                     )

@@ -27,8 +27,15 @@ from r1fast.rollout.result import EngineStats
 from r1fast.rollout.sampler import SamplingParams, sample_seed
 from r1fast.rollout_metrics import finish_rollout_metrics, rollout_extremes, rollout_sums
 from r1fast.templates import encode_prompts
-from r1fast.training import Trainer, completion_logprobs, digest, fill, hidden_states
-from r1fast.types import Problem, RolloutGroup, Sequence
+from r1fast.training import (
+    Trainer,
+    completion_logprobs,
+    cost_per_token,
+    digest,
+    fill,
+    hidden_states,
+)
+from r1fast.types import PackedBatch, Problem, RolloutGroup, Sequence
 
 
 def _scored_by(problem: Problem) -> list[int]:
@@ -214,7 +221,8 @@ class GRPOTrainer(Trainer):
         if self.reference is not None:
             with self.timer("reference"):
                 self._fill_ref_logprobs(sequences)
-        sums: dict[str, float] = {"loss": 0.0}
+        unshared = sum(s.num_tokens - 1 for s in sequences.values()) * g.num_iterations
+        sums: dict[str, float] = {"loss": 0.0, "unshared": unshared}
         norms, lr, mismatch = [], 0.0, (0.0, 0.0, 0.0, 0)
         num_parts = g.num_mini_batches * g.num_iterations
         for iteration in range(g.num_iterations):
@@ -238,6 +246,9 @@ class GRPOTrainer(Trainer):
             distributed.gather_objects(sum(len(x.prompt_ids) for x in groups))
         )
         row = {"loss": total.pop("loss") / num_parts, "learning_rate": lr}
+        forwarded, unshared = total.pop("forwarded"), total.pop("unshared")
+        row["train/tokens_forwarded"] = forwarded
+        row["train/tokens_saved"] = 1 - forwarded / unshared
         row["grad_norm"] = sum(norms) / len(norms)
         row |= {key: value / num_tokens for key, value in total.items()}
         row["logprob_mismatch/mean"] = sum(d[0] for d in diffs) / max(sum(d[3] for d in diffs), 1)
@@ -287,12 +298,12 @@ class GRPOTrainer(Trainer):
             own = {key: sequences[key] for key in owned}
             for s, logprobs in zip(own.values(), self._score(self.engine, own), strict=True):
                 s.policy_logprobs = logprobs
-        batches = pack(
-            [sequences[key] for key in owned], g.token_budget, weights, device=self.policy.device
-        )
+        batches = self._pack([sequences[key] for key in owned], weights)
         totals: dict[str, Tensor] = {}
         largest = graph = 0.0
+        forwarded = 0
         for batch in batches:
+            forwarded += batch.num_tokens
             try:
                 loss, sums = grpo_objective(
                     hidden_states(self.model, batch),
@@ -311,9 +322,8 @@ class GRPOTrainer(Trainer):
             sums["loss"] = loss.detach()
             logprobs = sums.pop("logprobs")
             if check_mismatch:
-                m = batch.completion_mask
-                taken = logprobs if batch.policy_logprobs is None else batch.policy_logprobs[m]
-                diff = (taken - batch.old_logprobs[m]).abs()
+                taken = logprobs if batch.policy_logprobs is None else batch.policy_logprobs
+                diff = (taken - batch.old_logprobs).abs()
                 sums["diff"] = diff.sum()
                 largest = max(largest, float(diff.max()))
                 graph = max(graph, float((logprobs - taken).abs().max()))
@@ -324,7 +334,18 @@ class GRPOTrainer(Trainer):
             result.setdefault("diff", 0.0)
             result["max_diff"], result["max_graph"] = largest, graph
         result.setdefault("num_tokens", 0.0)
-        return result
+        return result | {"forwarded": forwarded}
+
+    def _pack(self, sequences: list[Sequence], weights: list[float]) -> list[PackedBatch]:
+        g = self.config.grpo
+        return pack(
+            sequences,
+            g.token_budget,
+            weights,
+            device=self.policy.device,
+            share_prompts=g.shared_prompt,
+            cost_per_token=cost_per_token(self.model),
+        )
 
     def _score(
         self, engine: Engine, sequences: dict[tuple[int, int], Sequence]
@@ -350,13 +371,7 @@ class GRPOTrainer(Trainer):
                 s.ref_logprobs = logprobs
             self.ref_engine.reset_prefix_cache()  # its packed weights are a copy of the reference
             return
-        batches = pack(
-            sequences,
-            self.config.grpo.token_budget,
-            [0.0] * len(sequences),
-            device=self.policy.device,
-        )
-        for batch in batches:
+        for batch in self._pack(sequences, [0.0] * len(sequences)):
             logprobs, _ = completion_logprobs(self.reference, batch, self.sampling.temperature)
             values, start = logprobs.tolist(), 0
             for i in batch.sequence_index:

@@ -21,9 +21,11 @@ from r1fast.checkpoint import load_checkpoint, same_config, save_checkpoint
 from r1fast.config import Config, to_dict
 from r1fast.interrupt import StopRequest
 from r1fast.kernels.attention import PackedAttention
+from r1fast.kernels.gather_rows import gather_rows, plan_gather
 from r1fast.kernels.linear_logprobs import linear_logprobs
+from r1fast.kernels.prefix_attention import PrefixAttention
 from r1fast.metrics import MetricsWriter, Timer, drop_rows, progress, say, warn
-from r1fast.model import Decoder
+from r1fast.model import Attend, Decoder
 from r1fast.optim import Optimizer, learning_rate
 from r1fast.policy import Policy
 from r1fast.types import PackedBatch
@@ -31,24 +33,38 @@ from r1fast.types import PackedBatch
 MAX_SKIPPED = 5  # non-finite gradients in a row before the run stops
 
 
-def hidden_states(model: Decoder, batch: PackedBatch) -> Tensor:  # (T, D)
-    attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen)
-    return model(batch.input_ids, batch.position_ids, attend)
+def hidden_states(model: Decoder, batch: PackedBatch) -> Tensor:  # (N, D)
+    """What predicts each completion token: the last hidden states of the tokens before them."""
+    if any(prefix >= 0 for prefix in batch.prefix_of):
+        attend: Attend = PrefixAttention(batch.bounds, batch.prefix_of)
+    else:
+        cu_seqlens = torch.tensor(batch.bounds, dtype=torch.int32)
+        longest = int(cu_seqlens.diff().max())
+        attend = PackedAttention(cu_seqlens.to(batch.input_ids.device, non_blocking=True), longest)
+    hidden = model(batch.input_ids, batch.position_ids, attend)  # (T, D)
+    return gather_rows(hidden, plan_gather(batch.target_rows, device=hidden.device))
 
 
 def completion_logprobs(
     model: Decoder, batch: PackedBatch, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:  # (Tc,), (Tc,)
-    """Log-probability and entropy of every completion token; the head sees those rows only."""
-    hidden = hidden_states(model, batch)
-    m = batch.completion_mask
+) -> tuple[Tensor, Tensor]:  # (N,), (N,)
+    """Log-probability and entropy of every completion token."""
     return linear_logprobs(
-        hidden[m],
+        hidden_states(model, batch),
         model.head_weight,
-        batch.target_ids[m],
+        batch.target_ids,
         temperature=temperature,
         return_entropy=True,
     )
+
+
+def cost_per_token(model: Decoder) -> float:
+    """What a token costs outside attention, in pairs of query and key: for a balanced packing.
+
+    2 FLOPs a parameter against 4 an element of each query head in every layer.
+    """
+    spec = model.spec
+    return model.num_parameters() / (2 * spec.num_layers * spec.num_heads * spec.head_dim)
 
 
 def digest(rows: Iterable[list[int]]) -> str:

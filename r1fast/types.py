@@ -102,17 +102,27 @@ class Sequence:
 
 @dataclass(slots=True)
 class PackedBatch:
-    """One micro-batch without padding. T tokens of S sequences; targets are already shifted."""
+    """One micro-batch without padding: T forwarded tokens, N completion tokens to predict.
+
+    The tokens are in segments. A sequence on its own is one segment; where several share a prompt it
+    is a segment, and each of their completions is one that continues it.
+    """
 
     input_ids: Tensor  # (T,) int64
     position_ids: Tensor  # (T,) int64
-    cu_seqlens: Tensor  # (S + 1,) int32
-    max_seqlen: int
-    target_ids: Tensor  # (T,) int64: the token that follows, 0 where completion_mask is False
-    completion_mask: Tensor  # (T,) bool: the target is a completion token
-    token_weights: Tensor  # (T,) float32: one over the global denominator of the loss
-    advantages: Tensor  # (T,) float32
-    old_logprobs: Tensor  # (T,) float32
-    ref_logprobs: Tensor  # (T,) float32
+    bounds: list[int]  # (segments + 1,) where each begins, from 0 to T
+    prefix_of: list[int]  # (segments,) the segment it continues; -1 where it stands alone
+    target_rows: list[int]  # (N,) the token whose hidden state predicts each target
+    target_ids: Tensor  # (N,) int64: the completions' tokens, sequence after sequence
+    cu_seqlens: Tensor  # (S + 1,) int32: the targets of each sequence
+    token_weights: Tensor  # (N,) float32: one over the global denominator of the loss
+    advantages: Tensor  # (N,) float32
+    old_logprobs: Tensor  # (N,) float32
+    ref_logprobs: Tensor  # (N,) float32
     sequence_index: list[int]  # (S,) where each sequence stood before packing
-    policy_logprobs: Tensor | None = None  # (T,) float32, where the sequences have them
+    policy_logprobs: Tensor | None = None  # (N,) float32, where the sequences have them
+
+    @property
+    def num_tokens(self) -> int:
+        """T, what is forwarded."""
+        return self.bounds[-1]

@@ -62,7 +62,7 @@ def engine_loss(groups, ref, config, budget):
     total = 0.0
     for batch in pack(sequences, budget, weights):
         loss, _ = grpo_objective(
-            table[batch.input_ids],
+            table[batch.input_ids][batch.target_rows],
             weight,
             batch,
             config.grpo,
@@ -180,8 +180,8 @@ def test_metric_sums_by_hand():
     ratios = torch.tensor([1.4, 0.5, 1.4, 0.5])  # high clips the first, low the last
     hidden = torch.zeros(len(batch.target_ids), 4)  # logits, through a head that is the identity
     p = (0.5 * ratios)[:, None]
-    hidden[batch.completion_mask] = torch.log((1 - p) / 3).expand(-1, 4)
-    hidden[batch.completion_mask, batch.target_ids[batch.completion_mask]] = p[:, 0].log()
+    hidden[:] = torch.log((1 - p) / 3)
+    hidden[torch.arange(4), batch.target_ids] = p[:, 0].log()
     loss, sums = grpo_objective(hidden, torch.eye(4), batch, config, temperature=1.0, num_tokens=4)
     torch.testing.assert_close(sums["logprobs"], p[:, 0].log())
     assert sums["num_tokens"] == 4
