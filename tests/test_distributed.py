@@ -168,6 +168,8 @@ def test_two_ranks_train_as_one(both, name):
         for key, value in a.items():
             if "time" in key or key in ("stage", "tokens_per_second"):
                 continue
+            if key.startswith("train/tokens"):  # a prompt that two ranks have is forwarded by both
+                continue
             atol = 2e-5 if key.startswith("logprob_mismatch") else 1e-6
             assert b[key] == pytest.approx(value, rel=1e-4, abs=atol), key
 
