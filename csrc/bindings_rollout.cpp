@@ -1,0 +1,265 @@
+#include <pybind11/numpy.h>
+
+#include "bindings.hpp"
+#include "block_allocator.hpp"
+#include "decode_attention.hpp"
+#include "decoder.hpp"
+#include "sampling.hpp"
+
+namespace r1fast {
+
+namespace {
+
+using Int32Array = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+
+// Its calls are short and belong to one thread: they keep the GIL.
+void bind_block_allocator(py::module_& m) {
+  py::class_<BlockAllocator>(m, "BlockAllocator", "Holders of the blocks of a KV cache, and its prefix cache.")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t>(), py::arg("num_blocks"), py::arg("block_size"),
+           py::arg("max_cached") = -1, py::arg("hash_bits") = 64)
+      .def_property_readonly("num_blocks", &BlockAllocator::num_blocks)
+      .def_property_readonly("block_size", &BlockAllocator::block_size)
+      .def_property_readonly("num_used", &BlockAllocator::num_used)
+      .def_property_readonly("num_cached", &BlockAllocator::num_cached)
+      .def_property_readonly("num_available", &BlockAllocator::num_available)
+      .def_property_readonly("peak_used", &BlockAllocator::peak_used)
+      .def("holders", &BlockAllocator::holders, py::arg("block"))
+      .def(
+          "allocate",
+          [](BlockAllocator& self, int64_t count) {
+            std::vector<int32_t> blocks(static_cast<size_t>(std::max<int64_t>(std::min(count, self.num_blocks()), 0)));
+            self.allocate(count, blocks.data());
+            return py::array_t<int32_t>(static_cast<py::ssize_t>(blocks.size()), blocks.data());
+          },
+          py::arg("count"))
+      .def(
+          "share", [](BlockAllocator& self, const Int32Array& blocks) { self.share(blocks.data(), blocks.size()); },
+          py::arg("blocks"))
+      .def(
+          "free", [](BlockAllocator& self, const Int32Array& blocks) { self.free(blocks.data(), blocks.size()); },
+          py::arg("blocks"))
+      .def(
+          "lookup",
+          [](BlockAllocator& self, const Int32Array& tokens) {
+            std::vector<int32_t> found(static_cast<size_t>(tokens.size() / self.block_size()));
+            const int64_t count = self.lookup(tokens.data(), tokens.size(), found.data());
+            return py::array_t<int32_t>(count, found.data());
+          },
+          py::arg("tokens"))
+      .def(
+          "insert",
+          [](BlockAllocator& self, const Int32Array& tokens, const Int32Array& blocks) {
+            self.insert(tokens.data(), tokens.size(), blocks.data(), blocks.size());
+          },
+          py::arg("tokens"), py::arg("blocks"))
+      .def("reset", &BlockAllocator::reset);
+}
+
+// The paged cache and decode attention. The caller, kernels/paged_*.py, has checked dtypes, shapes and strides.
+void bind_decode(py::module_& m) {
+  using Address = uintptr_t;
+
+  m.def(
+      "write_kv",
+      [](Address keys, Address values, int64_t num_kv_heads, int64_t head_dim, bool bf16, Address k, int64_t ld_k,
+         Address v, int64_t ld_v, Address slots, int64_t num_tokens, int64_t num_threads) {
+        with_dtype(bf16, [&](auto kind) {
+          using T = decltype(kind);
+          const PagedCache<T> cache{at<T>(keys), at<T>(values), num_kv_heads, head_dim};
+          write_kv(cache, at<const T>(k), ld_k, at<const T>(v), ld_v, at<const int64_t>(slots), num_tokens,
+                           num_threads);
+        });
+      },
+      py::arg("keys"), py::arg("values"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("bf16"), py::arg("k"),
+      py::arg("ld_k"), py::arg("v"), py::arg("ld_v"), py::arg("slots"), py::arg("num_tokens"),
+      py::arg("num_threads"), "Stores k and v (N, K, Dh) in their slots of the tiled cache.");
+
+  py::class_<DecodeWorkspace>(m, "DecodeWorkspace", "Memory of decode attention, kept between calls.")
+      .def(py::init<>())
+      .def(
+          "attend",
+          [](DecodeWorkspace& self, Address q, Address out, int64_t num_heads, float scale, Address keys,
+             Address values, int64_t num_kv_heads, int64_t head_dim, bool bf16, Address block_table,
+             int64_t max_blocks, int64_t block_size, Address context_lens, Address query_starts, Address group_starts,
+             Address shared_blocks, int64_t num_groups, const std::string& level, int64_t num_threads) {
+            with_dtype(bf16, [&](auto kind) {
+              using T = decltype(kind);
+              const DecodeProblem<T> problem{at<const T>(q),
+                                                     at<T>(out),
+                                                     num_heads,
+                                                     scale,
+                                                     at<const int32_t>(block_table),
+                                                     max_blocks,
+                                                     block_size / kTile,
+                                                     at<const int32_t>(context_lens),
+                                                     at<const int32_t>(query_starts),
+                                                     at<const int32_t>(group_starts),
+                                                     at<const int32_t>(shared_blocks),
+                                                     num_groups};
+              const PagedCache<T> cache{at<T>(keys), at<T>(values), num_kv_heads, head_dim};
+              self.run(problem, cache, level, num_threads);
+            });
+          },
+          py::arg("q"), py::arg("out"), py::arg("num_heads"), py::arg("scale"), py::arg("keys"), py::arg("values"),
+          py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("bf16"), py::arg("block_table"),
+          py::arg("max_blocks"), py::arg("block_size"), py::arg("context_lens"), py::arg("query_starts"),
+          py::arg("group_starts"), py::arg("shared_blocks"), py::arg("num_groups"), py::arg("level"),
+          py::arg("num_threads"), "out (Nq, H, Dh): attention of q over the tiled cache.");
+}
+
+#if defined(__x86_64__)
+template <class T, class Tiles>
+void bind_decoder_of(py::module_& m, const char* name) {
+  using Address = uintptr_t;
+  using Native = Decoder<T, Tiles>;
+  using Linear = typename Native::Linear;
+  py::class_<Native>(m, name, "The decoder's forward over packed weights and a tiled cache.")
+      .def(py::init([](int64_t width, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t mlp_width,
+                       float eps, Address embedding, int64_t ld_embedding, Address norm) {
+             return std::make_unique<Native>(
+                 DecoderShape{width, num_heads, num_kv_heads, head_dim, mlp_width, eps},
+                 at<const T>(embedding), ld_embedding, at<const T>(norm));
+           }),
+           py::arg("width"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
+           py::arg("mlp_width"), py::arg("eps"), py::arg("embedding"), py::arg("ld_embedding"), py::arg("norm"))
+      .def(
+          "add_layer",
+          [](Native& self, Address attn_norm, Address q_norm, Address k_norm, Address mlp_norm, const Linear& qkv,
+             const Linear& o, const Linear& gate_up, const Linear& down, Address keys, Address values) {
+            self.add_layer({at<const T>(attn_norm), at<const T>(q_norm), at<const T>(k_norm), at<const T>(mlp_norm),
+                            &qkv, &o, &gate_up, &down, at<T>(keys), at<T>(values)});
+          },
+          py::arg("attn_norm"), py::arg("q_norm"), py::arg("k_norm"), py::arg("mlp_norm"), py::arg("qkv"),
+          py::arg("o"), py::arg("gate_up"), py::arg("down"), py::arg("keys"), py::arg("values"),
+          py::keep_alive<1, 6>(), py::keep_alive<1, 7>(), py::keep_alive<1, 8>(), py::keep_alive<1, 9>())
+      .def(
+          "run",
+          [](Native& self, Address tokens, Address positions, Address slots, int64_t num_tokens, Address rotations,
+             Address block_table, int64_t max_blocks, int64_t block_size, Address context_lens, Address query_starts,
+             Address group_starts, Address shared_blocks, int64_t num_groups, Address hidden, int64_t ld_hidden,
+             int64_t num_threads) {
+            py::gil_scoped_release release;
+            const DecodeProblem<T> attention{nullptr,
+                                                     nullptr,
+                                                     0,
+                                                     0,
+                                                     at<const int32_t>(block_table),
+                                                     max_blocks,
+                                                     block_size / kTile,
+                                                     at<const int32_t>(context_lens),
+                                                     at<const int32_t>(query_starts),
+                                                     at<const int32_t>(group_starts),
+                                                     at<const int32_t>(shared_blocks),
+                                                     num_groups};
+            const typename Native::Step step{at<const int64_t>(tokens), at<const int64_t>(positions),
+                                              at<const int64_t>(slots),  num_tokens,
+                                              at<const float>(rotations), attention};
+            self.run(step, at<T>(hidden), ld_hidden, num_threads);
+          },
+          py::arg("tokens"), py::arg("positions"), py::arg("slots"), py::arg("num_tokens"), py::arg("rotations"),
+          py::arg("block_table"), py::arg("max_blocks"), py::arg("block_size"), py::arg("context_lens"),
+          py::arg("query_starts"), py::arg("group_starts"), py::arg("shared_blocks"), py::arg("num_groups"),
+          py::arg("hidden"), py::arg("ld_hidden"), py::arg("num_threads"));
+}
+#endif
+
+// The decoder's own products and what stands between them. The caller, rollout/native.py, has checked shapes and strides.
+void bind_decoder(py::module_& m) {
+  using Address = uintptr_t;
+#if defined(__x86_64__)
+  py::enum_<After>(m, "After").value("store", After::kStore).value("add", After::kAdd).value("silu", After::kSilu);
+
+  const auto bind_linear = [&m](auto kind, auto tiles, const char* name) {
+    using T = decltype(kind);
+    using Linear = PackedLinear<T, decltype(tiles)>;
+    py::class_<Linear>(m, name, "A weight (N, D) packed for x W^T.")
+        .def(py::init([](Address weight, int64_t ld, Address bias, int64_t num_out, int64_t num_in, bool halved,
+                         int64_t num_threads) {
+               py::gil_scoped_release release;
+               return std::make_unique<Linear>(at<const T>(weight), ld, at<const T>(bias), num_out, num_in, halved,
+                                               num_threads);
+             }),
+             py::arg("weight"), py::arg("ld"), py::arg("bias"), py::arg("num_out"), py::arg("num_in"),
+             py::arg("halved"), py::arg("num_threads"))
+        .def_property_readonly("num_bytes", &Linear::num_bytes)
+        .def_property_readonly("words_read", &Linear::words_read)
+        .def(
+            "run",
+            [](const Linear& self, Address x, int64_t ld_x, int64_t num_rows, Address y, int64_t ld_y, After after,
+               bool to_float32, int64_t num_threads) {
+              py::gil_scoped_release release;
+              if (to_float32) {
+                self.run(at<const T>(x), ld_x, num_rows, at<float>(y), ld_y, after, num_threads);
+              } else {
+                self.run(at<const T>(x), ld_x, num_rows, at<T>(y), ld_y, after, num_threads);
+              }
+            },
+            py::arg("x"), py::arg("ld_x"), py::arg("num_rows"), py::arg("y"), py::arg("ld_y"), py::arg("after"),
+            py::arg("to_float32"), py::arg("num_threads"));
+  };
+  bind_linear(0.0f, Avx512Tiles{}, "PackedLinearF32");
+  bind_linear(Bf16{}, Avx512Tiles{}, "PackedLinearBF16");
+  bind_linear(Bf16{}, AmxTiles{}, "PackedLinearAMX");
+
+  bind_decoder_of<float, Avx512Tiles>(m, "DecoderF32");
+  bind_decoder_of<Bf16, Avx512Tiles>(m, "DecoderBF16");
+  bind_decoder_of<Bf16, AmxTiles>(m, "DecoderAMX");
+#endif
+}
+
+// The caller, kernels/sample.py, has checked dtypes and shapes; 0 is the address of what is absent.
+void bind_sample(py::module_& m) {
+  using Address = uintptr_t;
+
+  m.def(
+      "sample",
+      [](Address logits, int64_t ld, bool bf16, int64_t num_rows, int64_t vocab_size, Address u, Address temperature,
+         Address top_k, Address top_p, Address min_p, Address tokens, Address logprobs, Address truncated_logprobs,
+         Address is_bad, Address row_starts, Address ids, Address penalty, Address bias, Address given,
+         Address entropies, int64_t num_top, Address top_ids, Address top_logprobs, const std::string& level,
+         int64_t num_threads) {
+        with_dtype(bf16, [&](auto kind) {
+          using T = decltype(kind);
+          const SampleProblem<T> problem{at<const T>(logits),
+                                                 ld,
+                                                 num_rows,
+                                                 vocab_size,
+                                                 at<const double>(u),
+                                                 at<const float>(temperature),
+                                                 at<const int64_t>(top_k),
+                                                 at<const float>(top_p),
+                                                 at<const float>(min_p),
+                                                 at<int64_t>(tokens),
+                                                 at<float>(logprobs),
+                                                 at<float>(truncated_logprobs),
+                                                 at<bool>(is_bad),
+                                                 at<const int64_t>(row_starts),
+                                                 at<const int64_t>(ids),
+                                                 at<const float>(penalty),
+                                                 at<const float>(bias),
+                                                 at<const int64_t>(given),
+                                                 at<float>(entropies),
+                                                 num_top,
+                                                 at<int64_t>(top_ids),
+                                                 at<float>(top_logprobs)};
+          sample(problem, level, num_threads);
+        });
+      },
+      py::arg("logits"), py::arg("ld"), py::arg("bf16"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("u"),
+      py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("tokens"),
+      py::arg("logprobs"), py::arg("truncated_logprobs"), py::arg("is_bad"), py::arg("row_starts"), py::arg("ids"),
+      py::arg("penalty"), py::arg("bias"), py::arg("given"), py::arg("entropies"), py::arg("num_top"),
+      py::arg("top_ids"), py::arg("top_logprobs"), py::arg("level"), py::arg("num_threads"),
+      "A token and its log-probability, a row.");
+}
+
+}  // namespace
+
+void bind_rollout(py::module_& m) {
+  bind_block_allocator(m);
+  bind_decoder(m);
+  bind_decode(m);
+  bind_sample(m);
+}
+
+}  // namespace r1fast
