@@ -195,8 +195,7 @@ def test_the_loss_takes_what_the_sampler_wrote(tmp_path, dtype, monkeypatch):
     objective = module.grpo_objective
 
     def keep(hidden, head_weight, batch, *args, **kwargs):
-        m = batch.completion_mask
-        taken.append((batch.policy_logprobs[m], batch.old_logprobs[m], batch.ref_logprobs[m]))
+        taken.append((batch.policy_logprobs, batch.old_logprobs, batch.ref_logprobs))
         return objective(hidden, head_weight, batch, *args, **kwargs)
 
     monkeypatch.setattr(module, "grpo_objective", keep)
