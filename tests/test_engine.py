@@ -185,3 +185,40 @@ def test_diverged_weights_are_named(bad):
         broken.layers[0].o.weight[0, 0] = bad
     with pytest.raises(FloatingPointError, match="not finite: its weights have diverged"):
         generate(broken)
+
+
+def test_what_a_nan_has_touched_is_not_found_again():
+    """The blocks of a prompt whose logits are not finite do not stay in the prefix cache."""
+    model = tiny_model(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.embed.weight[96] = torch.nan
+    engine, sampling = Engine(model, [EOS]), SamplingParams(max_tokens=2, ignore_eos=True)
+    bad = [96, *range(4, 44)]
+    with pytest.raises(FloatingPointError):
+        engine.generate([bad], 1, sampling)
+    assert engine.stats.blocks_cached == 0
+    engine.generate([bad[1:]], 1, sampling)
+    assert engine.stats.blocks_cached > 0
+
+
+@pytest.mark.parametrize("options", [{"stream": True}, {"stop": ("never",)}, {}])
+def test_a_tokenizer_that_fails_ends_its_sample_alone(options):
+    def decode(ids):
+        if 50 in ids:
+            raise KeyError("no such piece")
+        return "x" * len(ids)
+
+    stream = options.pop("stream", False)
+    engine = Engine(tiny_model(), [EOS], decode=decode)
+    common = {"max_tokens": 3, "ignore_eos": True, **options}
+    failing = engine.add(
+        [5, 6], [1], SamplingParams(logit_bias={50: 1e5}, **common), stream=stream, name="mine"
+    )
+    other = engine.add([5, 7], [2], SamplingParams(logit_bias={9: 1e5}, **common), stream=stream)
+    ended = {}
+    while engine.has_work:
+        ended |= {e.request_id: e for e in engine.step() if e.finish_reason}
+    assert ended[failing].finish_reason == "error"
+    assert "mine, sample 0: its tokens cannot be decoded to text (KeyError" in ended[failing].error
+    assert ended[other].finish_reason == "length"
+    assert engine.stats.blocks_used == 0

@@ -24,7 +24,7 @@ from r1fast.rollout.request import (
     check_request,
     why_banned,
 )
-from r1fast.rollout.result import EngineStats, event_of
+from r1fast.rollout.result import EngineStats, event_of, undecodable
 from r1fast.rollout.rows import Rows
 from r1fast.rollout.runner import Runner
 from r1fast.rollout.sampler import SamplingParams
@@ -273,9 +273,8 @@ class Engine(Loops):
         if chunks:
             hidden = self.runner.prefill(chunks, self.scheduler.cache)
             complete = self.scheduler.computed(chunks)
-            logits = self.runner.logits(hidden) if complete else ()
-            for job, row in zip(complete, logits, strict=True):
-                job.logits = row.clone()
+            if complete:
+                self.scheduler.keep(complete, self.runner.logits(hidden))
             self._counts.prefill_tokens += sum(end - start for _, start, end in chunks)
             self._start(events)
 
@@ -333,8 +332,10 @@ class Engine(Loops):
         if rows.num_watched:
             for i in np.flatnonzero(rows.is_watched[slots]):
                 sample = rows.samples[slots[i]]
-                self._watch(sample, int(tokens[i]), drawn, int(at[i]))
-                if sample.text is not None and sample.text.stopped_by is not None:
+                if error := self._watch(sample, int(tokens[i]), drawn, int(at[i])):
+                    ended[i] = False
+                    self._end(sample, "error", events, error=error)
+                elif sample.text is not None and sample.text.stopped_by is not None:
                     ended[i] = False
                     self._end(sample, "stop", events, stop_reason=sample.text.stopped_by)
                 elif sample.request.stream and not ended[i]:
@@ -346,8 +347,8 @@ class Engine(Loops):
             else:
                 self._end(sample, "length", events)
 
-    def _watch(self, sample: Sample, token: int, drawn: Draw, at: int) -> None:
-        """What a sample that is watched does with a token."""
+    def _watch(self, sample: Sample, token: int, drawn: Draw, at: int) -> str:
+        """What a sample that is watched does with a token. Returns why it must end, if so."""
         if sample.seen is not None:
             sample.seen[token] = True
         if n := sample.request.sampling.top_logprobs:
@@ -355,7 +356,14 @@ class Engine(Loops):
             sample.top_logprobs.append(list(zip(*top, strict=True)))
         if sample.text is not None:
             may_stop = self.rows.length[sample.slot] > self.rows.min_length[sample.slot]
-            sample.shown += sample.text.feed([token], may_stop=bool(may_stop))
+            try:
+                sample.shown += sample.text.feed([token], may_stop=bool(may_stop))
+            except (
+                Exception
+            ) as failure:  # the tokenizer's: it ends this sample, not the others' step
+                sample.text = None
+                return undecodable(failure)
+        return ""
 
     def _end(self, sample: Sample, reason: str, events: list[TokenEvent], **why) -> None:
         if why.get("error"):

@@ -63,7 +63,8 @@ class Prefill:
     samples: list[Sample]  # that have not started
     blocks: np.ndarray | None = None  # (num_blocks,) int32, held from its admission on
     num_computed: int = 0  # tokens whose keys and values are in the cache
-    logits: Tensor | None = None  # (1, V) of the last token, once all are computed
+    logits: Tensor | None = None  # (V,) of the last token, once all are computed
+    is_sound: bool = False  # whether a token can be drawn from them
 
 
 def check_request(

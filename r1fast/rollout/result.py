@@ -78,11 +78,11 @@ def event_of(
     request, first = sample.request, sample.num_emitted
     token_ids = values["tokens"][first:].tolist()
     sample.num_emitted += len(token_ids)
-    if reason and sample.text is not None:
-        sample.shown += sample.text.finish()
-    text, sample.shown = sample.shown, ""
-    if not request.stream and (sample.text is None or sample.text.stopped_by is None):
-        text = decode(token_ids)
+    try:
+        text = _text_of(sample, token_ids, decode, is_last=reason is not None)
+    except Exception as error:  # the tokenizer's: it ends this sample, not the others' step
+        name = f"{request.name}, sample {sample.index}"
+        text, reason, why = "", "error", {"error": f"{name}: {undecodable(error)}"}
     top, sample.top_logprobs = sample.top_logprobs, []
     return TokenEvent(
         request.id,
@@ -96,6 +96,21 @@ def event_of(
         reason,
         **why,
     )
+
+
+def _text_of(
+    sample: Sample, token_ids: list[int], decode: Callable[[list[int]], str], *, is_last: bool
+) -> str:
+    if is_last and sample.text is not None:
+        sample.shown += sample.text.finish()
+    text, sample.shown = sample.shown, ""
+    if not sample.request.stream and (sample.text is None or sample.text.stopped_by is None):
+        text = decode(token_ids)
+    return text
+
+
+def undecodable(error: Exception) -> str:
+    return f"its tokens cannot be decoded to text ({type(error).__name__}: {error})"
 
 
 def completion_of(events: Sequence[TokenEvent]) -> Completion:

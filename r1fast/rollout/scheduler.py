@@ -9,6 +9,8 @@ the cache is full, the sample that started last gives its blocks back and is com
 from collections import deque
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from r1fast.rollout.kv_cache import KVCache
 from r1fast.rollout.request import Prefill, Request, Sample
@@ -87,9 +89,13 @@ class Scheduler:
 
     def _return(self, job: Prefill) -> None:
         """Back to the front of the queue, to be computed from the beginning."""
-        self._release(job.blocks, job.tokens[: job.num_computed])
-        job.blocks, job.num_computed, job.logits = None, 0, None
+        self._give_up(job)
+        job.blocks, job.num_computed, job.logits, job.is_sound = None, 0, None, False
         self.waiting.appendleft(job)
+
+    def _give_up(self, job: Prefill) -> None:
+        """Its blocks. What it has computed is known to be sound once there are logits that are."""
+        self._release(job.blocks, job.tokens[: job.num_computed if job.is_sound else 0])
 
     def _release(self, blocks: np.ndarray, computed: np.ndarray) -> None:
         """Give up blocks; the full ones, which hold the `computed` tokens, may be found again."""
@@ -146,13 +152,20 @@ class Scheduler:
         for job, _, end in chunks:
             job.num_computed = end
             if end == len(job.tokens):
-                if self.prefix_cache:
-                    full = end // self.cache.block_size
-                    self.allocator.insert(job.tokens, job.blocks[:full])
                 complete.append(job)
         self.prefilling = [job for job in self.prefilling if job not in complete]
         self.ready += complete
         return complete
+
+    def keep(self, jobs: list[Prefill], logits: Tensor) -> None:
+        """(n, V) logits of the last tokens of complete jobs. Where they are sound, others may find the blocks."""
+        # minus infinity bans a token; what a NaN has touched is not to be found again
+        sound = (logits < torch.inf).all(1) & logits.isfinite().any(1)
+        for job, row, job.is_sound in zip(jobs, logits, sound.tolist(), strict=True):
+            job.logits = row.clone()
+            if self.prefix_cache and job.is_sound:
+                full = len(job.tokens) // self.cache.block_size
+                self.allocator.insert(job.tokens, job.blocks[:full])
 
     def start(self) -> list[Start]:
         """Give free slots to samples that are ready. Their first token is drawn from the job's logits."""
@@ -207,7 +220,7 @@ class Scheduler:
             sample.is_done = True
         for job in (*self.prefilling, *self.ready):
             if job.request is request:
-                self._release(job.blocks, job.tokens[: job.num_computed])
+                self._give_up(job)
         for name in ("waiting", "prefilling", "ready"):
             jobs = getattr(self, name)
             setattr(self, name, type(jobs)(job for job in jobs if job.request is not request))

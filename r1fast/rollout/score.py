@@ -82,11 +82,15 @@ class Scoring:
     def _allocate(self, count: int, name: str) -> np.ndarray:
         if count > self.allocator.num_available:
             self._forward()
-        if count > self.allocator.num_available:
+        if count > (free := self.allocator.num_available):
+            remedy = f"give the cache {count * self.cache.block_bytes} bytes or more"
+            if count <= self.cache.num_blocks:
+                remedy = "score when the requests that hold the others have ended, or " + (
+                    "give the cache more bytes"
+                )
             raise ValueError(
-                f"{name} needs {count} blocks of the cache, {self.allocator.num_available} of "
-                f"{self.cache.num_blocks} are free: give the cache "
-                f"{count * self.cache.block_bytes} bytes or more"
+                f"{name} needs {count} blocks of the cache, {free} of {self.cache.num_blocks} are "
+                f"free: {remedy}"
             )
         return self.allocator.allocate(count)
 
