@@ -146,7 +146,7 @@ def test_a_prompt_that_opens_the_thought():
     assert rollout.rewards[0].total == 2.0
 
 
-def test_user_rewards_follow_trls_contract():
+def test_user_rewards_follow_trls_contract(capsys):
     seen = {}
 
     def reward(prompts, completions, completion_ids, **columns):
@@ -159,6 +159,7 @@ def test_user_rewards_follow_trls_contract():
     assert [r.parts["mine"] for r in rollout.rewards] == [1.0, None, None]
     assert rollout.rewards[0].total == 2.25
     assert s.errors["mine"] == 1  # NaN is a failure, None is not
+    assert "reward 'mine' returned nan for problem" in " ".join(capsys.readouterr().err.split())
     assert seen["prompts"] == ["3 + 5"] * 3
     assert seen["answer"] == ["8"] * 3
     assert seen["level"] == [3] * 3

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from r1fast.config import RewardConfig, TemplateConfig
+from r1fast.metrics import warn
 from r1fast.protocol import split_completion
 from r1fast.rewards.format import format_reward
 from r1fast.rewards.language import check_language, knows_language, language_consistency
@@ -235,11 +236,17 @@ class RewardScorer:
                 raise ValueError(
                     f"reward {name!r} returned {len(scores)} scores for {len(rows)} completions"
                 )
+            bad = [i for i, s in enumerate(scores) if s is not None and not math.isfinite(s)]
+            if bad:
+                self.errors[name] += len(bad)
+                warn(
+                    f"reward {name!r} returned {scores[bad[0]]} for problem "
+                    f"{problems[bad[0]].id!r}; {len(bad)} of {len(scores)} scores are not finite "
+                    "and do not count"
+                )
             for part, score in zip(parts, scores, strict=True):
-                if score is not None and not math.isfinite(score):
-                    self.errors[name] += 1
-                    score = None
-                part[name] = None if score is None else float(score)
+                counts = score is not None and math.isfinite(score)
+                part[name] = float(score) if counts else None
 
 
 def check_problems(problems: Sequence[Problem], config: RewardConfig) -> None:
