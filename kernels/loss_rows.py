@@ -179,7 +179,7 @@ def drop_dead_rows(
     index: Tensor, rows: LossRows, options: PolicyLossOptions
 ) -> tuple[Tensor, LossRows]:
     """Without the tokens whose gradient is known to be 0 before any log-probability is."""
-    if options.kl_coef or options.needs_entropy:
+    if not options.learns_by_advantage_alone:
         return index, rows
     live = (rows.advantages != 0) & (rows.weights != 0)
     if rows.importance is not None:

@@ -104,6 +104,11 @@ class PolicyLossOptions:
         return self.entropy_coef != 0 or self.top_entropy_quantile < 1
 
     @property
+    def learns_by_advantage_alone(self) -> bool:
+        """Whether the gradient of a sequence without advantage is exactly 0, whatever its tokens."""
+        return self.kl_coef == 0 and not self.needs_entropy
+
+    @property
     def looks_at_sequences(self) -> bool:
         """Whether a token's loss depends on other tokens of its sequence."""
         return (

@@ -100,6 +100,8 @@ class GRPOConfig:
     std_eps: float = 1e-4
     token_budget: int = 16384  # tokens forwarded in one micro-batch
     shared_prompt: bool = True  # a group's prompt is forwarded once a micro-batch; exact
+    # without KL and entropy_coef a completion of advantage 0 is not forwarded; exact
+    drop_without_signal: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ how a step is split.
 
 from collections.abc import Sequence
 from dataclasses import fields
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from r1fast.kernels.advantages import group_advantages
 from r1fast.kernels.fused_grpo_loss import fused_grpo_loss
 from r1fast.kernels.loss_rows import SEQUENCE_MEANS, divisor_of
 from r1fast.kernels.policy_loss_options import LOSS_TYPES, PolicyLossOptions
-from r1fast.types import PackedBatch, RolloutGroup
+from r1fast.types import VERDICTS, PackedBatch, RolloutGroup
 
 NAMES = {f.name for f in fields(GRPOConfig)}
 
@@ -49,22 +50,59 @@ def token_weights(
 def rollout_advantages(
     groups: list[RolloutGroup], config: GRPOConfig, batch_std: Tensor | None = None
 ) -> list[list[float]]:  # per group, per completion
-    """Advantages of every group from its rewards, computed in float64."""
+    """Advantages of every group from its rewards, computed in float64.
+
+    Exactly 0 in a group without signal: equal rewards, or equal verdicts and rewards that differ by
+    float noise. Raises ValueError, with the problem, for a reward that is not finite or missing.
+    """
     if not groups:
         return []
+    for group in groups:
+        _check_rewards(group)
     totals = [[r.total for r in g.rewards] for g in groups]
-    if sizes := {len(t) for t in totals if len(t) != len(totals[0])}:
-        raise ValueError(
-            f"groups must have {len(totals[0])} rewards each, got one of {sizes.pop()}"
-        )
+    for group, row in zip(groups, totals, strict=True):
+        if len(row) != len(totals[0]):
+            raise ValueError(
+                f"groups must have {len(totals[0])} rewards each, got one of {len(row)}: problem "
+                f"{group.problem.id!r}"
+            )
     advantages = group_advantages(
         torch.tensor(totals, dtype=torch.float64),
         scale=config.scale_rewards,
         std=config.std,
         eps=config.std_eps,
         batch_std=batch_std,
+        verdicts=torch.tensor([_verdict_codes(g) for g in groups]),
     )
     return advantages.tolist()
+
+
+def _check_rewards(group: RolloutGroup) -> None:
+    if len(group.rewards) != len(group.completions):
+        raise ValueError(
+            f"problem {group.problem.id!r} has {len(group.rewards)} rewards for "
+            f"{len(group.completions)} completions"
+        )
+    for i, reward in enumerate(group.rewards):
+        if not isfinite(reward.total):
+            parts = {n: v for n, v in reward.parts.items() if v is not None and not isfinite(v)}
+            named = ", ".join(f"{name} is {value}" for name, value in parts.items())
+            raise ValueError(
+                f"problem {group.problem.id!r}, completion {i}: the reward is {reward.total}"
+                + f" ({named})" * bool(named)
+                + "; a reward function must return a finite number, or None where it does not apply"
+            )
+
+
+def _verdict_codes(group: RolloutGroup) -> list[int]:
+    """A number for each kind of verdict; where nothing was verified, each is its own kind.
+
+    A grader's failure earns the mean of the others, so it is of their kind.
+    """
+    verdicts = [reward.verdict for reward in group.rewards]
+    others = next((v for v in verdicts if v != "error"), "error")
+    kinds = [others if v == "error" else v for v in verdicts]
+    return [-1 - i if kind is None else VERDICTS.index(kind) for i, kind in enumerate(kinds)]
 
 
 def grpo_objective(

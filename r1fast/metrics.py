@@ -53,7 +53,12 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
         "keys and values held at once, at most since the start, all ranks",
     ),
     "train/tokens_forwarded": ("tokens", "forwarded by the policy in training, all ranks"),
-    "train/tokens_saved": ("share", "that shared prompts kept from being forwarded again"),
+    "train/tokens_saved": (
+        "share",
+        "not forwarded: shared prompts, and completions without signal",
+    ),
+    "train/tokens_without_signal": ("share", "completion tokens dropped, their advantage being 0"),
+    "train/steps_without_signal": ("", "optimizer steps left out: nothing in them had signal"),
     "ratio": ("", "mean of policy probability over sampler probability, per token; 1 on policy"),
     "loss": ("", "training loss"),
     "grad_norm": ("", "norm of the gradient before clipping"),
@@ -240,6 +245,8 @@ def step_line(row: Mapping[str, Any], total: int | None = None, width: int = LIN
         add(0, "  len ", "completions/mean_length", lambda v: f"{v:3.0f}")
         add(3, "  kl ", "kl", lambda v: f"{v:.4f}".removeprefix("0") if 0 <= v < 1 else f"{v:5.3g}")
         add(4, " cut ", "completions/clipped_ratio", _share)
+        if row.get("train/steps_without_signal"):  # optimizer steps left out
+            add(0, "  no signal ", "train/steps_without_signal", lambda v: f"{v:.0f}")
     else:
         add(0, "  loss ", "loss", lambda v: f"{v:6.4f}")
         add(1, "  acc ", "accuracy", _share)

@@ -65,7 +65,7 @@ class GRPOTrainer(Trainer):
     ):
         g = config.grpo
         try:
-            PolicyLossOptions(**loss_options(g))
+            options = PolicyLossOptions(**loss_options(g))
         except ValueError as error:
             raise ValueError(f"grpo.{error}") from None
         if not problems:
@@ -75,6 +75,7 @@ class GRPOTrainer(Trainer):
                 f"grpo.prompts_per_step = {g.prompts_per_step} is less than the "
                 f"{distributed.world_size()} processes; every one needs a prompt"
             )
+        self.drops = g.drop_without_signal and options.learns_by_advantage_alone
         self.problems, self.general, self.scorer = problems, general or [], scorer
         self.evaluate = evaluate
         self.prompt_ids = self._encode(problems, policy, config)
@@ -210,26 +211,32 @@ class GRPOTrainer(Trainer):
         """One pass (or `num_iterations`) over a rollout. Returns the metrics of the training part."""
         g, G = self.config.grpo, self.config.rollout.num_generations
         sequences = self._sequences(groups)
-        lengths = [[len(c.token_ids) for c in group.completions] for group in groups]
-        by_rank = distributed.gather_objects(lengths)
-        P = sum(len(part) for part in by_rank)
-        length = {
-            (p, i): by_rank[p % self.world_size][p // self.world_size][i]
+        # in the order of the groups, G of each: what all ranks must agree on
+        own = [(len(s.completion_ids), s.advantage != 0) for s in sequences.values()]
+        by_rank = distributed.gather_objects(own)
+        P = sum(map(len, by_rank)) // G
+        facts = {
+            (p, i): by_rank[p % self.world_size][p // self.world_size * G + i]
             for p in range(P)
             for i in range(G)
         }
+        length = {key: n for key, (n, _) in facts.items()}
+        live = {key for key, (_, signal) in facts.items() if signal or not self.drops}
         if self.reference is not None:
             with self.timer("reference"):
                 self._fill_ref_logprobs(sequences)
         unshared = sum(s.num_tokens - 1 for s in sequences.values()) * g.num_iterations
-        sums: dict[str, float] = {"loss": 0.0, "unshared": unshared}
+        sums = {"loss": 0.0, "unshared": float(unshared), "forwarded": 0.0, "num_tokens": 0.0}
         norms, lr, mismatch = [], 0.0, (0.0, 0.0, 0.0, 0)
         num_parts = g.num_mini_batches * g.num_iterations
         for iteration in range(g.num_iterations):
-            for m, part in enumerate(self._split(list(length), step, iteration)):
-                first = iteration == m == 0
+            for part in self._split(list(length), step, iteration):
+                if live.isdisjoint(part):  # on every rank: no gradient, so no step of AdamW
+                    lr = self.next_learning_rate()
+                    continue
+                first = not norms
                 with self.timer("train"):
-                    mini = self._backward(part, sequences, length, check_mismatch=first)
+                    mini = self._backward(part, sequences, length, live, check_mismatch=first)
                     norm, lr = self.optimize()
                     self.engine.reset_prefix_cache()
                 norms.append(norm)
@@ -241,7 +248,7 @@ class GRPOTrainer(Trainer):
         self._refresh_reference(num_parts)
         total = distributed.sum_dict(sums)
         diffs = distributed.gather_objects(mismatch)
-        num_tokens = max(total.pop("num_tokens"), 1)
+        num_tokens = total.pop("num_tokens")
         self.num_tokens += sum(length.values()) + G * sum(
             distributed.gather_objects(sum(len(x.prompt_ids) for x in groups))
         )
@@ -249,12 +256,18 @@ class GRPOTrainer(Trainer):
         forwarded, unshared = total.pop("forwarded"), total.pop("unshared")
         row["train/tokens_forwarded"] = forwarded
         row["train/tokens_saved"] = 1 - forwarded / unshared
-        row["grad_norm"] = sum(norms) / len(norms)
-        row |= {key: value / num_tokens for key, value in total.items()}
-        row["logprob_mismatch/mean"] = sum(d[0] for d in diffs) / max(sum(d[3] for d in diffs), 1)
-        row["logprob_mismatch/max"] = max(d[1] for d in diffs)
-        if self.is_invariant:
-            row["logprob_mismatch/graph_max"] = max(d[2] for d in diffs)
+        num_live = sum(length[key] for key in live)
+        row["train/tokens_without_signal"] = 1 - num_live / sum(length.values())
+        row["train/steps_without_signal"] = num_parts - len(norms)
+        if norms:
+            row["grad_norm"] = sum(norms) / len(norms)
+        # means over what was forwarded; nothing is measured where nothing was
+        row |= {key: value / max(num_tokens, 1) for key, value in total.items()}
+        if num_diffs := sum(d[3] for d in diffs):
+            row["logprob_mismatch/mean"] = sum(d[0] for d in diffs) / num_diffs
+            row["logprob_mismatch/max"] = max(d[1] for d in diffs)
+            if self.is_invariant:
+                row["logprob_mismatch/graph_max"] = max(d[2] for d in diffs)
         return row
 
     def _sequences(self, groups: list[RolloutGroup]) -> dict[tuple[int, int], Sequence]:
@@ -282,10 +295,13 @@ class GRPOTrainer(Trainer):
             random.Random(f"{self.config.seed}/split/{step}/{iteration}").shuffle(keys)
         return [keys[m * len(keys) // N : (m + 1) * len(keys) // N] for m in range(N)]
 
-    def _backward(self, part, sequences, length, *, check_mismatch: bool) -> dict[str, float]:
-        """Gradients of one mini-batch, this rank's share of it. Returns sums over tokens."""
+    def _backward(self, part, sequences, length, live, *, check_mismatch: bool) -> dict[str, float]:
+        """Gradients of one mini-batch, this rank's share of it. Returns sums over tokens.
+
+        The denominators are those of the whole mini-batch, also of what is not `live`.
+        """
         g = self.config.grpo
-        owned = [key for key in part if key in sequences]
+        owned = [key for key in part if key in sequences and key in live]
         num_tokens = sum(length[key] for key in part)
         weights = token_weights(
             g.loss_type,

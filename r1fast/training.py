@@ -175,9 +175,8 @@ class Trainer:
         """Sum gradients over ranks and step. Returns (gradient norm, learning rate)."""
         self.optimizer.accumulate()
         distributed.sum_gradients(self.optimizer.masters)
-        lr = learning_rate(self.config.optim, self.optimizer_step, self.num_optimizer_steps)
+        lr = self.next_learning_rate()
         norm, applied = self.optimizer.step(lr)
-        self.optimizer_step += 1
         self.num_skipped = 0 if applied else self.num_skipped + 1
         if not applied:
             warn(f"step {self.step + 1}: gradient is not finite, update skipped")
@@ -187,6 +186,12 @@ class Trainer:
                 f"{self.folder / 'checkpoints'}. Lower optim.lr or check the data."
             )
         return norm, lr
+
+    def next_learning_rate(self) -> float:
+        """Of this optimizer step, which is counted: the schedule goes on also where none is made."""
+        lr = learning_rate(self.config.optim, self.optimizer_step, self.num_optimizer_steps)
+        self.optimizer_step += 1
+        return lr
 
     def run(self) -> None:
         """Train to the end, from wherever the newest checkpoint stands; then save the model.

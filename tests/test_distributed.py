@@ -23,7 +23,7 @@ from r1fast.metrics import read_metrics
 from r1fast.rejection import rejection_sample
 from r1fast.sft import SFTTrainer
 from r1fast.trainer import GRPOTrainer
-from r1fast.types import Sequence
+from r1fast.types import Reward, Sequence
 
 # an eps far above the gradients' rounding: AdamW's first steps divide by the gradient's size
 COMMON = ("--grpo.num_steps=2", "--sft.max_steps=2", "--optim.eps=0.001", "--grpo.token_budget=60")
@@ -35,9 +35,21 @@ RUNS = {
     # as many mini-batches as completions: a rank has nothing in most of them
     "splinters": ("--grpo.num_mini_batches=8", "--grpo.prompts_per_step=2",
                   "--grpo.ref_refresh_steps=8"),
+    # a completion each: some have no signal, so a rank or both have nothing to forward
+    "no_signal": ("--grpo.num_mini_batches=8", "--grpo.prompts_per_step=2", "--grpo.kl_coef=0"),
     "sft": (),
     "sft_sequence": ("--sft.loss=sequence", "--sft.batch_size=1"),
 }  # fmt: skip
+
+
+class SecondProblemOnly(ParityScorer):
+    """Problems of an even number, which the first rank has in the first step, earn nothing."""
+
+    def score(self, groups, step_from_end=None):
+        super().score(groups, step_from_end)
+        for group in groups:
+            if int(group.problem.id[1:]) % 2 == 0:
+                group.rewards = [Reward(0.0, {}, None) for _ in group.rewards]
 
 
 def train(name: str, folder: Path) -> dict[str, torch.Tensor]:
@@ -48,7 +60,8 @@ def train(name: str, folder: Path) -> dict[str, torch.Tensor]:
         sequences = [Sequence(g.prompt_ids, c.token_ids) for g in groups for c in g.completions]
         trainer = SFTTrainer(policy, config, folder, sequences)
     else:
-        trainer = GRPOTrainer(policy, config, folder, tiny_problems(), ParityScorer())
+        scorer = SecondProblemOnly() if name == "no_signal" else ParityScorer()
+        trainer = GRPOTrainer(policy, config, folder, tiny_problems(), scorer)
     trainer.run()
     return {n: p.detach() for n, p in trainer.model.named_parameters()}
 
@@ -168,10 +181,17 @@ def test_two_ranks_train_as_one(both, name):
         for key, value in a.items():
             if "time" in key or key in ("stage", "tokens_per_second"):
                 continue
-            if key.startswith("train/tokens"):  # a prompt that two ranks have is forwarded by both
+            if key in ("train/tokens_forwarded", "train/tokens_saved"):
+                # a prompt that two ranks have is forwarded by both
                 continue
             atol = 2e-5 if key.startswith("logprob_mismatch") else 1e-6
             assert b[key] == pytest.approx(value, rel=1e-4, abs=atol), key
+
+
+def test_the_ranks_left_out_the_same_steps(both):
+    """Those in which neither had signal; in the others one of them had nothing to forward."""
+    rows = [row for folder in both for row in read_metrics(folder / "no_signal")]
+    assert all(0 < row["train/steps_without_signal"] < 8 for row in rows)
 
 
 def test_two_ranks_evaluate_as_one(both):

@@ -204,6 +204,7 @@ def test_rollout_advantages():
     totals = [r.total for r in groups[1].rewards]
     assert none[1] == pytest.approx([t - sum(totals) / G for t in totals])
     groups[1].rewards.pop()
+    groups[1].completions.pop()
     with pytest.raises(ValueError, match="groups must have 3 rewards each, got one of 2"):
         rollout_advantages(groups, tiny_config().grpo)
     assert rollout_advantages([], tiny_config().grpo) == []

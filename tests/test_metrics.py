@@ -92,6 +92,13 @@ def test_step_lines_of_a_stage_align():
     assert first.index("kl") == last.index("kl")
 
 
+def test_step_line_says_that_no_step_was_made():
+    assert "no signal" not in step_line(ROW | {"train/steps_without_signal": 0}, 60)
+    line = step_line(ROW | {"train/steps_without_signal": 2}, 60)
+    assert line.endswith("no signal 2  1.2s 9.3k tok/s")
+    assert len(line) <= 100
+
+
 def test_step_line_has_no_minus_zero():
     assert "reward 0.00±.00" in step_line(ROW | {"reward": -0.001, "reward_std": 0.001}, 60)
 

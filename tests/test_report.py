@@ -516,3 +516,16 @@ def test_length_is_that_of_verified_answers_where_known(tmp_path):
     text = rows.read_text().replace("completions/mean_length", "completions/mean_verified_length")
     rows.write_text(text)
     assert "mean length where an answer can be verified" in write_report(tmp_path).read_text()
+
+
+def test_steps_without_signal_are_reported(tmp_path):
+    build_run(tmp_path)
+    assert "left out because" not in write_report(tmp_path).read_text()
+    path = tmp_path / "r1_zero" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[:3]:
+        row["train/steps_without_signal"] = 2
+        del row["kl"]
+    _dump_rows(path, rows)
+    page = write_report(tmp_path).read_text()
+    assert "no completion had an advantage: 6 of R1-Zero;" in page

@@ -220,8 +220,8 @@ def test_later_updates_compare_like_with_like(tmp_path, monkeypatch):
     overrides = ("--grpo.num_iterations=3", "--grpo.num_mini_batches=2")
     real = GRPOTrainer._backward
 
-    def backward(self, part, sequences, length, *, check_mismatch):
-        out = real(self, part, sequences, length, check_mismatch=check_mismatch)
+    def backward(self, part, sequences, length, live, *, check_mismatch):
+        out = real(self, part, sequences, length, live, check_mismatch=check_mismatch)
         fresh = Engine(self.model, self.policy.eos_ids)
         for key in part:
             s = sequences[key]

@@ -202,12 +202,27 @@ def _curves(run: Run) -> list[str]:
         "mean; dots: evaluations."
     )
     return [
-        f'<p class="note">{note}</p>',
+        f'<p class="note">{note}{escape(_without_signal(reward))}</p>',
         f'<div class="charts">{"".join(figures)}</div>',
         details(
             "The curves as numbers: first and last tenth", table("Curves", ["", *titles], rows)
         ),
     ]
+
+
+def _without_signal(stages: Sequence[Stage]) -> str:
+    """How many optimizer steps were left out, where any was."""
+    counts = []
+    for stage in stages:
+        name = "train/steps_without_signal"
+        count = sum(number(row.get(name)) or 0.0 for row in stage.rows)
+        counts += [f"{count:.0f} of {stage.title}"] * (count > 0)
+    if not counts:
+        return ""
+    return (
+        f" Optimizer steps left out because no completion had an advantage: {', '.join(counts)};"
+        " the update's curves have no points there."
+    )
 
 
 def _series(stage: Stage, name: str, judged: str) -> Series:
