@@ -210,6 +210,12 @@ class GRPOTrainer(Trainer):
     def update(self, groups: list[RolloutGroup], step: int) -> dict[str, float]:
         """One pass (or `num_iterations`) over a rollout. Returns the metrics of the training part."""
         g, G = self.config.grpo, self.config.rollout.num_generations
+        for group in groups:
+            if len(group.completions) != G:
+                raise ValueError(
+                    f"problem {group.problem.id!r} has {len(group.completions)} completions, "
+                    f"rollout.num_generations is {G}"
+                )
         sequences = self._sequences(groups)
         # in the order of the groups, G of each: what all ranks must agree on
         own = [(len(s.completion_ids), s.advantage != 0) for s in sequences.values()]

@@ -188,6 +188,10 @@ def test_a_reward_that_is_not_finite_is_an_error_with_its_names(tmp_path):
     groups[2].rewards.pop()
     with pytest.raises(ValueError, match="problem 'g2' has 3 rewards for 4 completions"):
         make_trainer(tmp_path).update(groups, 0)
+    for group in groups:  # all of them, so that their sizes are equal
+        del group.completions[3:], group.rewards[3:]
+    with pytest.raises(ValueError, match="problem 'g0' has 3 completions"):
+        make_trainer(tmp_path).update(groups, 0)
 
 
 def test_float_noise_under_equal_verdicts_is_no_signal():
