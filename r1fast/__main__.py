@@ -20,7 +20,8 @@ Every value of the config can be set on the command line: --grpo.kl_coef=0 --dat
 --force goes on with a run whose config has changed. On several processes:
   torchrun --nproc-per-node 2 -m r1fast grpo CONFIG.toml
 A run that was stopped continues from its newest checkpoint with the same command. Ctrl-C saves
-one at the end of the step. Exit codes: 1 failed, 2 wrong input, 130 stopped.
+one at the end of the step. Exit codes: 1 failed, 2 wrong input, 130 stopped,
+141 nobody reads what generate prints.
 """
 
 import os
@@ -36,7 +37,7 @@ OPTIONS = {
 }
 FLAGS = ("force", "json")  # take no value
 REPEATED = ("prompt", "stop", "stop-token-id")  # may come several times
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
 
 
 Options = dict[str, str | list[str]]
@@ -94,6 +95,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         return _fail(f"r1fast: {error}", EXIT_USAGE)
     except (RuntimeError, OSError, FloatingPointError) as error:
+        if isinstance(error, BrokenPipeError) and argv[0] == "generate":  # as in `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+            return EXIT_PIPE
         hint = "(R1FAST_DEBUG=1 shows where)"
         return _fail(f"r1fast: {type(error).__name__}: {error} {hint}", EXIT_FAILED)
     except KeyboardInterrupt:

@@ -56,7 +56,8 @@ def generate(target: str, overrides: list[str], options: Options) -> None:
     began, num_tokens, num_failed = time.monotonic(), 0, 0
     alone = len(prompts) == num == 1 and "json" not in options
     parts: list[list[list[TokenEvent]]] = [[[] for _ in range(num)] for _ in prompts]
-    for event in engine.stream(prompts, num, sampling, seed=seed):
+    names = [f"prompt {i + 1}" for i in range(len(prompts))]  # as on the screen
+    for event in engine.stream(prompts, num, sampling, seed=seed, names=names):
         num_tokens += len(event.token_ids)
         events = parts[event.request_id][event.sample]
         events.append(event)
@@ -65,6 +66,9 @@ def generate(target: str, overrides: list[str], options: Options) -> None:
         if not event.finish_reason:
             continue
         completion = completion_of(events)
+        if completion.error:  # where it happened stands beside it
+            where = f"{names[event.request_id]}, sample {event.sample}: "
+            completion.error = completion.error.removeprefix(where)
         num_failed += event.finish_reason == "error"
         if "json" in options:
             say(_json_line(event, completion, len(prompts[event.request_id])))

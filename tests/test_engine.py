@@ -1,6 +1,7 @@
+import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model, tiny_policy
 
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams, sample_seed
@@ -167,6 +168,52 @@ def test_fewer_decode_steps_than_tokens(model):
 def test_bad_prompts(model, prompts, message):
     with pytest.raises(ValueError, match=message):
         generate(model, prompts)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "got"),
+    [
+        ([5, 6], "5"),
+        ([[[5, 6]]], r"\[\[5, 6\]\]"),
+        ([np.array([[5, 6]])], r"array\(\[\[5, 6\]\]\)"),
+        ([[[5], [6, 7]]], r"\[\[5\], \[6, 7\]\]"),
+        ([[5.0]], r"\[5.0\]"),
+        (["ab"], "'ab'"),
+    ],
+)
+def test_prompts_of_another_shape(model, prompts, got):
+    message = f"prompt 0 must be a list of token ids, and prompts a list of such lists; got {got}"
+    with pytest.raises(ValueError, match=message):
+        Engine(model, [EOS]).generate(prompts, 1, SamplingParams())
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor, tuple], ids=["numpy", "torch", "tuple"])
+def test_prompts_of_other_libraries(model, make):
+    prompts, sampling = [[5, 6], [7, 8]], SamplingParams(max_tokens=4)
+    expected = Engine(model, [EOS]).generate(prompts, 2, sampling)
+    found = Engine(model, [EOS]).generate(make(prompts), 2, sampling)
+    assert found == expected
+    assert [group.prompt_ids for group in found] == prompts
+    assert all(type(t) is int for group in found for t in group.prompt_ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_types_that_the_engine_does_not_take(dtype):
+    model = tiny_model()
+    engine = Engine(model, [EOS])
+    model.to(dtype)
+    message = f"takes weights in torch.float32, torch.bfloat16 on cpu, got {dtype}"
+    with pytest.raises(ValueError, match=message):
+        engine.generate([[5]], 1, SamplingParams(max_tokens=2))
+    model.to(torch.float32)
+    assert engine.generate([[5]], 1, SamplingParams(max_tokens=2))[0].completions[0].token_ids
+
+
+def test_a_budget_of_less_than_a_block_is_refused():
+    config = tiny_config("--rollout.cache_gib=1e-10")
+    engine = Engine.of(tiny_policy(), config.rollout)
+    with pytest.raises(ValueError, match="a cache of 1 bytes holds no block: one of 16 positions"):
+        engine.generate([[5]], 1, SamplingParams(max_tokens=2))
 
 
 def test_bad_engines(model):

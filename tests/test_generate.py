@@ -1,7 +1,11 @@
 """`r1fast generate` on a tiny checkpoint: what it prints, its JSON lines, its options."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from tiny import tiny_checkpoint
@@ -9,7 +13,7 @@ from tiny import tiny_checkpoint
 from r1fast import generate as generate_module
 from r1fast.__main__ import main, parse
 from r1fast.metrics import printable
-from r1fast.rollout.engine import Engine
+from r1fast.rollout.engine import NOT_FINITE, Engine
 from r1fast.rollout.sampler import SamplingParams, sample_seed
 
 PROMPT = "What is 1 + 1?"
@@ -124,6 +128,60 @@ def test_a_stop_string_ends_the_text(model, capsys):
 
 def test_a_model_cannot_drive_the_terminal():
     assert printable("a\x1b[2Jb\r\x07\tc\n\x7f\x9bé文") == "a␛[2Jb␍␇\tc\n\ufffd\ufffdé文"
+
+
+def test_prompts_are_counted_from_one_in_what_a_person_reads(model, capsys):
+    words = ["generate", model, "--prompt=a", "--prompt=b", "--template.name=raw", "--json"]
+    assert main([*words, "--stop-token-id=9999"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "prompt 1 has stop_token_ids with token 9999, outside [0, 320)\n"
+    )
+
+
+@pytest.mark.parametrize("mode", [["--json"], []], ids=["json", "text"])
+def test_an_error_does_not_say_again_where_it_was(model, monkeypatch, capsys, mode):
+    from r1fast.policy import load_policy
+
+    def broken(*args, **kwargs):
+        policy = load_policy(*args, **kwargs)
+        policy.model.norm.weight.data.fill_(float("nan"))
+        return policy
+
+    monkeypatch.setattr(generate_module, "load_policy", broken)
+    words = ["generate", model, "--prompt=a", "--prompt=b", *mode]
+    assert main(words) == 1
+    shown = capsys.readouterr().out
+    if mode:
+        assert [(row["prompt"], row["error"]) for row in rows(shown)] == [
+            (0, NOT_FINITE),
+            (1, NOT_FINITE),
+        ]
+    else:
+        assert "prompt 2/2, sample 1/1" in shown
+        assert shown.count(f"[failed: {NOT_FINITE}]") == 2
+
+
+def test_a_pipe_that_closes_ends_quietly(model):
+    words = ["generate", model, "--prompt", PROMPT, "--num=4", "--max-tokens=50"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "r1fast", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read().splitlines() == ["template: chat"]
+    assert process.wait() == 141
+
+
+def test_the_readmes_engine_runs(model, capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(from r1fast import Engine.*?)```", readme, re.S)
+    assert '"runs/demo/rl_1/model"' in code
+    names = {}
+    exec(code.replace("runs/demo/rl_1/model", model), names)
+    assert capsys.readouterr().out
+    (scored,), drawn = names["logprobs"], names["group"].completions
+    for logprobs, c in zip(scored, drawn, strict=True):
+        assert logprobs.tolist() == pytest.approx(c.logprobs, abs=1e-5)
 
 
 def test_words_that_come_several_times_or_alone():

@@ -268,12 +268,51 @@ def test_speculation_gives_the_same_tokens(model, temperature):
         ({"logit_bias": {1: math.nan}}, "logit_bias must be a mapping of token ids to numbers"),
         ({"logit_bias": [1]}, "logit_bias must be"),
         ({"top_logprobs": 65}, r"top_logprobs must be in \[0, 64\], got 65"),
+        ({"top_k": True}, "top_k must be at least 0 .*, got True"),
+        ({"top_k": np.True_}, "top_k must be at least 0 .*, got np.True_"),
+        ({"temperature": True}, "temperature must be a number, got True"),
+        ({"top_p": "1"}, "top_p must be a number, got '1'"),
+        ({"logit_bias": {True: 1.0}}, "logit_bias must be"),
+        ({"stop_token_ids": 5}, "stop_token_ids must be a tuple of token ids, got 5"),
         ({"temperature": math.nan}, "temperature must be at least 0, got nan"),
     ],
 )
 def test_bad_parameters(kwargs, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**kwargs)
+
+
+def test_numbers_of_numpy_become_plain():
+    params = SamplingParams(
+        temperature=np.float32(0.5),
+        top_k=np.int64(5),
+        max_tokens=np.uint8(9),
+        stop_token_ids=[np.int32(4)],
+        logit_bias={np.int64(3): np.float32(-math.inf), 4: 1},
+    )
+    assert params == SamplingParams(
+        temperature=0.5,
+        top_k=5,
+        max_tokens=9,
+        stop_token_ids=(4,),
+        logit_bias={3: -math.inf, 4: 1.0},
+    )
+    numbers = [params.temperature, *params.logit_bias.values()]
+    assert {type(x) for x in numbers} == {float}
+    counts = [params.top_k, params.max_tokens, *params.stop_token_ids, *params.logit_bias]
+    assert {type(x) for x in counts} == {int}
+
+
+def test_what_the_caller_does_to_a_bias_later_changes_nothing(engine):
+    bias, stops = {60: 100.0}, ["zz"]
+    params = SamplingParams(max_tokens=4, logit_bias=bias, stop=stops)
+    engine.add(PROMPT, [1], params, stream=False)
+    engine.step()
+    bias[99_999] = 2.0
+    stops.append("a")
+    events = engine.step() + engine.step() + engine.step()
+    assert [e.token_ids for e in events] == [[60] * 4]
+    assert params.stop == ("zz",)
 
 
 def test_bad_requests_name_themselves_and_leave_the_rest(model, engine):

@@ -143,7 +143,7 @@ def test_nothing_to_score():
         ([[5], []], [[[6]], [[6]]], "prompt 1 is empty"),
         ([[5]], [[[6]], [[6]]], "1 prompts need as many lists of completions, got 2"),
         ([[5]], [[[6], [97]]], r"completion 1 of prompt 0 has a token id outside \[0, 97\): 97"),
-        ([[5]], [[[6.0]]], "completion 0 of prompt 0 must be token ids"),
+        ([[5]], [[[6.0]]], "completion 0 of prompt 0 must be a list of token ids"),
         ([[5] * 100], [[[6] * 29]], "29 tokens after 100 of the prompt: the model's context is 128"),
         ([[5] * 20], [[[6]], ], "needs 2 blocks of the cache, 1 of 1 are free"),
     ],
@@ -155,6 +155,12 @@ def test_bad_input(prompts, completions, message):
         engine.score(prompts, completions)
     assert engine.stats.blocks_used == 0
     assert len(engine.score([[5]], [[[6]]])[0][0]) == 1
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan")])
+def test_a_greedy_draw_has_no_logprob(temperature):
+    with pytest.raises(ValueError, match=r"temperature must be above 0, got .* no log-probability"):
+        Engine(tiny_model(), [EOS]).score([[5]], [[[6]]], temperature)
 
 
 def test_logits_that_are_not_finite_are_nan_and_spoil_nothing_else():

@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import logging
 import os
 import random
 import signal
@@ -27,7 +28,7 @@ uvicorn = pytest.importorskip("uvicorn")
 
 from r1fast.serve.app import Limits, Service  # noqa: E402
 from r1fast.serve.reader import LONG, MAX_LONG  # noqa: E402
-from r1fast.serve.server import ServeOptions  # noqa: E402
+from r1fast.serve.server import ServeOptions, _is_no_lost_client  # noqa: E402
 
 MODEL = "tiny"
 CONTEXT, VOCAB = 2048, 320
@@ -430,6 +431,10 @@ HI = {"messages": [{"role": "user", "content": "hi"}]}
         ("", {"prompt": "a", "skip_special_tokens": True}, "skip_special_tokens", "tags"),
         ("", {"prompt": "a", "temprature": 1}, "temprature", "unknown field 'temprature'; known:"),
         ("", {"prompt": "a", "seed": 1.5}, "seed", "a whole number, got 1.5"),
+        ("", {"prompt": "a", "seed": 2**70}, "seed",
+         f"seed must be from {-(2**63)} to {2**64 - 1}, got {2**70}"),
+        ("", {"prompt": "a", "n": 2**70}, "n", f"asks for {2**70} samples"),
+        ("", {"prompt": "a", "seed": True}, "seed", "a whole number, got true"),
         ("", [1], None, "must be a JSON object, got [1]"),
         ("", b"{", None, "not valid JSON"),
         ("", b'{"prompt": "a", "temperature": NaN}', None, "NaN is not a JSON number"),
@@ -657,6 +662,14 @@ def test_the_command_and_sigterm(tmp_path):
     finally:
         server.kill()
         server.wait()
+
+
+def test_asyncio_says_nothing_of_clients_that_left():
+    def keeps(text):
+        return _is_no_lost_client(logging.LogRecord("asyncio", 30, "", 0, text, (), None))
+
+    assert not keeps("socket.send() raised exception.")  # in asyncio/selector_events.py
+    assert keeps("socket.accept() out of system resource")
 
 
 def httpx_error() -> type[Exception]:

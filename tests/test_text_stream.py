@@ -36,6 +36,29 @@ def test_half_a_character_comes_out_at_the_end():
     assert stream.finish() == "\ufffd"
 
 
+def test_a_stream_adds_up_to_the_whole_whatever_the_bytes():
+    """Halves of characters, bytes that begin none, and characters behind many of either."""
+    tokens = [
+        b"\xff",
+        b"\xe6",
+        b"\xbc",
+        b"\xa2",
+        b"\xf0\x9f\x98",
+        b"\x80",
+        b"x\xe6",
+        b"\xbc\xa2\xe6",
+        b"a",
+        "漢".encode(),
+    ]
+    decode = lambda ids: b"".join(tokens[i] for i in ids).decode(errors="replace")  # noqa: E731
+    rng = random.Random(0)
+    for _ in range(1000):
+        weights = [rng.random() ** 3 for _ in tokens]
+        ids = rng.choices(range(len(tokens)), weights, k=rng.randrange(1, 50))
+        stream = TextStream(decode)
+        assert "".join([*(stream.feed([i]) for i in ids), stream.finish()]) == decode(ids), ids
+
+
 def test_bytes_that_are_no_text_do_not_hold_the_rest():
     stream = TextStream(byte_decode)
     shown = stream.feed([0xFF] * 20) + stream.feed(b"later")

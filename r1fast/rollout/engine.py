@@ -5,6 +5,7 @@ prefilled once for its G samples, which share its blocks; a slot that comes free
 Shapes: B decode rows, T prompt tokens, H query heads, K kv heads, Dh head width, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from r1fast.rollout.request import (
     Request,
     Sample,
     check_request,
+    token_ids,
     why_banned,
 )
 from r1fast.rollout.result import EngineStats, event_of, undecodable
@@ -114,7 +116,7 @@ class Engine(Loops):
             policy.eos_ids,
             decode=policy.decode,
             max_batch_size=rollout.max_batch_size,
-            cache_bytes=int(rollout.cache_gib * 2**30) or None,
+            cache_bytes=math.ceil(rollout.cache_gib * 2**30) or None,
             block_size=rollout.block_size,
             prefix_cache=rollout.prefix_cache,
             prefill_tokens=rollout.prefill_tokens,
@@ -148,9 +150,10 @@ class Engine(Loops):
         """
         self._num_requests += 1
         name = name or f"request {self._num_requests}"
-        self._check(prompt_ids, seeds, sampling, name)
+        prompt = token_ids(prompt_ids, name)
+        self._check(prompt, seeds, sampling, name)
         self._refresh()
-        prompt = np.array(prompt_ids, np.int64)
+        prompt = prompt.astype(np.int64)  # a copy
         lengths = [sampling.max_tokens] * len(seeds) if lengths is None else lengths
         if len(lengths) != len(seeds) or min(lengths, default=1) < 1:
             raise RefusedRequest(
@@ -184,7 +187,7 @@ class Engine(Loops):
         return request.id
 
     def _check(
-        self, prompt: Sequence[int], seeds: Sequence[int], sampling: SamplingParams, name: str
+        self, prompt: np.ndarray, seeds: Sequence[int], sampling: SamplingParams, name: str
     ) -> None:
         check_request(
             name,
@@ -409,8 +412,14 @@ class Engine(Loops):
 
         To the bit on the CPU's native forward, elsewhere up to the rounding of GEMMs. NaN from the token
         on whose logits are not finite. Raises ValueError, which names prompt or completion, for an empty prompt,
-        a token id outside the vocabulary, more tokens than the context or the cache has room for.
+        a token id outside the vocabulary, a temperature of 0, more tokens than the context or the cache has room for.
         """
+        if not temperature > 0:
+            raise ValueError(
+                f"temperature must be above 0, got {temperature}: a greedy draw has no log-probability, "
+                "and generate reports those at temperature 1 for it"
+            )
+        prompts = [token_ids(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
         for i, prompt in enumerate(prompts):
             self._check(prompt, (), SamplingParams(), f"prompt {i}")
         jobs = make_jobs(prompts, completions, self.model.spec.vocab_size, self.context)

@@ -20,7 +20,8 @@ class KVCache:
     """Keys and values of all layers. On a CPU only what is written to takes memory.
 
     `num_bytes` None takes what `max_sequences` of `max_positions` need, and at most half the free memory.
-    Raises ValueError for a budget that does not hold a single block.
+    Raises ValueError for a budget that does not hold a single block, and for a type of weights that the
+    engine does not compute in.
     """
 
     def __init__(
@@ -34,6 +35,12 @@ class KVCache:
         max_sequences: int,
         max_positions: int,
     ):
+        types = [torch.float32, torch.bfloat16] + [torch.float16] * (device.type != "cpu")
+        if dtype not in types:
+            raise ValueError(
+                f"the engine takes weights in {', '.join(map(str, types))} on {device.type}, got {dtype}; "
+                "use model.to"
+            )
         self.layout = PagedLayout(
             spec.num_kv_heads, spec.head_dim, block_size, dtype=dtype, device=device
         )

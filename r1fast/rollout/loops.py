@@ -5,6 +5,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import chain
 
+from r1fast.rollout.request import token_ids
 from r1fast.rollout.result import completion_of
 from r1fast.rollout.sampler import SamplingParams, sample_seed
 from r1fast.types import Problem, RolloutGroup, TokenEvent
@@ -21,23 +22,27 @@ class Loops:
         *,
         seed: int = 0,
         return_entropy: bool = False,
+        names: Sequence[str] | None = None,  # how errors call the prompts; None: "prompt 0" ...
     ) -> Iterator[TokenEvent]:
         """The events of `num_generations` samples of each prompt; request_id is the prompt's index.
 
         Other requests of the engine go on meanwhile, but their events are lost: use `step` for both.
         """
         seeds = _seeds(prompts, num_generations, seed)
-        ids = self._add_all(prompts, seeds, sampling, stream=True, return_entropy=return_entropy)
+        ids = self._add_all(
+            prompts, seeds, sampling, names, stream=True, return_entropy=return_entropy
+        )
         with closing(self._steps(ids)) as steps:
             for events in steps:
                 yield from events
 
-    def _add_all(self, prompts, seeds, sampling, **options) -> dict[int, int]:
+    def _add_all(self, prompts, seeds, sampling, names=None, **options) -> dict[int, int]:
         """Add all prompts or, where one is bad, none. Returns request id -> position."""
         ids: dict[int, int] = {}
         try:
             for i, (prompt, own) in enumerate(zip(prompts, seeds, strict=True)):
-                ids[self.add(prompt, own, sampling, name=f"prompt {i}", **options)] = i
+                name = f"prompt {i}" if names is None else names[i]
+                ids[self.add(prompt, own, sampling, name=name, **options)] = i
         except ValueError:
             self._discard(ids)
             raise
@@ -106,7 +111,7 @@ class Loops:
             raise FloatingPointError(flat[0].error)
         problems = problems or [Problem("", id=f"prompt {i}") for i in range(len(prompts))]
         return [
-            RolloutGroup(problem, list(prompt), group)
+            RolloutGroup(problem, token_ids(prompt, problem.id).tolist(), group)
             for problem, prompt, group in zip(problems, prompts, completions, strict=True)
         ]
 

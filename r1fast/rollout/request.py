@@ -67,9 +67,25 @@ class Prefill:
     is_sound: bool = False  # whether a token can be drawn from them
 
 
+def token_ids(
+    given: Sequence[int] | np.ndarray | Tensor, name: str, field: str = "prompt"
+) -> np.ndarray:  # (P,), of any integer type
+    """Tokens as an array. Raises RefusedRequest, which calls them `name`, for anything else."""
+    try:
+        ids = np.asarray(given.tolist() if isinstance(given, Tensor) else given)
+    except ValueError:  # lists of different lengths
+        ids = None
+    if ids is None or ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise RefusedRequest(
+            f"{name} must be a list of token ids, and prompts a list of such lists; got {given!r:.80}",
+            field,
+        )
+    return ids
+
+
 def check_request(
     name: str,
-    prompt: Sequence[int],
+    prompt: np.ndarray,  # of `token_ids`
     seeds: Sequence[int],
     sampling: SamplingParams,
     *,
@@ -82,14 +98,12 @@ def check_request(
     V = vocab_size
     if not len(prompt):
         raise RefusedRequest(f"{name} is empty", "prompt")
-    if isinstance(prompt, str) or np.asarray(prompt).dtype.kind not in "iu":
-        raise RefusedRequest(f"{name} must be token ids, got {prompt!r:.80}", "prompt")
     for seed in seeds:
         if not -(2**63) <= seed < 2**63:
             raise RefusedRequest(f"{name} has a seed that does not fit in 64 bits: {seed}", "seeds")
-    if min(prompt) < 0 or max(prompt) >= V:
+    if prompt.min() < 0 or prompt.max() >= V:
         raise RefusedRequest(
-            f"{name} has a token id outside [0, {V}): {min(prompt)}..{max(prompt)}", "prompt"
+            f"{name} has a token id outside [0, {V}): {prompt.min()}..{prompt.max()}", "prompt"
         )
     if len(prompt) >= context:
         raise RefusedRequest(

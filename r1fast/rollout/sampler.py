@@ -6,8 +6,10 @@ A token is the inverse CDF of its distribution at one uniform number, and that n
 
 import hashlib
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 
 import numpy as np
 from torch import Tensor
@@ -26,7 +28,8 @@ class SamplingParams:
     """How the tokens of a request are drawn, and what ends it.
 
     Penalty, biases and min_tokens change the logits, then the temperature divides them, then top_k,
-    top_p and min_p drop tokens. Raises ValueError for a value out of range.
+    top_p and min_p drop tokens. NumPy's numbers become plain ones, lists and mappings are copied. Raises
+    ValueError for a value out of range.
     """
 
     temperature: float = 1.0  # 0 is greedy
@@ -43,6 +46,19 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self):
+        for name, value in (
+            *((name, _plain_float(getattr(self, name))) for name in _FLOATS),
+            *((name, _plain_int(getattr(self, name))) for name in _INTS),
+        ):
+            object.__setattr__(self, name, value)
+        if isinstance(self.stop, list):
+            object.__setattr__(self, "stop", tuple(self.stop))
+        if isinstance(self.stop_token_ids, list | tuple):
+            object.__setattr__(self, "stop_token_ids", tuple(map(_plain_int, self.stop_token_ids)))
+        if isinstance(self.logit_bias, Mapping):
+            bias = {_plain_int(t): _plain_float(b) for t, b in self.logit_bias.items()}
+            object.__setattr__(self, "logit_bias", bias)
+
         def need(ok: bool, name: str, rule: str) -> None:
             if not ok:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r:.80}")
@@ -50,6 +66,8 @@ class SamplingParams:
         def is_count(n: object) -> bool:
             return type(n) is int and 0 <= n <= MAX_COUNT
 
+        for name in _FLOATS:
+            need(type(getattr(self, name)) is float, name, "a number")
         # beyond these, float32 has no room for logits
         scale = f"in [{1 / MAX_SCALE:g}, {MAX_SCALE:g}]"
         need(self.temperature >= 0, "temperature", "at least 0")
@@ -62,21 +80,21 @@ class SamplingParams:
         need(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
         need(self.repetition_penalty > 0, "repetition_penalty", "above 0")
         need(1 / MAX_SCALE <= self.repetition_penalty <= MAX_SCALE, "repetition_penalty", scale)
-        is_list = isinstance(self.stop, list | tuple)
+        is_list = isinstance(self.stop, tuple)
         need(is_list and all(isinstance(s, str) and s for s in self.stop),
              "stop", "a tuple of strings that are not empty")  # fmt: skip
+        is_list = isinstance(self.stop_token_ids, tuple)
+        need(is_list and all(type(t) is int for t in self.stop_token_ids),
+             "stop_token_ids", "a tuple of token ids")  # fmt: skip
         for name in ("stop", "stop_token_ids"):
             if len(getattr(self, name)) > MAX_STOPS:
                 raise ValueError(
                     f"{name} must have at most {MAX_STOPS} entries, got {len(getattr(self, name))}"
                 )
-        is_list = isinstance(self.stop_token_ids, list | tuple)
-        need(is_list and all(type(t) is int for t in self.stop_token_ids),
-             "stop_token_ids", "a tuple of token ids")  # fmt: skip
         need(is_count(self.min_tokens) and self.min_tokens <= self.max_tokens,
              "min_tokens", "in [0, max_tokens]")  # fmt: skip
         is_map = isinstance(self.logit_bias, Mapping)
-        need(is_map and all(type(t) is int and isinstance(b, int | float)
+        need(is_map and all(type(t) is int and type(b) is float
                             and (b == -math.inf or -MAX_SCALE <= b <= MAX_SCALE)
                             for t, b in self.logit_bias.items()),
              "logit_bias", "a mapping of token ids to numbers within 1e6, or -inf for a ban")  # fmt: skip
@@ -92,6 +110,30 @@ class SamplingParams:
     def truncates(self) -> bool:
         """Whether what is sampled from is another distribution than the policy at the temperature."""
         return bool(self.top_k or self.top_p < 1 or self.min_p or self.changes_logits)
+
+
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty")
+_INTS = ("top_k", "max_tokens", "min_tokens", "top_logprobs")
+
+
+def _plain_int(value: object) -> object:
+    """The int of a whole number of any library; a bool and what is none stay, to be refused."""
+    if isinstance(value, bool):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
+
+
+def _plain_float(value: object) -> object:
+    """The float of a real number of any library; a bool and what is none stay, to be refused."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        return value
 
 
 def sample_seed(*parts: int | str) -> int:

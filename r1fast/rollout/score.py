@@ -15,6 +15,7 @@ from torch import Tensor
 
 from r1fast.kernels.sample import token_logprobs
 from r1fast.rollout.kv_cache import KVCache
+from r1fast.rollout.request import token_ids
 from r1fast.rollout.runner import Runner
 
 LOGITS_BYTES = 64 << 20  # of logits at any one time
@@ -135,7 +136,7 @@ class Scoring:
 
 
 def make_jobs(
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[np.ndarray],
     completions: Sequence[Sequence[Sequence[int]]],
     vocab_size: int,
     context: int,
@@ -149,20 +150,19 @@ def make_jobs(
     for i, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
         jobs = []
         for j, completion in enumerate(group):
-            name, n = f"completion {j} of prompt {i}", len(completion)
-            if n and np.asarray(completion).dtype.kind not in "iu":
-                raise ValueError(f"{name} must be token ids, got {completion!r:.80}")
-            if n and not 0 <= min(completion) <= max(completion) < vocab_size:
+            name = f"completion {j} of prompt {i}"
+            given = token_ids(completion, name, "completions")
+            n = len(given)
+            if n and not 0 <= given.min() <= given.max() < vocab_size:
                 raise ValueError(
-                    f"{name} has a token id outside [0, {vocab_size}): "
-                    f"{min(completion)}..{max(completion)}"
+                    f"{name} has a token id outside [0, {vocab_size}): {given.min()}..{given.max()}"
                 )
             if len(prompt) + n > context:
                 raise ValueError(
                     f"{name} has {n} tokens after {len(prompt)} of the prompt: the model's context "
                     f"is {context}"
                 )
-            ids = np.array([*prompt, *completion], np.int64)
+            ids = np.concatenate((prompt, given)).astype(np.int64)
             jobs.append(Given(name, ids[:-1], ids[len(prompt) :], np.zeros(n, np.float32)))
         groups.append(jobs)
     return groups

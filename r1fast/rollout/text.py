@@ -7,7 +7,8 @@ on what stands before it (a space, the first bytes of a character). Token ids ar
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\ufffd"  # what decoders make of half a character
-MAX_PENDING = 8  # tokens; no character has more bytes, so these are not the beginning of one
+MAX_PENDING = 8  # tokens; no character has more bytes, so they do not all begin one
+MAX_PART = 3  # bytes of a character that is not whole, each perhaps a replacement of its own
 
 
 class TextStream:
@@ -18,7 +19,7 @@ class TextStream:
         self.stopped_by: str | None = None
         self._ids: list[int] = []
         self._start = self._read = 0  # the window is ids[start:], text is known up to ids[read]
-        self._ahead = 0  # characters behind ids[read] that are known too, before half a character
+        self._ahead = 0  # characters behind ids[read] that are known too; or minus those before it that are not
         self._held = ""  # text that might become a stop string
         self._seen = ""  # the end of the text, in which one may have begun
         self._longest = max(map(len, self.stop), default=0)
@@ -48,15 +49,19 @@ class TextStream:
         before = self.decode(self._ids[self._start : self._read])
         text = self.decode(self._ids[self._start :])
         known = len(before) + self._ahead
-        is_whole = not text.endswith(REPLACEMENT) or len(self._ids) - self._read > MAX_PENDING
-        if not (is_whole or final):
-            new = text.rstrip(REPLACEMENT)[known:]
-            self._ahead += len(new)
-            return new
-        if len(text) < known:
+        sure = len(text)
+        if text.endswith(REPLACEMENT) and not final:
+            sure = len(text.rstrip(REPLACEMENT))
+            if len(self._ids) - self._read <= MAX_PENDING:
+                new = text[known:sure]
+                self._ahead += len(new)
+                return new
+            # more bytes that are no text than a character has: only the last may yet become one
+            sure = max(sure, len(text) - MAX_PART)
+        if sure < known:
             return ""
-        self._start, self._read, self._ahead = self._read, len(self._ids), 0
-        return text[known:]
+        self._start, self._read, self._ahead = self._read, len(self._ids), sure - len(text)
+        return text[known:sure]
 
     def _push(self, text: str, may_stop: bool) -> str:
         if not self.stop or not text:

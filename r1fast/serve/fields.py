@@ -87,12 +87,12 @@ class Fields:
     def integer(
         self, name: str, default: int | None, low: int | None = None, high: int | None = None
     ) -> int | None:
-        value = self._checked(name, default, is_int, "a whole number")
+        value = self._checked(name, default, lambda v: type(v) is int, "a whole number")
         if value is None:
             return None
         if (low is not None and value < low) or (high is not None and value > high):
             limits = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise RequestError(f"{name} must be {limits}, got {value}", name)
+            raise RequestError(f"{name} must be {limits}, got {named(value)}", name)
         return value
 
     def boolean(self, name: str, default: bool) -> bool:

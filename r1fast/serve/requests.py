@@ -121,7 +121,7 @@ def _generation(
     sampling = _sampling(fields, max_tokens, max_tokens_name, top_logprobs)
     generation = Generation(
         prompts, texts, sampling, n, best_of,
-        seed=fields.integer("seed", None),
+        seed=fields.integer("seed", None, -(2**63), 2**64 - 1),
         chat=chat,
         echo=echo,
         stream=stream,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -87,6 +88,7 @@ def serve(config: Config, path: str, options: ServeOptions) -> None:
             f"{name}: {_described(policy, engine, config.rollout.block_size)}\nready on {url}",
             service,
         )
+        logging.getLogger("asyncio").addFilter(_is_no_lost_client)
         for number in (signal.SIGINT, signal.SIGTERM):
             # uvicorn raises the signal again when it is done; that must not end us with an error
             signal.signal(number, server.handle_exit)
@@ -112,6 +114,11 @@ class _Server(uvicorn.Server):
             seconds = self.config.timeout_graceful_shutdown
             note(f"stopping; {waits} samples may end within {seconds} s" if waits else "stopping")
         return ends
+
+
+def _is_no_lost_client(record: logging.LogRecord) -> bool:
+    """asyncio warns of a client that left in the middle of a stream; /metrics counts it as aborted."""
+    return record.getMessage() != "socket.send() raised exception."
 
 
 def _bound(host: str, port: int) -> socket.socket:
