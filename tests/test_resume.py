@@ -62,11 +62,18 @@ def test_a_signal_ends_the_step_saves_and_stops(tmp_path, number, capfd):
         assert torch.equal(p, q), name
 
 
-def test_a_second_signal_acts_at_once(tmp_path):
-    before = signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def interruptible():
+    """SIGINT as in a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_acts_at_once(tmp_path, interruptible):
     with pytest.raises(KeyboardInterrupt):
         grpo(tmp_path, scorer=SignallingScorer(2, signal.SIGINT, signal.SIGINT)).run()
-    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     assert load_checkpoint(tmp_path / "checkpoints") is None
     assert len(read_metrics(tmp_path)) == 1
 
