@@ -361,10 +361,8 @@ class Engine(Loops):
             may_stop = self.rows.length[sample.slot] > self.rows.min_length[sample.slot]
             try:
                 sample.shown += sample.text.feed([token], may_stop=bool(may_stop))
-            except (
-                Exception
-            ) as failure:  # the tokenizer's: it ends this sample, not the others' step
-                sample.text = None
+            except Exception as failure:
+                sample.text = None  # the tokenizer's fault ends this sample, not the others' step
                 return undecodable(failure)
         return ""
 
