@@ -55,6 +55,23 @@ void bind_block_allocator(py::module_& m) {
       .def("reset", &BlockAllocator::reset);
 }
 
+// The plan of kernels/paged_attention.py, without queries.
+template <class T>
+DecodeProblem<T> who_sees_what(uintptr_t block_table, int64_t max_blocks, int64_t block_size, uintptr_t context_lens,
+                               uintptr_t query_starts, uintptr_t group_starts, uintptr_t shared_blocks,
+                               int64_t num_groups) {
+  DecodeProblem<T> problem{};
+  problem.block_table = at<const int32_t>(block_table);
+  problem.max_blocks = max_blocks;
+  problem.tiles_per_block = block_size / kTile;
+  problem.context_lens = at<const int32_t>(context_lens);
+  problem.query_starts = at<const int32_t>(query_starts);
+  problem.group_starts = at<const int32_t>(group_starts);
+  problem.shared_blocks = at<const int32_t>(shared_blocks);
+  problem.num_groups = num_groups;
+  return problem;
+}
+
 // The paged cache and decode attention. The caller, kernels/paged_*.py, has checked dtypes, shapes and strides.
 void bind_decode(py::module_& m) {
   using Address = uintptr_t;
@@ -84,18 +101,12 @@ void bind_decode(py::module_& m) {
              Address shared_blocks, int64_t num_groups, const std::string& level, int64_t num_threads) {
             with_dtype(bf16, [&](auto kind) {
               using T = decltype(kind);
-              const DecodeProblem<T> problem{at<const T>(q),
-                                                     at<T>(out),
-                                                     num_heads,
-                                                     scale,
-                                                     at<const int32_t>(block_table),
-                                                     max_blocks,
-                                                     block_size / kTile,
-                                                     at<const int32_t>(context_lens),
-                                                     at<const int32_t>(query_starts),
-                                                     at<const int32_t>(group_starts),
-                                                     at<const int32_t>(shared_blocks),
-                                                     num_groups};
+              DecodeProblem<T> problem = who_sees_what<T>(block_table, max_blocks, block_size, context_lens,
+                                                          query_starts, group_starts, shared_blocks, num_groups);
+              problem.q = at<const T>(q);
+              problem.out = at<T>(out);
+              problem.num_heads = num_heads;
+              problem.scale = scale;
               const PagedCache<T> cache{at<T>(keys), at<T>(values), num_kv_heads, head_dim};
               self.run(problem, cache, level, num_threads);
             });
@@ -139,21 +150,11 @@ void bind_decoder_of(py::module_& m, const char* name) {
              Address group_starts, Address shared_blocks, int64_t num_groups, Address hidden, int64_t ld_hidden,
              int64_t num_threads) {
             py::gil_scoped_release release;
-            const DecodeProblem<T> attention{nullptr,
-                                                     nullptr,
-                                                     0,
-                                                     0,
-                                                     at<const int32_t>(block_table),
-                                                     max_blocks,
-                                                     block_size / kTile,
-                                                     at<const int32_t>(context_lens),
-                                                     at<const int32_t>(query_starts),
-                                                     at<const int32_t>(group_starts),
-                                                     at<const int32_t>(shared_blocks),
-                                                     num_groups};
-            const typename Native::Step step{at<const int64_t>(tokens), at<const int64_t>(positions),
-                                              at<const int64_t>(slots),  num_tokens,
-                                              at<const float>(rotations), attention};
+            const typename Native::Step step{
+                at<const int64_t>(tokens), at<const int64_t>(positions), at<const int64_t>(slots), num_tokens,
+                at<const float>(rotations),
+                who_sees_what<T>(block_table, max_blocks, block_size, context_lens, query_starts, group_starts,
+                                 shared_blocks, num_groups)};
             self.run(step, at<T>(hidden), ld_hidden, num_threads);
           },
           py::arg("tokens"), py::arg("positions"), py::arg("slots"), py::arg("num_tokens"), py::arg("rotations"),
