@@ -10,10 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-STAGES = (
-    "base", "small_base", "r1_zero", "cold_start", "rl_1", "rejection", "sft", "reward_models",
-    "rl_2", "distill", "small_rl",
-)  # fmt: skip
+from r1fast.config_check import STAGES, check
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,116 +238,7 @@ class Config:
     stages: dict = field(default_factory=dict)  # [stages.r1_zero.optim] lr = ... for one stage only
 
     def __post_init__(self):
-        _check(self)
-
-
-def _check(c: Config) -> None:
-    """Ranges and combinations. Every message names the key, the value and what would do."""
-
-    def need(ok: bool, key: str, value: Any, rule: str) -> None:
-        if not ok:
-            raise ValueError(f"{key} must be {rule}, got {value!r}")
-
-    r, g, o, s, e = c.rollout, c.grpo, c.optim, c.sft, c.eval
-    need(r.num_generations >= 1, "rollout.num_generations", r.num_generations, "at least 1")
-    for name in (
-        "max_prompt_tokens", "max_completion_tokens", "max_batch_size", "block_size",
-        "prefill_tokens",
-    ):  # fmt: skip
-        need(getattr(r, name) >= 1, f"rollout.{name}", getattr(r, name), "at least 1")
-    need(r.block_size % 16 == 0, "rollout.block_size", r.block_size, "a multiple of 16")
-    need(0 <= r.min_p <= 1, "rollout.min_p", r.min_p, "in [0, 1] (0 is off)")
-    need(r.cache_gib >= 0, "rollout.cache_gib", r.cache_gib, "at least 0 (0 is found)")
-    drafts = r.num_draft_tokens
-    need(drafts >= 0, "rollout.num_draft_tokens", drafts, "at least 0 (0 is off)")
-    for key, value in (
-        ("rollout.temperature", r.temperature),
-        ("sample.temperature", c.sample.temperature),
-    ):
-        need(value > 0, key, value, "above 0 (greedy decoding has no log-probability to train on)")
-    need(e.temperature >= 0, "eval.temperature", e.temperature, "at least 0 (0 is greedy)")
-    for key, value in (
-        ("rollout.top_p", r.top_p),
-        ("eval.top_p", e.top_p),
-        ("sample.top_p", c.sample.top_p),
-    ):
-        need(0 < value <= 1, key, value, "in (0, 1]")
-    need(r.top_k >= 0, "rollout.top_k", r.top_k, "at least 0 (0 is off)")
-    for name in ("prompts_per_step", "num_mini_batches", "num_iterations", "token_budget"):
-        need(getattr(g, name) >= 1, f"grpo.{name}", getattr(g, name), "at least 1")
-    for name in ("num_steps", "clip_eps_low", "clip_eps_high", "kl_coef", "ref_refresh_steps"):
-        need(getattr(g, name) >= 0, f"grpo.{name}", getattr(g, name), "at least 0")
-    need(g.std_eps >= 0, "grpo.std_eps", g.std_eps, "at least 0")
-    need(
-        g.num_mini_batches <= g.prompts_per_step * r.num_generations,
-        "grpo.num_mini_batches",
-        g.num_mini_batches,
-        f"at most prompts_per_step x num_generations = {g.prompts_per_step * r.num_generations}",
-    )
-    need(o.lr > 0, "optim.lr", o.lr, "above 0")
-    need(0 <= o.min_lr_ratio <= 1, "optim.min_lr_ratio", o.min_lr_ratio, "in [0, 1]")
-    for name in ("warmup_steps", "weight_decay", "eps"):
-        need(getattr(o, name) >= 0, f"optim.{name}", getattr(o, name), "at least 0")
-    need(o.max_grad_norm >= 0, "optim.max_grad_norm", o.max_grad_norm, "at least 0 (0 is off)")
-    for name in ("beta1", "beta2"):
-        need(0 <= getattr(o, name) < 1, f"optim.{name}", getattr(o, name), "in [0, 1)")
-    need(s.max_steps >= 0, "sft.max_steps", s.max_steps, "at least 0 (0 is by epochs)")
-    need(s.epochs > 0 or s.max_steps > 0, "sft.epochs", s.epochs, "above 0 where max_steps is 0")
-    for name in ("batch_size", "max_seq_tokens", "token_budget"):
-        need(getattr(s, name) >= 1, f"sft.{name}", getattr(s, name), "at least 1")
-    for name in ("num_samples", "every_num_problems", "every_num_samples"):
-        need(getattr(e, name) >= 1, f"eval.{name}", getattr(e, name), "at least 1")
-    keep = c.checkpoint.keep_last
-    need(keep >= 1, "checkpoint.keep_last", keep, "at least 1")
-    for key in (
-        "data.max_train_problems", "data.max_eval_problems", "eval.num_problems",
-        "eval.every_steps", "sample.num_problems", "sample.max_kept",
-        "sample.max_paragraph_words", "sample.simple_query_words", "cold_start.num_problems",
-        "cold_start.max_kept", "cold_start.num_few_shot", "checkpoint.every_steps",
-        "log.num_samples", "rewards.overlong_cache", "rewards.preference_last_steps",
-    ):  # fmt: skip
-        section, _, name = key.partition(".")
-        value = getattr(getattr(c, section), name)
-        need(value >= 0, key, value, "at least 0")
-    a, w = c.cold_start, c.rewards
-    for section, of in (("sample", c.sample), ("cold_start", a)):
-        need(of.num_samples >= 1, f"{section}.num_samples", of.num_samples, "at least 1")
-        share = of.min_language_share
-        need(0 <= share <= 1, f"{section}.min_language_share", share, "in [0, 1]")
-    need(c.sample.judge_timeout > 0, "sample.judge_timeout", c.sample.judge_timeout, "above 0")
-    for name in (
-        "accuracy",
-        "format",
-        "language",
-        "overlong",
-        "repetition",
-        "helpfulness",
-        "safety",
-    ):
-        need(getattr(w, name) >= 0, f"rewards.{name}", getattr(w, name), "a weight of at least 0")
-    need(0 <= w.general_share < 1, "rewards.general_share", w.general_share, "in [0, 1)")
-    need(w.math_timeout > 0, "rewards.math_timeout", w.math_timeout, "above 0 seconds")
-    words = all(isinstance(v, list) and all(isinstance(x, str) for x in v)
-                for v in w.lexicon.values())  # fmt: skip
-    need(words, "rewards.lexicon", w.lexicon, "a table of language = [words]")
-    need("{prompt}" in c.template.prompt, "template.prompt", c.template.prompt,
-         "a text that holds {prompt}")  # fmt: skip
-    need("{answer}" in a.summary, "cold_start.summary", a.summary, "a text that holds {answer}")
-    for key, names in (("cold_start.methods", a.methods), ("pipeline.stages", c.pipeline.stages)):
-        strings = bool(names) and all(isinstance(n, str) for n in names)
-        need(strings and len(set(names)) == len(names), key, names, "a list of different names")
-    known = {"few_shot", "reflection", "r1_zero"}
-    unknown = sorted(set(a.methods) - known)
-    need(not unknown, "cold_start.methods", unknown, f"among {', '.join(sorted(known))}")
-    if bad := sorted(set(c.stages) - set(STAGES)):
-        raise ValueError(f"unknown stage {bad[0]!r} in [stages.*]; known: {', '.join(STAGES)}")
-    for stage, table in c.stages.items():
-        if not isinstance(table, dict):
-            raise ValueError(f"stages.{stage} is a section, got the value {table!r}")
-        for key in {"output_dir", "pipeline", "stages"} & table.keys():
-            raise ValueError(f"stages.{stage}.{key}: {key} is of the whole run, not of one stage")
-    if bad := [s for s in c.pipeline.stages if s not in STAGES]:
-        raise ValueError(f"unknown stage {bad[0]!r} in pipeline.stages; known: {', '.join(STAGES)}")
+        check(self)
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

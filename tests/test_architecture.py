@@ -11,11 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = {  # bottom first; a module may import from layers below its own
-    "leaves": "types config metrics rollout_metrics distributed protocol hf_folder interrupt",
+    "leaves": "types config config_check metrics rollout_metrics distributed protocol hf_folder interrupt",
     "compute": "kernels _C",
     "model": "model policy",
     "stages": "rollout rewards batch grpo optim checkpoint data templates",
-    "loop": "running_sum training trainer sft evaluate rejection cold_start reward_model assemble preferences",
+    "loop": "running_sum training policy_update trainer sft evaluate rejection cold_start reward_model assemble preferences",
     "entry": "__init__ __main__ commands pipeline recipe report generate serve integrations claims",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}

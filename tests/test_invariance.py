@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import TokenScorer, random_groups, tiny_config, tiny_policy, tiny_problems
 
-from r1fast import trainer as trainer_module
+from r1fast import policy_update as update_module
 from r1fast.batch import collate
 from r1fast.optim import Optimizer
 from r1fast.sft import SFTTrainer
@@ -96,7 +96,7 @@ def test_packing_order(tmp_path, monkeypatch):
         return [collate(sequences, weights, [[i] for i in index], device)]
 
     for pack in (one_each, backwards):
-        monkeypatch.setattr(trainer_module, "pack", pack)
+        monkeypatch.setattr(update_module, "pack", pack)
         monkeypatch.setattr("r1fast.sft.pack", pack)
         assert_same(expected[0], grpo_gradients(tmp_path))
         assert_same(expected[1], sft_gradients(tmp_path))
@@ -148,7 +148,7 @@ def test_prompts_carry_no_loss(tmp_path):
 def test_the_test_can_fail(tmp_path):
     """Local denominators (each micro-batch its own mean) are what this file exists to catch."""
     whole = grpo_gradients(tmp_path)
-    real = trainer_module.pack
+    real = update_module.pack
 
     def local(sequences, budget, weights, **options):
         batches = real(sequences, budget, weights, **options)
@@ -156,12 +156,12 @@ def test_the_test_can_fail(tmp_path):
             b.token_weights *= len(sequences) / len(b.sequence_index)
         return batches
 
-    trainer_module.pack = local
+    update_module.pack = local
     try:
         with pytest.raises(AssertionError):
             assert_same(whole, grpo_gradients(tmp_path, "--grpo.token_budget=15"))
     finally:
-        trainer_module.pack = real
+        update_module.pack = real
 
 
 def test_bfloat16_micro_batches_are_added_up_in_float32(tmp_path, monkeypatch):

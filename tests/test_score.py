@@ -196,7 +196,7 @@ def train(folder, *overrides, dtype=torch.float32, invariant=True, steps=1, reco
 def test_the_loss_takes_what_the_sampler_wrote(tmp_path, dtype, monkeypatch):
     """Bit for bit in the first optimizer step, whatever micro-batches it has; and the KL of an equal reference is 0."""
     taken = []
-    from r1fast import trainer as module
+    from r1fast import policy_update as module
 
     objective = module.grpo_objective
 
