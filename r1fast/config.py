@@ -92,6 +92,8 @@ class GRPOConfig:
     kl_estimator: Literal["k1", "k2", "k3", "k3_unbiased"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
     ref_refresh_steps: int = 400  # reference := policy every n optimizer steps; 0 = never
+    ref_device: Literal["same", "cpu"] = "same"  # where its weights wait between forwards
+    ref_dtype: Literal["same", "bfloat16"] = "same"
     scale_rewards: Literal["group", "batch", "none"] = "group"
     std: Literal["population", "sample"] = "population"  # divide by G (numpy) or G - 1 (TRL)
     std_eps: float = 1e-4

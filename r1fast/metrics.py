@@ -59,6 +59,7 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
     ),
     "train/tokens_without_signal": ("share", "completion tokens dropped, their advantage being 0"),
     "train/steps_without_signal": ("", "optimizer steps left out: nothing in them had signal"),
+    "reference/version": ("", "optimizer step whose weights the reference had in this step's KL"),
     "ratio": ("", "mean of policy probability over sampler probability, per token; 1 on policy"),
     "loss": ("", "training loss"),
     "grad_norm": ("", "norm of the gradient before clipping"),

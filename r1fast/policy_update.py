@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,15 +16,10 @@ from r1fast.kernels.loss_rows import NonFiniteError
 from r1fast.kernels.policy_loss_options import PolicyLossOptions
 from r1fast.metrics import warn
 from r1fast.policy import Policy
+from r1fast.reference import Reference, engine_logprobs
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams
-from r1fast.training import (
-    Trainer,
-    completion_logprobs,
-    cost_per_token,
-    fill,
-    hidden_states,
-)
+from r1fast.training import Trainer, cost_per_token, hidden_states
 from r1fast.types import PackedBatch, RolloutGroup, Sequence
 
 
@@ -53,7 +46,7 @@ class PolicyUpdate(Trainer):
     ):
         g, r = config.grpo, config.rollout
         self.drops = g.drop_without_signal and check_loss_options(config).learns_by_advantage_alone
-        self.reference = copy.deepcopy(policy.model).requires_grad_(False) if g.kl_coef else None
+        self.reference = Reference(policy, config) if g.kl_coef else None
         super().__init__(
             policy,
             config,
@@ -68,20 +61,17 @@ class PolicyUpdate(Trainer):
             r.temperature, r.top_p, r.top_k, r.max_completion_tokens, min_p=r.min_p
         )
         self.engine = Engine.of(policy, r)
-        # whose log-probabilities the loss takes, and the reference's beside them
-        self.is_invariant = r.batch_invariant
-        self.ref_engine = None
-        if self.is_invariant and self.reference is not None:
-            self.ref_engine = Engine.of(replace(policy, model=self.reference), r)
+        self.is_invariant = r.batch_invariant  # the loss takes the engine's log-probabilities
 
     def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
-        if self.reference is None:
-            return {}
-        return {"reference": dict(self.reference.named_parameters())}
+        return {} if self.reference is None else {"reference": self.reference.tensors()}
+
+    def extra_state(self) -> dict:
+        return {} if self.reference is None else {"reference_version": self.reference.version}
 
     def load_extra(self, saved) -> None:
         if self.reference is not None:
-            fill(dict(self.reference.named_parameters()), saved.tensors("reference"))
+            self.reference.load(saved.tensors("reference"), saved.state["reference_version"])
 
     def update(self, groups: list[RolloutGroup], step: int) -> dict[str, float]:
         """One pass (or `num_iterations`) over a rollout. Returns the metrics of the training part."""
@@ -106,7 +96,7 @@ class PolicyUpdate(Trainer):
         live = {key for key, (_, signal) in facts.items() if signal or not self.drops}
         if self.reference is not None:
             with self.timer("reference"):
-                self._fill_ref_logprobs(sequences)
+                self._fill_ref_logprobs(list(sequences.values()))
         unshared = sum(s.num_tokens - 1 for s in sequences.values()) * g.num_iterations
         sums = {"loss": 0.0, "unshared": float(unshared), "forwarded": 0.0, "num_tokens": 0.0}
         norms, lr, mismatch = [], 0.0, (0.0, 0.0, 0.0, 0)
@@ -127,6 +117,7 @@ class PolicyUpdate(Trainer):
                     mismatch = (*found, mini["num_tokens"])
                 for key, value in mini.items():
                     sums[key] = sums.get(key, 0.0) + value
+        versions = {} if self.reference is None else {"reference/version": self.reference.version}
         self._refresh_reference(num_parts)
         total = distributed.sum_dict(sums)
         diffs = distributed.gather_objects(mismatch)
@@ -134,7 +125,7 @@ class PolicyUpdate(Trainer):
         self.num_tokens += sum(length.values()) + G * sum(
             distributed.gather_objects(sum(len(x.prompt_ids) for x in groups))
         )
-        row = {"loss": total.pop("loss") / num_parts, "learning_rate": lr}
+        row = {"loss": total.pop("loss") / num_parts, "learning_rate": lr} | versions
         forwarded, unshared = total.pop("forwarded"), total.pop("unshared")
         row["train/tokens_forwarded"] = forwarded
         row["train/tokens_saved"] = 1 - forwarded / unshared
@@ -192,11 +183,12 @@ class PolicyUpdate(Trainer):
             num_tokens=num_tokens,
             max_completion_tokens=self.config.rollout.max_completion_tokens,
         )
+        own = [sequences[key] for key in owned]
         if self.is_invariant:
-            own = {key: sequences[key] for key in owned}
-            for s, logprobs in zip(own.values(), self._score(self.engine, own), strict=True):
+            scored = engine_logprobs(self.engine, own, self.sampling.temperature)
+            for s, logprobs in zip(own, scored, strict=True):
                 s.policy_logprobs = logprobs
-        batches = self._pack([sequences[key] for key in owned], weights)
+        batches = self._pack(own, weights)
         totals: dict[str, Tensor] = {}
         largest = graph = 0.0
         forwarded = 0
@@ -234,52 +226,27 @@ class PolicyUpdate(Trainer):
         result.setdefault("num_tokens", 0.0)
         return result | {"forwarded": forwarded}
 
-    def _pack(self, sequences: list[Sequence], weights: list[float]) -> list[PackedBatch]:
+    def _pack(
+        self, sequences: list[Sequence], weights: list[float] | None = None
+    ) -> list[PackedBatch]:
         g = self.config.grpo
         return pack(
             sequences,
             g.token_budget,
-            weights,
+            [0.0] * len(sequences) if weights is None else weights,
             device=self.policy.device,
             share_prompts=g.shared_prompt,
             cost_per_token=cost_per_token(self.model),
         )
 
-    def _score(
-        self, engine: Engine, sequences: dict[tuple[int, int], Sequence]
-    ) -> list[list[float]]:
-        """Log-probabilities of each sequence's completion under the engine's weights, in order."""
-        groups: dict[int, list[tuple[int, int]]] = {}
-        for key in sequences:
-            groups.setdefault(key[0], []).append(key)
-        scored = engine.score(
-            [sequences[keys[0]].prompt_ids for keys in groups.values()],
-            [[sequences[key].completion_ids for key in keys] for keys in groups.values()],
-            self.sampling.temperature,
-        )
-        keys, values = sum(groups.values(), []), sum(scored, [])
-        logprobs = {key: x.tolist() for key, x in zip(keys, values, strict=True)}
-        return [logprobs[key] for key in sequences]
-
-    @torch.no_grad()
-    def _fill_ref_logprobs(self, by_key: dict[tuple[int, int], Sequence]) -> None:
-        sequences = list(by_key.values())
-        if self.ref_engine is not None:
-            for s, logprobs in zip(sequences, self._score(self.ref_engine, by_key), strict=True):
-                s.ref_logprobs = logprobs
-            self.ref_engine.reset_prefix_cache()  # its packed weights are a copy of the reference
-            return
-        for batch in self._pack(sequences, [0.0] * len(sequences)):
-            logprobs, _ = completion_logprobs(self.reference, batch, self.sampling.temperature)
-            values, start = logprobs.tolist(), 0
-            for i in batch.sequence_index:
-                end = start + len(sequences[i].completion_ids)
-                sequences[i].ref_logprobs = values[start:end]
-                start = end
+    def _fill_ref_logprobs(self, sequences: list[Sequence]) -> None:
+        logprobs = self.reference.logprobs(sequences, self._pack)
+        for s, values in zip(sequences, logprobs, strict=True):
+            s.ref_logprobs = values
 
     def _refresh_reference(self, num_done: int) -> None:
         """reference := policy when the optimizer has passed a multiple of `ref_refresh_steps`."""
         every = self.config.grpo.ref_refresh_steps
         passed = every and self.optimizer_step // every > (self.optimizer_step - num_done) // every
         if self.reference is not None and passed:
-            fill(dict(self.reference.named_parameters()), dict(self.model.named_parameters()))
+            self.reference.refresh(self.model, self.optimizer_step)

@@ -58,6 +58,20 @@ def completion_logprobs(
     )
 
 
+@torch.no_grad()
+def sequence_logprobs(
+    model: Decoder, batches: list[PackedBatch], temperature: float = 1.0
+) -> list[list[float]]:
+    """Log-probabilities of every packed sequence's completion, in the order before packing."""
+    found: dict[int, list[float]] = {}
+    for batch in batches:
+        logprobs, _ = completion_logprobs(model, batch, temperature)
+        values, bounds = logprobs.tolist(), batch.cu_seqlens.tolist()
+        for i, start, end in zip(batch.sequence_index, bounds[:-1], bounds[1:], strict=True):
+            found[i] = values[start:end]
+    return [found[i] for i in range(len(found))]
+
+
 def cost_per_token(model: Decoder) -> float:
     """What a token costs outside attention, in pairs of query and key: for a balanced packing.
 
@@ -132,6 +146,10 @@ class Trainer:
     def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
         return {}
 
+    def extra_state(self) -> dict:
+        """For subclasses: plain data beyond the counters."""
+        return {}
+
     def _config_that_matters(self) -> dict:
         """What changes the weights of this stage: not where they go, what is shown or evaluated."""
         config = to_dict(self.config)
@@ -156,6 +174,7 @@ class Trainer:
                 "optimizer_step": self.optimizer_step,
                 "num_tokens": self.num_tokens,
                 "config": self._config_that_matters(),
+                **self.extra_state(),
             }
             try:
                 save_checkpoint(

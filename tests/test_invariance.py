@@ -36,7 +36,7 @@ def grpo_gradients(folder, *overrides, groups=None) -> tuple[Gradients, dict]:
     config = tiny_config(*overrides)
     trainer = GRPOTrainer(policy, config, folder, tiny_problems(), TokenScorer())
     with torch.no_grad():  # a reference that is not the policy, so that the KL has a gradient
-        for p in trainer.reference.parameters():
+        for p in trainer.reference.model.parameters():
             p.mul_(0.9)
     seen = record_gradients(trainer)
     groups = groups or random_groups(4, 4, policy.model.spec.vocab_size)

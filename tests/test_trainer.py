@@ -85,7 +85,10 @@ def test_resume_is_bitwise(tmp_path):
     for a, b in (
         (dict(whole.model.named_parameters()), dict(parts.model.named_parameters())),
         (whole.optimizer.state_tensors(), parts.optimizer.state_tensors()),
-        (dict(whole.reference.named_parameters()), dict(parts.reference.named_parameters())),
+        (
+            dict(whole.reference.model.named_parameters()),
+            dict(parts.reference.model.named_parameters()),
+        ),
     ):
         assert_same_tensors(a, b)
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
@@ -125,7 +128,9 @@ def test_reference_is_refreshed_at_the_right_step(tmp_path):
     start = {n: p.clone() for n, p in trainer.model.named_parameters()}
     for step in range(7):
         trainer.train_step(step)
-        policy, reference = (dict(m.named_parameters()) for m in (trainer.model, trainer.reference))
+        policy, reference = (
+            dict(m.named_parameters()) for m in (trainer.model, trainer.reference.model)
+        )
         if step < 2:
             assert_same_tensors(reference, start)
         if step in (2, 5):
@@ -143,16 +148,18 @@ def test_reference_of_several_optimizer_steps_a_rollout(tmp_path):
     refreshed = []
     for step in range(4):
         trainer.train_step(step)
-        refreshed.append(torch.equal(trainer.reference.embed.weight, trainer.model.embed.weight))
+        refreshed.append(
+            torch.equal(trainer.reference.model.embed.weight, trainer.model.embed.weight)
+        )
     assert trainer.optimizer_step == 16
     assert refreshed == [False, True, True, False]
 
 
 def test_reference_never_refreshed_and_none_at_all(tmp_path):
     trainer = make_trainer(tmp_path / "a", "--grpo.ref_refresh_steps=0")
-    start = trainer.reference.embed.weight.clone()
+    start = trainer.reference.model.embed.weight.clone()
     trainer.train_step(0)
-    assert torch.equal(trainer.reference.embed.weight, start)
+    assert torch.equal(trainer.reference.model.embed.weight, start)
     without = make_trainer(tmp_path / "b", "--grpo.kl_coef=0")
     assert without.reference is None
     assert "kl" not in without.train_step(0)

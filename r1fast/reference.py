@@ -1,0 +1,101 @@
+"""The reference policy of the KL term: whose weights, where they lie, of which optimizer step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from r1fast.batch import group_by_prompt
+from r1fast.config import Config
+from r1fast.model import DTYPES, Decoder
+from r1fast.policy import Policy
+from r1fast.rollout.engine import Engine
+from r1fast.training import fill, sequence_logprobs
+from r1fast.types import PackedBatch, Sequence
+
+
+class Reference:
+    """A frozen copy of the policy: `grpo.ref_dtype` on `grpo.ref_device`.
+
+    Weights that lie on the CPU are on the policy's device during a forward alone.
+    """
+
+    def __init__(self, policy: Policy, config: Config):
+        g = config.grpo
+        self.temperature = config.rollout.temperature
+        self.device = policy.device  # of the forward
+        self.version = 0  # the optimizer step whose weights these are
+        home = torch.device("cpu") if g.ref_device == "cpu" else policy.device
+        self.model = _copy(policy.model, home, DTYPES.get(g.ref_dtype))
+        self.engine = None
+        if config.rollout.batch_invariant:  # the sampler's bits, as the loss takes them
+            self.engine = Engine.of(replace(policy, model=self.model), config.rollout)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
+
+    def load(self, tensors: dict[str, Tensor], version: int) -> None:
+        fill(self.tensors(), tensors)
+        self.version = version
+
+    def refresh(self, model: Decoder, version: int) -> None:
+        """reference := policy, as it is after optimizer step `version`."""
+        self.load(dict(model.named_parameters()), version)
+
+    def logprobs(
+        self, sequences: list[Sequence], pack: Callable[[list[Sequence]], list[PackedBatch]]
+    ) -> list[list[float]]:
+        """Of every sequence's completion."""
+        if self.engine is not None:
+            logprobs = engine_logprobs(self.engine, sequences, self.temperature)
+            self.engine.reset_prefix_cache()  # its packed weights are a copy of the reference
+            return logprobs
+        with self._on_device() as model:
+            return sequence_logprobs(model, pack(sequences), self.temperature)
+
+    @contextmanager
+    def _on_device(self) -> Iterator[Decoder]:
+        home = [
+            (module, name, p)
+            for module in self.model.modules()
+            for name, p in module.named_parameters(recurse=False)
+        ]
+        try:
+            for module, name, p in home:
+                moved = p.to(self.device, non_blocking=True)
+                setattr(module, name, nn.Parameter(moved, requires_grad=False))
+            yield self.model
+        finally:
+            for module, name, p in home:  # nothing has changed, so nothing is copied back
+                setattr(module, name, p)
+
+
+def engine_logprobs(
+    engine: Engine, sequences: list[Sequence], temperature: float
+) -> list[list[float]]:
+    """Of each sequence's completion under the engine's weights, in the bits of its decoding."""
+    groups = group_by_prompt(sequences)
+    scored = engine.score(
+        [sequences[group[0]].prompt_ids for group in groups],
+        [[sequences[i].completion_ids for i in group] for group in groups],
+        temperature,
+    )
+    indices, values = sum(groups, []), sum(scored, [])
+    by_index = {i: x.tolist() for i, x in zip(indices, values, strict=True)}
+    return [by_index[i] for i in range(len(sequences))]
+
+
+def _copy(model: Decoder, device: torch.device, dtype: torch.dtype | None) -> Decoder:
+    """Without a second copy on the model's own device on the way to another."""
+    memo: dict[int, object] = {}
+    for p in model.parameters():
+        weights = p.detach().to(device, dtype, copy=True)
+        if device != p.device and p.is_cuda:
+            weights = weights.pin_memory()  # so that its way to the GPU and back overlaps
+        memo[id(p)] = nn.Parameter(weights, requires_grad=False)
+    return copy.deepcopy(model, memo)
