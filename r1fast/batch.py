@@ -1,5 +1,6 @@
 """Sequences -> packed micro-batches without padding. The only place that shifts tokens."""
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 import torch
@@ -16,6 +17,7 @@ def pack(
     device: torch.device | str = "cpu",
     share_prompts: bool = False,
     cost_per_token: float = 0.0,  # outside attention, in pairs of query and key; evens micro-batches
+    longer_alone: bool = False,  # what is over the budget by itself is a micro-batch, not an error
 ) -> list[PackedBatch]:
     """Micro-batches of at most `token_budget` forwarded tokens, deterministic.
 
@@ -27,8 +29,13 @@ def pack(
         if not s.prompt_ids or not s.completion_ids:
             part = "prompt" if not s.prompt_ids else "completion"
             raise ValueError(f"sequence {i} has an empty {part}: it has no token to learn from")
-    groups = group_by_prompt(sequences) if share_prompts else []
-    if 0 < len(groups) < len(sequences):
+    within = range(len(sequences))
+    alone: list[int] = []
+    if longer_alone:
+        alone = [i for i in within if sequences[i].num_tokens - 1 > token_budget]
+        within = sorted(set(within) - set(alone))
+    groups = group_by_prompt(sequences, within) if share_prompts else []
+    if 0 < len(groups) < len(within):
         (packed,) = _C.pack_groups(
             [len(sequences[group[0]].prompt_ids) for group in groups],
             [[len(sequences[i].completion_ids) - 1 for i in group] for group in groups],
@@ -37,16 +44,19 @@ def pack(
         )
         bins = [[[groups[g][m] for m in members] for g, members in b] for b in packed]
     else:
-        lengths = [s.num_tokens - 1 for s in sequences]
-        bins = [[[i] for i in b] for b in _C.pack(lengths, token_budget)]
+        lengths = [sequences[i].num_tokens - 1 for i in within]
+        bins = [[[within[i]] for i in b] for b in _C.pack(lengths, token_budget)]
+    bins += [[[i]] for i in alone]
     return [collate(sequences, token_weights, b, device) for b in bins]
 
 
-def group_by_prompt(sequences: Seq[Sequence]) -> list[list[int]]:
-    """Indices of the sequences of each prompt, in the order of their first."""
+def group_by_prompt(
+    sequences: Seq[Sequence], index: Iterable[int] | None = None
+) -> list[list[int]]:
+    """Indices (all, or those of `index`) of the sequences of each prompt, in the order of their first."""
     groups: dict[tuple[int, ...], list[int]] = {}
-    for i, s in enumerate(sequences):
-        groups.setdefault(tuple(s.prompt_ids), []).append(i)
+    for i in range(len(sequences)) if index is None else index:
+        groups.setdefault(tuple(sequences[i].prompt_ids), []).append(i)
     return list(groups.values())
 
 

@@ -52,6 +52,7 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
         "MiB",
         "keys and values held at once, at most since the start, all ranks",
     ),
+    "train/token_budget": ("tokens", "a micro-batch may have; halved where memory ran out"),
     "train/tokens_forwarded": ("tokens", "forwarded by the policy in training, all ranks"),
     "train/tokens_saved": (
         "share",

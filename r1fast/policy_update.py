@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +35,9 @@ def check_loss_options(config: Config) -> PolicyLossOptions:
 
 class PolicyUpdate(Trainer):
     """What learns from scored groups, wherever they come from: a rollout, or a recorded one."""
+
+    section = "grpo"
+    shorter = "rollout.max_completion_tokens or rollout.max_prompt_tokens"
 
     def __init__(
         self,
@@ -96,7 +101,8 @@ class PolicyUpdate(Trainer):
         live = {key for key, (_, signal) in facts.items() if signal or not self.drops}
         if self.reference is not None:
             with self.timer("reference"):
-                self._fill_ref_logprobs(list(sequences.values()))
+                own_sequences = list(sequences.values())
+                self.token_budget.fitting(lambda: self._fill_ref_logprobs(own_sequences))
         unshared = sum(s.num_tokens - 1 for s in sequences.values()) * g.num_iterations
         sums = {"loss": 0.0, "unshared": float(unshared), "forwarded": 0.0, "num_tokens": 0.0}
         norms, lr, mismatch = [], 0.0, (0.0, 0.0, 0.0, 0)
@@ -108,7 +114,8 @@ class PolicyUpdate(Trainer):
                     continue
                 first = not norms
                 with self.timer("train"):
-                    mini = self._backward(part, sequences, length, live, check_mismatch=first)
+                    backward = partial(self._backward, part, sequences, length, live)
+                    mini = self.token_budget.fitting(partial(backward, check_mismatch=first))
                     norm, lr = self.optimize()
                     self.engine.reset_prefix_cache()
                 norms.append(norm)
@@ -228,16 +235,18 @@ class PolicyUpdate(Trainer):
 
     def _pack(
         self, sequences: list[Sequence], weights: list[float] | None = None
-    ) -> list[PackedBatch]:
-        g = self.config.grpo
-        return pack(
+    ) -> Iterator[PackedBatch]:
+        """Micro-batches within the token budget, for `token_budget.fitting`."""
+        batches = pack(
             sequences,
-            g.token_budget,
+            self.token_budget.num_tokens,
             [0.0] * len(sequences) if weights is None else weights,
             device=self.policy.device,
-            share_prompts=g.shared_prompt,
+            share_prompts=self.config.grpo.shared_prompt,
             cost_per_token=cost_per_token(self.model),
+            longer_alone=self.token_budget.was_halved,
         )
+        return self.token_budget.each(batches)
 
     def _fill_ref_logprobs(self, sequences: list[Sequence]) -> None:
         logprobs = self.reference.logprobs(sequences, self._pack)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -48,7 +48,7 @@ class Reference:
         self.load(dict(model.named_parameters()), version)
 
     def logprobs(
-        self, sequences: list[Sequence], pack: Callable[[list[Sequence]], list[PackedBatch]]
+        self, sequences: list[Sequence], pack: Callable[[list[Sequence]], Iterable[PackedBatch]]
     ) -> list[list[float]]:
         """Of every sequence's completion."""
         if self.engine is not None:

@@ -55,6 +55,8 @@ def encode_examples(examples: list[Example], policy: Policy, config: Config) -> 
 class SFTTrainer(Trainer):
     """Minimises the mean negative log-likelihood per completion token (or per sequence)."""
 
+    section, shorter = "sft", "sft.max_seq_tokens"
+
     def __init__(
         self,
         policy: Policy,
@@ -98,26 +100,8 @@ class SFTTrainer(Trainer):
             weights = [1.0 / num_tokens] * len(owned)
         else:
             weights = [1.0 / (len(batch_of) * len(x.completion_ids)) for x in owned]
-        sums = {"loss": 0.0, "entropy": 0.0}
         with self.timer("train"):
-            for batch in pack(owned, s.token_budget, weights, device=self.policy.device):
-                try:
-                    loss, entropy = linear_cross_entropy(
-                        hidden_states(self.model, batch),
-                        self.model.head_weight,
-                        batch.target_ids,
-                        token_weights=batch.token_weights,
-                        reduction="sum",
-                        return_entropy=True,
-                    )
-                except NonFiniteError as error:
-                    warn(str(error))
-                    self.optimizer.spoil()
-                    continue
-                loss.backward()
-                self.optimizer.accumulate()
-                sums["loss"] += float(loss.detach())
-                sums["entropy"] += float(entropy.sum())
+            sums = self.token_budget.fitting(lambda: self._backward(owned, weights))
             norm, lr = self.optimize()
         total = distributed.sum_dict(sums)
         self.num_tokens += sum(x.num_tokens for x in batch_of)
@@ -128,3 +112,33 @@ class SFTTrainer(Trainer):
             "learning_rate": lr,
             "epoch": (step + 1) * s.batch_size / len(self.sequences),
         }
+
+    def _backward(self, owned: list[Sequence], weights: list[float]) -> dict[str, float]:
+        """Gradients of this rank's examples, added up. Returns sums over their tokens."""
+        sums = {"loss": 0.0, "entropy": 0.0}
+        batches = pack(
+            owned,
+            self.token_budget.num_tokens,
+            weights,
+            device=self.policy.device,
+            longer_alone=self.token_budget.was_halved,
+        )
+        for batch in self.token_budget.each(batches):
+            try:
+                loss, entropy = linear_cross_entropy(
+                    hidden_states(self.model, batch),
+                    self.model.head_weight,
+                    batch.target_ids,
+                    token_weights=batch.token_weights,
+                    reduction="sum",
+                    return_entropy=True,
+                )
+            except NonFiniteError as error:
+                warn(str(error))
+                self.optimizer.spoil()
+                continue
+            loss.backward()
+            self.optimizer.accumulate()
+            sums["loss"] += float(loss.detach())
+            sums["entropy"] += float(entropy.sum())
+        return sums

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from r1fast import distributed
-from r1fast.checkpoint import load_checkpoint, same_config, save_checkpoint
+from r1fast.checkpoint import Checkpoint, load_checkpoint, same_config, save_checkpoint
 from r1fast.config import Config, to_dict
 from r1fast.interrupt import StopRequest
 from r1fast.kernels.attention import PackedAttention
@@ -28,6 +28,7 @@ from r1fast.metrics import MetricsWriter, Timer, drop_rows, progress, say, warn
 from r1fast.model import Attend, Decoder
 from r1fast.optim import Optimizer, learning_rate
 from r1fast.policy import Policy
+from r1fast.token_budget import TokenBudget
 from r1fast.types import PackedBatch
 
 MAX_SKIPPED = 5  # non-finite gradients in a row before the run stops
@@ -60,7 +61,7 @@ def completion_logprobs(
 
 @torch.no_grad()
 def sequence_logprobs(
-    model: Decoder, batches: list[PackedBatch], temperature: float = 1.0
+    model: Decoder, batches: Iterable[PackedBatch], temperature: float = 1.0
 ) -> list[list[float]]:
     """Log-probabilities of every packed sequence's completion, in the order before packing."""
     found: dict[int, list[float]] = {}
@@ -92,6 +93,9 @@ def digest(rows: Iterable[list[int]]) -> str:
 class Trainer:
     """State, checkpoints and metrics of one training stage in `folder`."""
 
+    section = ""  # of the config that has the token_budget
+    shorter = ""  # the keys that bound a sequence's length
+
     def __init__(
         self,
         policy: Policy,
@@ -112,12 +116,13 @@ class Trainer:
         self.optimizer = Optimizer(self.model.named_parameters(), config.optim)
         self.step = self.optimizer_step = self.num_tokens = self.num_skipped = 0
         self.timer = Timer(torch.cuda.synchronize if policy.device.type == "cuda" else None)
-        self._resume(force)
+        saved = self._resume(force)
+        self.token_budget = self._make_token_budget({} if saved is None else saved.state)
 
-    def _resume(self, force: bool) -> None:
+    def _resume(self, force: bool) -> Checkpoint | None:
         saved = load_checkpoint(self.folder / "checkpoints")
         if saved is None:
-            return
+            return None
         other = saved.state.get("stage", self.stage)
         if other != self.stage:
             raise ValueError(
@@ -139,6 +144,25 @@ class Trainer:
         self.num_tokens = saved.state["num_tokens"]
         if self.step < self.num_steps:
             say(f"{self.stage}: goes on after step {self.step} of {self.num_steps}")
+        return saved
+
+    def _make_token_budget(self, state: dict) -> TokenBudget:
+        """As it was when the checkpoint was made, unless the config has another one now: other
+        micro-batches would be other rounding."""
+        asked = getattr(self.config, self.section).token_budget
+        stored, was_halved = state.get("token_budget"), False
+        if stored and state["config"][self.section]["token_budget"] == asked:
+            num_tokens, was_halved = stored["num_tokens"], stored["was_halved"]
+        else:
+            num_tokens = asked
+        budget = TokenBudget(
+            num_tokens,
+            discard=self.optimizer.zero_grad,
+            advice=f"Lower {self.shorter}, take model.dtype = bfloat16, or a smaller model",
+            was_halved=was_halved,
+        )
+        budget.agree(self.policy.device)
+        return budget
 
     def load_extra(self, saved) -> None:
         """For subclasses: tensors beyond model and optimizer."""
@@ -173,6 +197,10 @@ class Trainer:
                 "data": self.data,
                 "optimizer_step": self.optimizer_step,
                 "num_tokens": self.num_tokens,
+                "token_budget": {
+                    "num_tokens": self.token_budget.num_tokens,
+                    "was_halved": self.token_budget.was_halved,
+                },
                 "config": self._config_that_matters(),
                 **self.extra_state(),
             }
@@ -254,6 +282,7 @@ class Trainer:
             while self.step < self.num_steps:
                 began, tokens = time.perf_counter(), self.num_tokens
                 row = self.train_step(self.step)
+                row["train/token_budget"] = self.token_budget.agree(self.policy.device)
                 self.step += 1
                 seconds = time.perf_counter() - began
                 row["num_tokens"] = self.num_tokens

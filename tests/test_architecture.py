@@ -15,7 +15,7 @@ LAYERS = {  # bottom first; a module may import from layers below its own
     "compute": "kernels _C",
     "model": "model policy",
     "stages": "rollout rewards batch grpo optim checkpoint data templates",
-    "loop": "running_sum training reference policy_update trainer sft evaluate rejection cold_start reward_model assemble preferences",
+    "loop": "running_sum token_budget training reference policy_update trainer sft evaluate rejection cold_start reward_model assemble preferences",
     "entry": "__init__ __main__ commands pipeline recipe report generate serve integrations claims",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}

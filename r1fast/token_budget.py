@@ -1,0 +1,92 @@
+"""How many tokens a micro-batch may have; half as many where one has not fitted into memory.
+
+A mini-batch in which one does not fit is done again from its beginning with the smaller budget: what was
+added up is dropped, so its gradient is that of a run which had this budget from the start, bit for bit.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import torch
+
+from r1fast import distributed
+from r1fast.metrics import warn
+from r1fast.types import PackedBatch
+
+T = TypeVar("T")
+# of PyTorch's errors that are no torch.OutOfMemoryError: of the CPU, and of cuBLAS's own memory
+MESSAGES = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in MESSAGES)
+
+
+class TokenBudget:
+    """`discard` drops the gradients that were added up; `advice` is for a sequence too long to run alone."""
+
+    def __init__(
+        self,
+        num_tokens: int,
+        *,
+        discard: Callable[[], None],
+        advice: str,
+        was_halved: bool = False,
+    ):
+        assert num_tokens >= 1, num_tokens
+        self.num_tokens, self.was_halved = num_tokens, was_halved
+        self.discard, self.advice = discard, advice
+        self._size: tuple[int, int] | None = None  # tokens and sequences of what runs
+
+    def each(self, batches: Iterable[PackedBatch]) -> Iterator[PackedBatch]:
+        """The micro-batches that `fitting` watches, one after the other."""
+        for batch in batches:
+            self._size = batch.num_tokens, len(batch.sequence_index)
+            yield batch
+        self._size = None
+
+    def fitting(self, attempt: Callable[[], T]) -> T:
+        """`attempt()`, which packs by `num_tokens`; again with less where a micro-batch does not fit.
+
+        Raises RuntimeError where one sequence alone does not.
+        """
+        while True:
+            self._size = None
+            try:
+                return attempt()
+            except (RuntimeError, MemoryError) as error:
+                if self._size is None or not is_out_of_memory(error):
+                    raise
+                said = str(error).strip().partition("\n")[0]
+            # outside of the clause: the error's frames hold what the attempt had in memory
+            self.discard()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._halve(*self._size, said)
+
+    def _halve(self, num_tokens: int, num_sequences: int, said: str) -> None:
+        if num_sequences == 1:
+            raise RuntimeError(
+                f"out of memory in a micro-batch of one sequence of {num_tokens} tokens, which cannot "
+                f"be divided ({said}). {self.advice}"
+            )
+        before, self.was_halved = self.num_tokens, True
+        self.num_tokens = max(1, min(before, num_tokens) // 2)
+        warn(
+            f"out of memory in a micro-batch of {num_tokens} tokens ({said}); from now on a "
+            f"micro-batch has at most {self.num_tokens} tokens instead of {before}, with the same gradient"
+        )
+
+    def agree(self, device: torch.device) -> int:
+        """The smallest budget of all ranks becomes everyone's."""
+        if distributed.world_size() > 1:
+            both = torch.tensor([self.num_tokens, not self.was_halved], device=device)
+            self.num_tokens, unhalved = distributed.all_reduce(both, "min").tolist()
+            self.was_halved = not unhalved
+        return self.num_tokens
