@@ -74,6 +74,10 @@ class GRPOConfig:
     prompts_per_step: int = 16  # problems in a rollout, over all ranks
     num_mini_batches: int = 1  # optimizer steps a rollout is split into, at random
     num_iterations: int = 1  # passes over one rollout, mu in the paper
+    whole_groups: bool = False  # mini-batches of whole groups; R1 splits single completions
+    # what the means of a mini-batch count: all groups, or (verl) those with signal alone
+    denominator: Literal["full", "live"] = "full"
+    mask_truncated: bool = False  # DAPO: no loss for completions cut at max_completion_tokens
     # kernels/policy_loss.py has the formulas
     loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo", "luspo"] = "grpo"
     importance_sampling_level: Literal["token", "sequence"] = "token"
@@ -101,6 +105,9 @@ class GRPOConfig:
     shared_prompt: bool = True  # a group's prompt is forwarded once a micro-batch; exact
     # without KL and entropy_coef a completion of advantage 0 is not forwarded; exact
     drop_without_signal: bool = True
+    # mean |sampler - trainer| in nats above which the trainer computes the old log-probabilities of a
+    # step again; 0 = by dtype: 0.001 in float32, 0.03 in bfloat16
+    max_logprob_mismatch: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,15 +47,14 @@ def check(c: Config) -> None:
     need(r.top_k >= 0, "rollout.top_k", r.top_k, "at least 0 (0 is off)")
     for name in ("prompts_per_step", "num_mini_batches", "num_iterations", "token_budget"):
         need(getattr(g, name) >= 1, f"grpo.{name}", getattr(g, name), "at least 1")
-    for name in ("num_steps", "clip_eps_low", "clip_eps_high", "kl_coef", "ref_refresh_steps"):
+    for name in ("num_steps", "clip_eps_low", "clip_eps_high", "kl_coef", "ref_refresh_steps",
+                 "max_logprob_mismatch"):  # fmt: skip
         need(getattr(g, name) >= 0, f"grpo.{name}", getattr(g, name), "at least 0")
     need(g.std_eps >= 0, "grpo.std_eps", g.std_eps, "at least 0")
-    need(
-        g.num_mini_batches <= g.prompts_per_step * r.num_generations,
-        "grpo.num_mini_batches",
-        g.num_mini_batches,
-        f"at most prompts_per_step x num_generations = {g.prompts_per_step * r.num_generations}",
-    )
+    most = g.prompts_per_step * (1 if g.whole_groups else r.num_generations)
+    of = "prompts_per_step" + (" (whole_groups)" if g.whole_groups else " x num_generations")
+    need(g.num_mini_batches <= most, "grpo.num_mini_batches", g.num_mini_batches,
+         f"at most {of} = {most}")  # fmt: skip
     need(o.lr > 0, "optim.lr", o.lr, "above 0")
     need(0 <= o.min_lr_ratio <= 1, "optim.min_lr_ratio", o.min_lr_ratio, "in [0, 1]")
     for name in ("warmup_steps", "weight_decay", "eps"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from r1fast.config import GRPOConfig
-from r1fast.kernels.advantages import group_advantages
+from r1fast.kernels.advantages import group_advantages, has_signal
 from r1fast.kernels.fused_grpo_loss import fused_grpo_loss
 from r1fast.kernels.loss_rows import SEQUENCE_MEANS, divisor_of
 from r1fast.kernels.policy_loss_options import LOSS_TYPES, PolicyLossOptions
@@ -75,6 +75,19 @@ def rollout_advantages(
         verdicts=torch.tensor([_verdict_codes(g) for g in groups]),
     )
     return advantages.tolist()
+
+
+def groups_with_signal(groups: list[RolloutGroup]) -> list[bool]:
+    """Of every group, whether its advantages are other than exactly 0, as `rollout_advantages` has it."""
+    for group in groups:
+        _check_rewards(group)
+    return [
+        bool(has_signal(
+            torch.tensor([[r.total for r in group.rewards]], dtype=torch.float64),
+            torch.tensor([_verdict_codes(group)]),
+        ))
+        for group in groups
+    ]  # fmt: skip
 
 
 def _check_rewards(group: RolloutGroup) -> None:

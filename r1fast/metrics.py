@@ -59,6 +59,8 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
         "not forwarded: shared prompts, and completions without signal",
     ),
     "train/tokens_without_signal": ("share", "completion tokens dropped, their advantage being 0"),
+    "train/tokens_masked": ("share", "completion tokens without loss: cut off, mask_truncated"),
+    "train/old_logprobs_recomputed": ("", "1 where the sampler's were too far from the trainer's"),
     "train/steps_without_signal": ("", "optimizer steps left out: nothing in them had signal"),
     "reference/version": ("", "optimizer step whose weights the reference had in this step's KL"),
     "ratio": ("", "mean of policy probability over sampler probability, per token; 1 on policy"),

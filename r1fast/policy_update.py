@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,13 @@ from torch import Tensor
 from r1fast import distributed
 from r1fast.batch import pack
 from r1fast.config import Config
-from r1fast.grpo import grpo_objective, loss_options, rollout_advantages, token_weights
+from r1fast.grpo import (
+    groups_with_signal,
+    grpo_objective,
+    loss_options,
+    rollout_advantages,
+    token_weights,
+)
 from r1fast.kernels.loss_rows import NonFiniteError
 from r1fast.kernels.policy_loss_options import PolicyLossOptions
 from r1fast.metrics import warn
@@ -21,8 +26,12 @@ from r1fast.policy import Policy
 from r1fast.reference import Reference, engine_logprobs
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams
-from r1fast.training import Trainer, cost_per_token, hidden_states
-from r1fast.types import PackedBatch, RolloutGroup, Sequence
+from r1fast.step_plan import Fact, Key, MiniBatch, StepPlan
+from r1fast.training import Trainer, cost_per_token, hidden_states, sequence_logprobs
+from r1fast.types import Completion, PackedBatch, RolloutGroup, Sequence
+
+# mean |sampler - trainer| in nats: ten times and more what the rounding of two forwards gives
+MAX_MISMATCH = {torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.01}
 
 
 def check_loss_options(config: Config) -> PolicyLossOptions:
@@ -66,6 +75,7 @@ class PolicyUpdate(Trainer):
             r.temperature, r.top_p, r.top_k, r.max_completion_tokens, min_p=r.min_p
         )
         self.engine = Engine.of(policy, r)
+        self.max_mismatch = g.max_logprob_mismatch or MAX_MISMATCH[policy.model.head_weight.dtype]
         self.is_invariant = r.batch_invariant  # the loss takes the engine's log-probabilities
 
     def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -87,117 +97,180 @@ class PolicyUpdate(Trainer):
                     f"problem {group.problem.id!r} has {len(group.completions)} completions, "
                     f"rollout.num_generations is {G}"
                 )
-        sequences = self._sequences(groups)
-        # in the order of the groups, G of each: what all ranks must agree on
-        own = [(len(s.completion_ids), s.advantage != 0) for s in sequences.values()]
-        by_rank = distributed.gather_objects(own)
-        P = sum(map(len, by_rank)) // G
-        facts = {
-            (p, i): by_rank[p % self.world_size][p // self.world_size * G + i]
-            for p in range(P)
-            for i in range(G)
-        }
-        length = {key: n for key, (n, _) in facts.items()}
-        live = {key for key, (_, signal) in facts.items() if signal or not self.drops}
+        sequences, plan = self._plan(groups)
+        own = [s for key, s in sequences.items() if key in plan.live]
         if self.reference is not None:
             with self.timer("reference"):
-                own_sequences = list(sequences.values())
-                self.token_budget.fitting(lambda: self._fill_ref_logprobs(own_sequences))
-        unshared = sum(s.num_tokens - 1 for s in sequences.values()) * g.num_iterations
-        sums = {"loss": 0.0, "unshared": float(unshared), "forwarded": 0.0, "num_tokens": 0.0}
-        norms, lr, mismatch = [], 0.0, (0.0, 0.0, 0.0, 0)
+                self.token_budget.fitting(lambda: self._fill_ref_logprobs(own))
+        sums = self._counts(groups) | dict.fromkeys(("loss", "forwarded", "num_tokens"), 0.0)
+        norms, lr, mismatch, replaced = [], 0.0, {}, False
         num_parts = g.num_mini_batches * g.num_iterations
         for iteration in range(g.num_iterations):
-            for part in self._split(list(length), step, iteration):
-                if live.isdisjoint(part):  # on every rank: no gradient, so no step of AdamW
+            for part in plan.mini_batches(f"{self.config.seed}/split/{step}/{iteration}"):
+                if not part.live:  # on any rank: no gradient, so no step of AdamW
                     lr = self.next_learning_rate()
                     continue
-                first = not norms
                 with self.timer("train"):
-                    backward = partial(self._backward, part, sequences, length, live)
-                    mini = self.token_budget.fitting(partial(backward, check_mismatch=first))
+                    backward = partial(self._backward, part, sequences)
+                    mini, diffs = self.token_budget.fitting(backward)
+                    if not norms:  # the weights are those that sampled
+                        mismatch = self._mismatch(diffs)
+                        replaced = mismatch.get("logprob_mismatch/mean", 0.0) > self.max_mismatch
+                        if replaced:
+                            sums["forwarded"] += mini["forwarded"] + self._replace_old(own)
+                            mini, _ = self.token_budget.fitting(backward)
                     norm, lr = self.optimize()
                     self.engine.reset_prefix_cache()
                 norms.append(norm)
-                if first:
-                    found = (mini.pop(name) for name in ("diff", "max_diff", "max_graph"))
-                    mismatch = (*found, mini["num_tokens"])
                 for key, value in mini.items():
                     sums[key] = sums.get(key, 0.0) + value
-        versions = {} if self.reference is None else {"reference/version": self.reference.version}
+        row = self._row(distributed.sum_dict(sums), plan, num_parts)
+        if self.reference is not None:
+            row["reference/version"] = self.reference.version
         self._refresh_reference(num_parts)
-        total = distributed.sum_dict(sums)
-        diffs = distributed.gather_objects(mismatch)
-        num_tokens = total.pop("num_tokens")
-        self.num_tokens += sum(length.values()) + G * sum(
-            distributed.gather_objects(sum(len(x.prompt_ids) for x in groups))
-        )
-        row = {"loss": total.pop("loss") / num_parts, "learning_rate": lr} | versions
-        forwarded, unshared = total.pop("forwarded"), total.pop("unshared")
-        row["train/tokens_forwarded"] = forwarded
-        row["train/tokens_saved"] = 1 - forwarded / unshared
-        num_live = sum(length[key] for key in live)
-        row["train/tokens_without_signal"] = 1 - num_live / sum(length.values())
-        row["train/steps_without_signal"] = num_parts - len(norms)
+        row |= mismatch | {
+            "learning_rate": lr,
+            "train/steps_without_signal": num_parts - len(norms),
+            "train/old_logprobs_recomputed": int(replaced),
+        }
         if norms:
             row["grad_norm"] = sum(norms) / len(norms)
-        # means over what was forwarded; nothing is measured where nothing was
-        row |= {key: value / max(num_tokens, 1) for key, value in total.items()}
-        if num_diffs := sum(d[3] for d in diffs):
-            row["logprob_mismatch/mean"] = sum(d[0] for d in diffs) / num_diffs
-            row["logprob_mismatch/max"] = max(d[1] for d in diffs)
-            if self.is_invariant:
-                row["logprob_mismatch/graph_max"] = max(d[2] for d in diffs)
         return row
 
-    def _sequences(self, groups: list[RolloutGroup]) -> dict[tuple[int, int], Sequence]:
-        """(position in the step, sample) -> training sequence, of this rank's groups."""
-        batch_std = self._batch_std(groups) if self.config.grpo.scale_rewards == "batch" else None
-        advantages = rollout_advantages(groups, self.config.grpo, batch_std)
-        return {
-            (self.rank + n * self.world_size, i): Sequence(
+    def _plan(self, groups: list[RolloutGroup]) -> tuple[dict[Key, Sequence], StepPlan]:
+        """This rank's training sequences, and what all ranks do with all of them."""
+        g = self.config.grpo
+        placed = {
+            self.rank + n * self.world_size if group.position is None else group.position: group
+            for n, group in enumerate(groups)
+        }
+        if g.denominator == "live":
+            signals = groups_with_signal(groups)
+            placed = {
+                p: x for (p, x), signal in zip(placed.items(), signals, strict=True) if signal
+            }
+        groups = list(placed.values())
+        batch_std = self._batch_std(groups) if g.scale_rewards == "batch" else None
+        advantages = rollout_advantages(groups, g, batch_std)
+        sequences = {
+            (position, i): Sequence(
                 group.prompt_ids, c.token_ids, old_logprobs=c.logprobs, advantage=advantage
             )
-            for n, (group, row) in enumerate(zip(groups, advantages, strict=True))
+            for (position, group), row in zip(placed.items(), advantages, strict=True)
             for i, (c, advantage) in enumerate(zip(group.completions, row, strict=True))
         }
+        own = [
+            (
+                p,
+                i,
+                len(s.completion_ids),
+                s.advantage != 0,
+                self._is_masked(placed[p].completions[i]),
+            )
+            for (p, i), s in sequences.items()
+        ]
+        rows = sum(distributed.gather_objects(own), [])
+        facts = {(p, i): Fact(*fact) for p, i, *fact in rows}
+        assert len(facts) == len(rows), "two groups at one position of the step"
+        return sequences, StepPlan(facts, g, drops=self.drops)
+
+    def _is_masked(self, completion: Completion) -> bool:
+        return self.config.grpo.mask_truncated and completion.finish_reason == "length"
+
+    def _counts(self, groups: list[RolloutGroup]) -> dict[str, float]:
+        """Tokens of this rank's groups, whatever becomes of them."""
+        prompts = [len(group.prompt_ids) for group in groups for _ in group.completions]
+        completions = [c for group in groups for c in group.completions]
+        lengths = [len(c.token_ids) for c in completions]
+        masked = [n for n, c in zip(lengths, completions, strict=True) if self._is_masked(c)]
+        unshared = (sum(prompts) + sum(lengths) - len(lengths)) * self.config.grpo.num_iterations
+        return {"seen": float(sum(prompts) + sum(lengths)), "completions": float(sum(lengths)),
+                "masked": float(sum(masked)), "unshared": float(unshared)}  # fmt: skip
+
+    def _row(self, total: dict[str, float], plan: StepPlan, num_parts: int) -> dict[str, float]:
+        """Metrics of the sums over all ranks."""
+        self.num_tokens += int(total.pop("seen"))
+        completions, masked = total.pop("completions"), total.pop("masked")
+        forwarded, unshared = total.pop("forwarded"), total.pop("unshared")
+        num_tokens = total.pop("num_tokens")
+        dropped = completions - masked - plan.num_tokens(plan.live)
+        row = {
+            "loss": total.pop("loss") / num_parts,
+            "train/tokens_forwarded": forwarded,
+            "train/tokens_saved": 1 - forwarded / max(unshared, 1),
+            "train/tokens_without_signal": dropped / max(completions, 1),
+        }
+        if self.config.grpo.mask_truncated:
+            row["train/tokens_masked"] = masked / max(completions, 1)
+        # means over what was forwarded; nothing is measured where nothing was
+        return row | {key: value / max(num_tokens, 1) for key, value in total.items()}
+
+    def _mismatch(self, diffs: list[float]) -> dict[str, float]:
+        """How far the sampler's log-probabilities are from the trainer's, over all ranks."""
+        total, largest, graph, count = zip(*distributed.gather_objects(diffs), strict=True)
+        if not sum(count):
+            return {}
+        row = {
+            "logprob_mismatch/mean": sum(total) / sum(count),
+            "logprob_mismatch/max": max(largest),
+        }
+        return row | ({"logprob_mismatch/graph_max": max(graph)} if self.is_invariant else {})
+
+    def _replace_old(self, sequences: list[Sequence]) -> int:
+        """Old log-probabilities by the forward that the loss takes, before the first update.
+
+        The gradient that was made of the others is forgotten. Returns the tokens forwarded.
+        """
+        warn(
+            "the sampler's log-probabilities are more than grpo.max_logprob_mismatch = "
+            f"{self.max_mismatch:g} nats off the trainer's in the mean. In such steps the trainer "
+            "computes the old ones again (train/old_logprobs_recomputed): look for what differs "
+            "between the two forwards"
+        )
+        self.optimizer.zero_grad()
+        for s, values in zip(sequences, self._logprobs(sequences), strict=True):
+            s.old_logprobs = values
+        return 0 if self.is_invariant else sum(b.num_tokens for b in self._pack(sequences))
+
+    def _logprobs(self, sequences: list[Sequence]) -> list[list[float]]:
+        """Of every sequence's completion, as the loss takes them."""
+        temperature = self.sampling.temperature
+        if self.is_invariant:
+            return engine_logprobs(self.engine, sequences, temperature)
+        return self.token_budget.fitting(
+            lambda: sequence_logprobs(self.model, self._pack(sequences), temperature)
+        )
 
     def _batch_std(self, groups: list[RolloutGroup]) -> Tensor:
         """Standard deviation of every reward of the step, over all ranks."""
-        totals = sum(distributed.gather_objects([r.total for g in groups for r in g.rewards]), [])
+        own = [r.total for g in groups for r in g.rewards]
+        totals = sum(distributed.gather_objects(own), []) or [0.0]
         correction = int(self.config.grpo.std == "sample" and len(totals) > 1)
         return torch.tensor(totals, dtype=torch.float64).std(correction=correction)
 
-    def _split(self, keys: list[tuple[int, int]], step: int, iteration: int) -> list[list]:
-        """All (position, sample) keys, shuffled and cut into `num_mini_batches` nearly equal parts."""
-        N = self.config.grpo.num_mini_batches
-        if N > 1:
-            random.Random(f"{self.config.seed}/split/{step}/{iteration}").shuffle(keys)
-        return [keys[m * len(keys) // N : (m + 1) * len(keys) // N] for m in range(N)]
+    def _backward(
+        self, part: MiniBatch, sequences: dict[Key, Sequence]
+    ) -> tuple[dict[str, float], list[float]]:
+        """Gradients of this rank's share of a mini-batch.
 
-    def _backward(self, part, sequences, length, live, *, check_mismatch: bool) -> dict[str, float]:
-        """Gradients of one mini-batch, this rank's share of it. Returns sums over tokens.
-
-        The denominators are those of the whole mini-batch, also of what is not `live`.
+        Returns sums over tokens, and what `_mismatch` takes: of |what the loss takes - old logprob|
+        the sum and the largest, the largest |graph - what the loss takes|, the number of tokens.
         """
         g = self.config.grpo
-        owned = [key for key in part if key in sequences and key in live]
-        num_tokens = sum(length[key] for key in part)
+        own = [sequences[key] for key in part.live if key in sequences]
         weights = token_weights(
             g.loss_type,
-            [length[key] for key in owned],
-            num_sequences=len(part),
-            num_tokens=num_tokens,
+            [len(s.completion_ids) for s in own],
+            num_sequences=len(part.keys),
+            num_tokens=part.num_tokens,
             max_completion_tokens=self.config.rollout.max_completion_tokens,
         )
-        own = [sequences[key] for key in owned]
         if self.is_invariant:
-            scored = engine_logprobs(self.engine, own, self.sampling.temperature)
-            for s, logprobs in zip(own, scored, strict=True):
+            for s, logprobs in zip(own, self._logprobs(own), strict=True):
                 s.policy_logprobs = logprobs
         batches = self._pack(own, weights)
         totals: dict[str, Tensor] = {}
-        largest = graph = 0.0
+        diffs = torch.zeros(3, dtype=torch.float64, device=self.policy.device)
         forwarded = 0
         for batch in batches:
             forwarded += batch.num_tokens
@@ -208,7 +281,7 @@ class PolicyUpdate(Trainer):
                     batch,
                     g,
                     temperature=self.sampling.temperature,
-                    num_tokens=num_tokens,
+                    num_tokens=part.num_tokens,
                 )
             except NonFiniteError as error:
                 warn(str(error))
@@ -218,20 +291,16 @@ class PolicyUpdate(Trainer):
             self.optimizer.accumulate()
             sums["loss"] = loss.detach()
             logprobs = sums.pop("logprobs")
-            if check_mismatch:
-                taken = logprobs if batch.policy_logprobs is None else batch.policy_logprobs
-                diff = (taken - batch.old_logprobs).abs()
-                sums["diff"] = diff.sum()
-                largest = max(largest, float(diff.max()))
-                graph = max(graph, float((logprobs - taken).abs().max()))
+            taken = logprobs if batch.policy_logprobs is None else batch.policy_logprobs
+            off = (taken - batch.old_logprobs).abs()
+            diffs[0] += off.sum(dtype=torch.float64)
+            diffs[1] = diffs[1].maximum(off.max())
+            diffs[2] = diffs[2].maximum((logprobs - taken).abs().max())
             for key, value in sums.items():
                 totals[key] = totals.get(key, 0) + value.double()
         result = {key: float(value) for key, value in totals.items()}
-        if check_mismatch:
-            result.setdefault("diff", 0.0)
-            result["max_diff"], result["max_graph"] = largest, graph
         result.setdefault("num_tokens", 0.0)
-        return result | {"forwarded": forwarded}
+        return result | {"forwarded": forwarded}, [*diffs.tolist(), result["num_tokens"]]
 
     def _pack(
         self, sequences: list[Sequence], weights: list[float] | None = None

@@ -81,6 +81,7 @@ class RolloutGroup:
     prompt_ids: list[int]
     completions: list[Completion]
     rewards: list[Reward] = field(default_factory=list)
+    position: int | None = None  # in the step, over all ranks; None: as this rank's are dealt
 
 
 @dataclass(slots=True)

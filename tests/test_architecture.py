@@ -14,7 +14,7 @@ LAYERS = {  # bottom first; a module may import from layers below its own
     "leaves": "types config config_check metrics rollout_metrics distributed protocol hf_folder interrupt",
     "compute": "kernels _C",
     "model": "model policy",
-    "stages": "rollout rewards batch grpo optim checkpoint data templates",
+    "stages": "rollout rewards batch grpo step_plan optim checkpoint data templates",
     "loop": "running_sum token_budget training reference policy_update trainer sft evaluate rejection cold_start reward_model assemble preferences",
     "entry": "__init__ __main__ commands pipeline recipe report generate serve integrations claims",
 }

@@ -40,9 +40,24 @@ RUNS = {
     # a completion each: some have no signal, so a rank or both have nothing to forward
     "no_signal": ("--grpo.num_mini_batches=8", "--grpo.prompts_per_step=2", "--grpo.kl_coef=0"),
     "short_of_memory": (),  # the last rank, in micro-batches over 30 tokens
+    # the sampler's logprobs are off on one rank alone, and the mean over both is above the bound
+    "mismatch": ("--grpo.max_logprob_mismatch=0.05", "--grpo.num_mini_batches=2"),
+    "masked": ("--grpo.mask_truncated=true", "--grpo.denominator=live", "--grpo.kl_coef=0",
+               "--grpo.loss_type=dapo", "--grpo.prompts_per_step=5"),
     "sft": (),
     "sft_sequence": ("--sft.loss=sequence", "--sft.batch_size=1"),
 }  # fmt: skip
+
+
+class SecondRankOff(ParityScorer):
+    """Changes the sampler's log-probabilities of odd problems, which the second rank has at first."""
+
+    def score(self, groups, step_from_end=None):
+        super().score(groups, step_from_end)
+        for group in groups:
+            if int(group.problem.id[1:]) % 2:
+                for c in group.completions:
+                    c.logprobs = [x + 0.2 for x in c.logprobs]
 
 
 class SecondProblemOnly(ParityScorer):
@@ -53,6 +68,9 @@ class SecondProblemOnly(ParityScorer):
         for group in groups:
             if int(group.problem.id[1:]) % 2 == 0:
                 group.rewards = [Reward(0.0, {}, None) for _ in group.rewards]
+
+
+SCORERS = {"no_signal": SecondProblemOnly, "mismatch": SecondRankOff}
 
 
 def is_short_on_the_last_rank(model, batch):
@@ -69,7 +87,7 @@ def train(name: str, folder: Path) -> dict[str, torch.Tensor]:
         sequences = [Sequence(g.prompt_ids, c.token_ids) for g in groups for c in g.completions]
         trainer = SFTTrainer(policy, config, folder, sequences)
     else:
-        scorer = SecondProblemOnly() if name == "no_signal" else ParityScorer()
+        scorer = SCORERS.get(name, ParityScorer)()
         trainer = GRPOTrainer(policy, config, folder, tiny_problems(), scorer)
     if name == "short_of_memory":
         with mock.patch("r1fast.policy_update.hidden_states", is_short_on_the_last_rank):
@@ -208,6 +226,11 @@ def test_the_ranks_left_out_the_same_steps(both):
     """Those in which neither had signal; in the others one of them had nothing to forward."""
     rows = [row for folder in both for row in read_metrics(folder / "no_signal")]
     assert all(0 < row["train/steps_without_signal"] < 8 for row in rows)
+
+
+def test_the_ranks_agreed_on_what_was_off(both):
+    rows = [row for folder in both for row in read_metrics(folder / "mismatch")]
+    assert all(row["train/old_logprobs_recomputed"] == 1 for row in rows)
 
 
 def test_two_ranks_evaluate_as_one(both):

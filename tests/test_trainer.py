@@ -296,20 +296,6 @@ def test_every_epoch_visits_every_problem(tmp_path):
     assert sorted(seen) == sorted(p.id for p in tiny_problems(12))
 
 
-@pytest.mark.parametrize("num", [2, 3, 5])
-def test_mini_batches_cover_the_rollout_once(tmp_path, num):
-    trainer = make_trainer(tmp_path, f"--grpo.num_mini_batches={num}")
-    keys = [(p, i) for p in range(4) for i in range(4)]
-    parts = trainer._split(list(keys), 0, 0)
-    assert len(parts) == num
-    assert sorted(sum(parts, [])) == keys
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    assert sum(parts, []) != keys  # at random
-    assert parts == trainer._split(list(keys), 0, 0)
-    assert parts != trainer._split(list(keys), 1, 0)
-    assert parts != trainer._split(list(keys), 0, 1)
-
-
 def test_reward_rises_on_a_trivial_task(tmp_path):
     """An extra reward for one token, through the real scorer: the policy finds it."""
     policy = tiny_policy()
