@@ -8,6 +8,8 @@ commands
   sample     rejection sampling: correct and readable completions as JSONL
   evaluate   pass@1 over k samples, cons@k, format, language, length
   report     RUN: one self-contained HTML page of a run folder
+  replay     RUN --step N [--json] [--section.key=value ...]: a recorded update again, to the
+             last bit; with other values of grpo, optim: both losses on the same rollouts
   generate   CONFIG or MODEL --prompt TEXT [--prompt TEXT ...] [--num N]: sample from a model
              [--temperature 0.6 --top-p 0.95 --top-k 0 --min-p 0 --repetition-penalty 1 --seed 0
              --max-tokens 1024 --min-tokens 0 --stop TEXT ... --stop-token-id ID ...]
@@ -17,7 +19,8 @@ commands
              --max-body-mib 16 --drain 30]
 
 Every value of the config can be set on the command line: --grpo.kl_coef=0 --data.train=gsm8k.jsonl
---force goes on with a run whose config has changed. On several processes:
+--force goes on with a run whose config has changed. --record (or --record=12,20-30) keeps the steps
+of RL for replay. On several processes:
   torchrun --nproc-per-node 2 -m r1fast grpo CONFIG.toml
 A run that was stopped continues from its newest checkpoint with the same command. Ctrl-C saves
 one at the end of the step. Exit codes: 1 failed, 2 wrong input, 130 stopped,
@@ -28,10 +31,11 @@ import os
 import sys
 
 CONFIG_COMMANDS = ("pipeline", "grpo", "sft", "distill", "sample", "evaluate")
-COMMANDS = (*CONFIG_COMMANDS, "report", "generate", "serve")
+COMMANDS = (*CONFIG_COMMANDS, "report", "replay", "generate", "serve")
 _SAMPLING = "temperature top-p top-k min-p repetition-penalty max-tokens min-tokens seed"
 OPTIONS = {
     "pipeline": ["from", "only"],
+    "replay": ["step", "json"],
     "generate": f"prompt num {_SAMPLING} stop stop-token-id json top-logprobs".split(),
     "serve": "host port api-key model-name max-queued max-body-mib drain".split(),
 }
@@ -62,6 +66,8 @@ def parse(argv: list[str]) -> tuple[str, str, list[str], Options]:
             if not value:
                 raise ValueError(f"--{name} needs a value")
             options[name] = [*options.get(name, []), value] if name in REPEATED else value
+        elif name == "record" and command in ("grpo", "pipeline"):
+            overrides.append(f'--log.record="{value if sep else "all"}"')
         elif "." in name or sep:
             overrides.append(word)
         else:
@@ -70,7 +76,7 @@ def parse(argv: list[str]) -> tuple[str, str, list[str], Options]:
                 f"unknown option {word!r}; known: {names}, --section.key=value, --help"
             )
     if len(positional) != 1:
-        what = {"report": "a run folder", "generate": "a config file or a model",
+        what = {"report": "a run folder", "replay": "a run folder", "generate": "a config file or a model",
                 "serve": "a config file or a model"}.get(command, "a config file")  # fmt: skip
         raise ValueError(f"r1fast {command} takes {what}, got {len(positional)}: {positional}")
     return command, positional[0], overrides, options
@@ -103,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         goes_on = (
             ""
-            if argv[0] in ("generate", "serve", "report")
+            if argv[0] in ("generate", "serve", "report", "replay")
             else ("; the same command continues from the last checkpoint")
         )
         sys.stderr.write(f"\nr1fast: stopped{goes_on}\n")

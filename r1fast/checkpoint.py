@@ -28,6 +28,7 @@ VERSION = 1  # of the layout above
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 TEMP_PREFIX = ".saving-"
 CHUNK = 1 << 22  # bytes read at a time for a hash
+Bytes = bytes | memoryview
 _NAME = re.compile(r"step-(\d+)(\.old)?")  # .old: was there when the same step was saved again
 _DTYPES = {  # safetensors' names
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -81,9 +82,26 @@ def save_checkpoint(
         if not re.fullmatch(r"[A-Za-z0-9_]+", name):
             raise ValueError(f"a name of tensors must be letters, digits and _, got {name!r}")
     _refuse_nonfinite(tensors.get("model", {}), step)
-    state_bytes = (json.dumps(state, indent=1) + "\n").encode()
-
+    files = {f"{name}.safetensors": safetensors_bytes(named) for name, named in tensors.items()}
     folder = Path(folder)
+    final = write_step(folder, step, files | {STATE: [json_bytes(state)]})
+    pointer = folder / f"{TEMP_PREFIX}{LATEST}"
+    try:
+        _write(pointer, [f"{final.name}\n".encode()])
+        os.replace(pointer, folder / LATEST)
+        _sync_folder(folder)
+    except BaseException:
+        _remove(pointer)
+        raise
+    _rotate(folder, final, step, keep_last)
+    return final
+
+
+def write_step(folder: Path, step: int, files: Mapping[str, Iterable[Bytes]]) -> Path:
+    """Write `folder/step-<step>`: these files and a manifest of their hashes. Returns its path.
+
+    Whole or not at all, in place of an earlier one. Raises OSError (a full disk).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(f"{TEMP_PREFIX}*"):  # of a run that was killed inside a save
         _remove(stale)
@@ -91,37 +109,31 @@ def save_checkpoint(
     temp = folder / f"{TEMP_PREFIX}{final.name}"
     try:
         temp.mkdir()
-        files = {}
-        for name, named in tensors.items():
-            file = f"{name}.safetensors"
-            files[file] = _write(temp / file, _safetensors_bytes(named))
-        files[STATE] = _write(temp / STATE, [state_bytes])
-        manifest = {"version": VERSION, "step": step, "files": files}
-        _write(temp / MANIFEST, [(json.dumps(manifest, indent=1) + "\n").encode()])
+        entries = {name: _write(temp / name, chunks) for name, chunks in files.items()}
+        manifest = {"version": VERSION, "step": step, "files": entries}
+        _write(temp / MANIFEST, [json_bytes(manifest)])
         _sync_folder(temp)
         _make_way(final)
         os.rename(temp, final)
         _sync_folder(folder)
-        pointer = folder / f"{TEMP_PREFIX}{LATEST}"
-        _write(pointer, [f"{final.name}\n".encode()])
-        os.replace(pointer, folder / LATEST)
-        _sync_folder(folder)
     except BaseException:
-        for own in folder.glob(f"{TEMP_PREFIX}*"):
-            _remove(own)
+        _remove(temp)
         raise
-    _rotate(folder, final, step, keep_last)
     return final
 
 
-def load_checkpoint(folder: str | Path) -> Checkpoint | None:
+def json_bytes(value: Mapping) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def load_checkpoint(folder: str | Path, up_to: int | None = None) -> Checkpoint | None:
     """The newest checkpoint in `folder` whose sizes and hashes are right; None if it has none.
 
-    A damaged one is warned about and the one before it taken. Where all are damaged, ValueError:
+    Of step `up_to` at most, where one is given. A damaged one is warned about and the one before it taken. Where all are damaged, ValueError:
     a run must not start again from nothing unasked.
     """
     folder = Path(folder)
-    found = _checkpoints(folder)
+    found = [(step, path) for step, path in steps_in(folder) if up_to is None or step <= up_to]
     damage = []
     for step, path in found:
         if problem := _problem(path, step):
@@ -137,6 +149,16 @@ def load_checkpoint(folder: str | Path) -> Checkpoint | None:
             "remove the folder to start from the beginning"
         )
     return None
+
+
+def read_step(folder: Path, step: int) -> Checkpoint | None:
+    """What `write_step` has written of this step; None if nothing. ValueError where it is damaged."""
+    paths = [path for number, path in steps_in(folder) if number == step]
+    if not paths:
+        return None
+    if problem := _problem(paths[0], step):
+        raise ValueError(f"{paths[0]} is damaged: {problem}")
+    return Checkpoint(paths[0], step, json.loads((paths[0] / STATE).read_bytes()))
 
 
 def same_config(saved: Mapping, current: Mapping) -> list[str]:
@@ -170,7 +192,7 @@ def _refuse_nonfinite(model: Mapping[str, Tensor], step: int) -> None:
         )
 
 
-def _safetensors_bytes(named: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def safetensors_bytes(named: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, one tensor at a time: no second copy of the model, the hash
     is of what was meant and not of what was read back, and a full disk is an OSError."""
     # wide dtypes first, as the format's own writer does: every tensor starts aligned
@@ -236,7 +258,7 @@ def _make_way(final: Path) -> None:
 def _rotate(folder: Path, newest: Path, step: int, keep_last: int) -> None:
     """Remove what is older than the `keep_last` newest. Never fails: the new one is on disk."""
     kept = 1
-    for other, path in _checkpoints(folder):
+    for other, path in steps_in(folder):
         if path == newest:
             continue
         if other > step:
@@ -247,7 +269,7 @@ def _rotate(folder: Path, newest: Path, step: int, keep_last: int) -> None:
         _remove(path)
 
 
-def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+def steps_in(folder: Path) -> list[tuple[int, Path]]:
     """(step, path), newest first; `step-3` comes before `step-3.old`."""
     if not folder.is_dir():
         return []

@@ -12,9 +12,11 @@ from r1fast.evaluate import evaluate, short_evaluation
 from r1fast.generate import Options, generate, model_config
 from r1fast.hf_folder import read_json, write_json
 from r1fast.metrics import say, table
-from r1fast.pipeline import Pipeline, provenance
+from r1fast.pipeline import Pipeline
 from r1fast.policy import Policy, load_policy
+from r1fast.provenance import provenance
 from r1fast.rejection import rejection_sample
+from r1fast.replay import replay
 from r1fast.report import write_report
 from r1fast.sft import SFTTrainer, encode_examples
 from r1fast.trainer import GRPOTrainer
@@ -33,6 +35,8 @@ def run(command: str, target: Config | str, overrides: list[str], options: Optio
                 _COMMANDS[command](target, force)
         elif command == "report":
             say(f"report: {write_report(target)}")
+        elif command == "replay":
+            _replay(target, overrides, options)
         elif command == "generate":
             generate(target, overrides, options)
         else:
@@ -186,6 +190,13 @@ def _finish(folder: Path) -> None:
     if distributed.is_main():
         say(f"\nreport: {write_report(folder)}")
     distributed.barrier()
+
+
+def _replay(target: str, overrides: list[str], options: Options) -> None:
+    text = options.get("step", "")
+    if not (text.isdecimal() and int(text)):
+        raise ValueError(f"replay needs --step N, a step counted from 1, got {text!r}")
+    replay(target, int(text), overrides, as_json=bool(options.get("json")))
 
 
 def _serve(target: str, overrides: list[str], options: Options) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -211,6 +212,7 @@ class LogConfig:
     wandb: bool = False  # offline unless WANDB_MODE says otherwise
     wandb_project: str = "r1fast"
     num_samples: int = 4  # completions stored in full, a step
+    record: str = ""  # RL steps kept for `r1fast replay`: "all" or "12,20-30"; empty = none
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +271,12 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid TOML: {error}") from None
+    return config_of(values, overrides)
+
+
+def config_of(values: dict, overrides: Sequence[str] = ()) -> Config:
+    """A Config of nested values, as TOML and `to_dict` give them, and overrides over it."""
+    values = deepcopy(values)
     for override in overrides:
         key, sep, text = override.removeprefix("--").partition("=")
         if not sep or not override.startswith("--"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +13,22 @@ STAGES = (
     "base", "small_base", "r1_zero", "cold_start", "rl_1", "rejection", "sft", "reward_models",
     "rl_2", "distill", "small_rl",
 )  # fmt: skip
+
+
+def steps_of(text: str) -> list[range]:
+    """The steps, counted from 1, that log.record names: "all", "12" or "12,20-30"."""
+    if text == "all":
+        return [range(1, sys.maxsize)]
+    ranges = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last:
+            raise ValueError(
+                f"log.record must be empty, all, or steps from 1 on such as 12,20-30, got {text!r}"
+            )
+        ranges.append(range(first, last + 1))
+    return ranges
 
 
 def check(c: Config) -> None:
@@ -68,6 +86,7 @@ def check(c: Config) -> None:
         need(getattr(s, name) >= 1, f"sft.{name}", getattr(s, name), "at least 1")
     for name in ("num_samples", "every_num_problems", "every_num_samples"):
         need(getattr(e, name) >= 1, f"eval.{name}", getattr(e, name), "at least 1")
+    steps_of(c.log.record)
     keep = c.checkpoint.keep_last
     need(keep >= 1, "checkpoint.keep_last", keep, "at least 1")
     for key in (

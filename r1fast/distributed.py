@@ -79,18 +79,23 @@ def gather_objects(value) -> list:
     """`value` of every rank, in rank order, on every rank. Small plain data: it travels as JSON."""
     if not dist.is_initialized():
         return [value]
+    return [json.loads(part) for part in gather_bytes(json.dumps(value).encode())]
+
+
+def gather_bytes(data: bytes) -> list[bytes]:
+    """`data` of every rank, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [data]
     device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    own = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor([len(data)], device=device))
+    dist.all_gather(sizes, torch.tensor([len(own)], device=device))
     longest = max(int(n) for n in sizes)
     padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-    padded[: len(data)] = data
+    padded[: len(own)] = own
     parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
-    return [
-        json.loads(p[: int(n)].cpu().numpy().tobytes()) for p, n in zip(parts, sizes, strict=True)
-    ]
+    return [p[: int(n)].cpu().numpy().tobytes() for p, n in zip(parts, sizes, strict=True)]
 
 
 def gather_problems(rows: list[dict], ids: Iterable[str], key: str = "problem_id") -> list[dict]:

@@ -6,7 +6,7 @@ how a step is split.
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from math import isfinite
 
 import torch
@@ -16,6 +16,7 @@ from r1fast.config import GRPOConfig
 from r1fast.kernels.advantages import group_advantages, has_signal
 from r1fast.kernels.fused_grpo_loss import fused_grpo_loss
 from r1fast.kernels.loss_rows import SEQUENCE_MEANS, divisor_of
+from r1fast.kernels.policy_loss import policy_loss
 from r1fast.kernels.policy_loss_options import LOSS_TYPES, PolicyLossOptions
 from r1fast.types import VERDICTS, PackedBatch, RolloutGroup
 
@@ -153,6 +154,28 @@ def grpo_objective(
     del sums["num_evaluated"]
     sums |= {"num_tokens": num_tokens, "entropy": entropy.sum()}
     return loss, sums | {"logprobs": logprobs}
+
+
+def token_coefficients(
+    logprobs: Tensor,  # (N,) as `grpo_objective` returns them
+    batch: PackedBatch,
+    config: GRPOConfig,
+) -> Tensor:  # (N,)
+    """-d loss / d log-probability of every completion token: above 0 it is made likelier."""
+    options = replace(PolicyLossOptions(**loss_options(config)), entropy_coef=0.0)
+    logprobs = logprobs.detach().requires_grad_()
+    loss, _ = policy_loss(
+        logprobs,
+        batch.advantages,
+        None,
+        options,
+        cu_seqlens=batch.cu_seqlens,
+        old_logprobs=batch.old_logprobs,
+        ref_logprobs=batch.ref_logprobs if config.kl_coef else None,
+        policy_logprobs=batch.policy_logprobs,
+        token_weights=batch.token_weights,
+    )
+    return -torch.autograd.grad(loss, logprobs)[0]
 
 
 def loss_options(config: GRPOConfig) -> dict[str, object]:

@@ -104,6 +104,7 @@ class Optimizer:
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.adamw.state.clear()
         for (name, p), master in zip(self.named, self.masters, strict=True):
             if p is not master:
                 master.data.copy_(tensors[f"master.{name}"])

@@ -10,13 +10,9 @@ a manifest written last, so a second run continues where the first stopped.
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from r1fast import cold_start, distributed
 from r1fast.assemble import make_scorer, problem_sets
@@ -27,6 +23,7 @@ from r1fast.evaluate import evaluate
 from r1fast.hf_folder import read_json, write_json
 from r1fast.metrics import duration, rule, say
 from r1fast.policy import Policy, load_policy
+from r1fast.provenance import provenance
 from r1fast.recipe import RECIPE, asks_r1_zero, evaluate_general
 from r1fast.report import print_stage_table, write_report
 
@@ -295,19 +292,3 @@ def _matters(name: str, key: str) -> bool:
 
 def _is_under(key: str, sections: tuple[str, ...]) -> bool:
     return any(key == section or key.startswith(section + ".") for section in sections)
-
-
-def provenance() -> dict:
-    """What a number depends on besides the config."""
-    root = Path(__file__).resolve().parent.parent
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        n = torch.get_num_threads()
-        device = f"{platform.processor() or platform.machine()}, {n} thread{'s' * (n != 1)}"
-    return {"commit": commit, "device": device, "torch": torch.__version__}

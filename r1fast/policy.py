@@ -16,6 +16,7 @@ class Policy:
     model: Decoder
     tokenizer: Any
     eos_ids: list[int]  # every id that ends a completion
+    path: str = ""  # the folder or model id that it was read from
 
     @property
     def device(self) -> torch.device:
@@ -49,7 +50,11 @@ def load_policy(path: str | Path, *, dtype: str = "float32", device: str = "auto
             f"the tokenizer of {path} has {len(tokenizer)} tokens, the model only "
             f"{model.spec.vocab_size}: they do not belong together"
         )
-    return Policy(model, tokenizer, _eos_ids(model, tokenizer, path))
+    eos_ids = _eos_ids(model, tokenizer, path)
+    # absolute, so that it is found from anywhere; a model id stays one
+    return Policy(
+        model, tokenizer, eos_ids, str(Path(path).resolve() if Path(path).exists() else path)
+    )
 
 
 def pick_device(name: str) -> str:

@@ -57,6 +57,7 @@ class PolicyUpdate(Trainer):
         stage: str,
         data: str,
         force: bool = False,
+        resume: bool = True,
     ):
         g, r = config.grpo, config.rollout
         self.drops = g.drop_without_signal and check_loss_options(config).learns_by_advantage_alone
@@ -70,6 +71,7 @@ class PolicyUpdate(Trainer):
             num_optimizer_steps=g.num_steps * g.num_mini_batches * g.num_iterations,
             data=data,
             force=force,
+            resume=resume,
         )
         self.sampling = SamplingParams(
             r.temperature, r.top_p, r.top_k, r.max_completion_tokens, min_p=r.min_p
@@ -257,7 +259,8 @@ class PolicyUpdate(Trainer):
         the sum and the largest, the largest |graph - what the loss takes|, the number of tokens.
         """
         g = self.config.grpo
-        own = [sequences[key] for key in part.live if key in sequences]
+        owned = [key for key in part.live if key in sequences]
+        own = [sequences[key] for key in owned]
         weights = token_weights(
             g.loss_type,
             [len(s.completion_ids) for s in own],
@@ -291,6 +294,7 @@ class PolicyUpdate(Trainer):
             self.optimizer.accumulate()
             sums["loss"] = loss.detach()
             logprobs = sums.pop("logprobs")
+            self.on_logprobs(owned, batch, logprobs)
             taken = logprobs if batch.policy_logprobs is None else batch.policy_logprobs
             off = (taken - batch.old_logprobs).abs()
             diffs[0] += off.sum(dtype=torch.float64)
@@ -301,6 +305,9 @@ class PolicyUpdate(Trainer):
         result = {key: float(value) for key, value in totals.items()}
         result.setdefault("num_tokens", 0.0)
         return result | {"forwarded": forwarded}, [*diffs.tolist(), result["num_tokens"]]
+
+    def on_logprobs(self, keys: list[Key], batch: PackedBatch, logprobs: Tensor) -> None:  # (N,)
+        """For subclasses: of a micro-batch's tokens; its sequence_index points into `keys`."""
 
     def _pack(
         self, sequences: list[Sequence], weights: list[float] | None = None

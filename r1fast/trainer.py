@@ -12,6 +12,7 @@ from r1fast.data import batch_indices
 from r1fast.metrics import warn
 from r1fast.policy import Policy
 from r1fast.policy_update import PolicyUpdate, check_loss_options
+from r1fast.recording import recorded
 from r1fast.rewards.score import RewardScorer
 from r1fast.rollout.result import EngineStats
 from r1fast.rollout.sampler import sample_seed
@@ -106,7 +107,9 @@ class GRPOTrainer(PolicyUpdate):
         with self.timer("reward"):
             self.scorer.score(groups, step_from_end=self.num_steps - 1 - step)
         row = self._rollout_row(groups) | self._engine_row(before)
-        row |= self.update(groups, step)
+        with recorded(self, groups, step) as trained:
+            trained |= self.update(groups, step)
+        row |= trained
         self._store_samples(groups, step)
         return row
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from r1fast import distributed
-from r1fast.checkpoint import Checkpoint, load_checkpoint, same_config, save_checkpoint
+from r1fast.checkpoint import load_checkpoint, same_config, save_checkpoint
 from r1fast.config import Config, to_dict
 from r1fast.interrupt import StopRequest
 from r1fast.kernels.attention import PackedAttention
@@ -107,6 +107,7 @@ class Trainer:
         num_optimizer_steps: int,
         data: str,  # the digest of what is trained on
         force: bool = False,
+        resume: bool = True,  # from the newest checkpoint in `folder`
     ):
         self.data = data
         self.policy, self.model, self.config = policy, policy.model, config
@@ -116,20 +117,21 @@ class Trainer:
         self.optimizer = Optimizer(self.model.named_parameters(), config.optim)
         self.step = self.optimizer_step = self.num_tokens = self.num_skipped = 0
         self.timer = Timer(torch.cuda.synchronize if policy.device.type == "cuda" else None)
-        saved = self._resume(force)
-        self.token_budget = self._make_token_budget({} if saved is None else saved.state)
+        if not (resume and self._resume(force)):
+            self.token_budget = self._make_token_budget({})
 
-    def _resume(self, force: bool) -> Checkpoint | None:
+    def _resume(self, force: bool) -> bool:
+        """Whether there was a checkpoint to go on from."""
         saved = load_checkpoint(self.folder / "checkpoints")
         if saved is None:
-            return None
+            return False
         other = saved.state.get("stage", self.stage)
         if other != self.stage:
             raise ValueError(
                 f"{self.folder} holds a checkpoint of stage {other!r}, this is stage "
                 f"{self.stage!r}: take another output_dir"
             )
-        changes = same_config(saved.state["config"], self._config_that_matters())
+        changes = same_config(saved.state["config"], self.config_that_matters())
         if saved.state.get("data", self.data) != self.data:
             changes.append("the training data: other rows, or another order")
         if changes and not force:
@@ -137,14 +139,19 @@ class Trainer:
                 f"{self.folder} was begun with another config:\n  " + "\n  ".join(changes) + "\n"
                 "Take another output_dir, or --force to go on with the new values."
             )
+        self.restore(saved)
+        if self.step < self.num_steps:
+            say(f"{self.stage}: goes on after step {self.step} of {self.num_steps}")
+        return True
+
+    def restore(self, saved) -> None:
+        """Take the step, state and tensors of `saved`: a Checkpoint, or what looks like one."""
         fill(dict(self.model.named_parameters()), saved.tensors("model"))
         self.optimizer.load_state_tensors(saved.tensors("optimizer"))
         self.load_extra(saved)
         self.step, self.optimizer_step = saved.step, saved.state["optimizer_step"]
         self.num_tokens = saved.state["num_tokens"]
-        if self.step < self.num_steps:
-            say(f"{self.stage}: goes on after step {self.step} of {self.num_steps}")
-        return saved
+        self.token_budget = self._make_token_budget(saved.state)
 
     def _make_token_budget(self, state: dict) -> TokenBudget:
         """As it was when the checkpoint was made, unless the config has another one now: other
@@ -164,6 +171,21 @@ class Trainer:
         budget.agree(self.policy.device)
         return budget
 
+    def state(self) -> dict:
+        """What `restore` takes beside the tensors, as plain data."""
+        return {
+            "stage": self.stage,
+            "data": self.data,
+            "optimizer_step": self.optimizer_step,
+            "num_tokens": self.num_tokens,
+            "token_budget": {
+                "num_tokens": self.token_budget.num_tokens,
+                "was_halved": self.token_budget.was_halved,
+            },
+            "config": self.config_that_matters(),
+            **self.extra_state(),
+        }
+
     def load_extra(self, saved) -> None:
         """For subclasses: tensors beyond model and optimizer."""
 
@@ -174,7 +196,15 @@ class Trainer:
         """For subclasses: plain data beyond the counters."""
         return {}
 
-    def _config_that_matters(self) -> dict:
+    def state_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything that a step changes."""
+        return {
+            "model": {n: p.detach() for n, p in self.model.named_parameters()},
+            "optimizer": self.optimizer.state_tensors(),
+            **self.extra_tensors(),
+        }
+
+    def config_that_matters(self) -> dict:
         """What changes the weights of this stage: not where they go, what is shown or evaluated."""
         config = to_dict(self.config)
         for key in ("output_dir", "log", "checkpoint", "pipeline", "stages"):
@@ -187,29 +217,12 @@ class Trainer:
 
     def save(self) -> None:
         if distributed.is_main():
-            tensors = {
-                "model": {n: p.detach() for n, p in self.model.named_parameters()},
-                "optimizer": self.optimizer.state_tensors(),
-                **self.extra_tensors(),
-            }
-            state = {
-                "stage": self.stage,
-                "data": self.data,
-                "optimizer_step": self.optimizer_step,
-                "num_tokens": self.num_tokens,
-                "token_budget": {
-                    "num_tokens": self.token_budget.num_tokens,
-                    "was_halved": self.token_budget.was_halved,
-                },
-                "config": self._config_that_matters(),
-                **self.extra_state(),
-            }
             try:
                 save_checkpoint(
                     self.folder / "checkpoints",
                     self.step,
-                    tensors,
-                    state,
+                    self.state_tensors(),
+                    self.state(),
                     keep_last=self.config.checkpoint.keep_last,
                 )
             except OSError as error:
@@ -222,6 +235,7 @@ class Trainer:
         """Sum gradients over ranks and step. Returns (gradient norm, learning rate)."""
         self.optimizer.accumulate()
         distributed.sum_gradients(self.optimizer.masters)
+        self.on_gradient()
         lr = self.next_learning_rate()
         norm, applied = self.optimizer.step(lr)
         self.num_skipped = 0 if applied else self.num_skipped + 1
@@ -233,6 +247,9 @@ class Trainer:
                 f"{self.folder / 'checkpoints'}. Lower optim.lr or check the data."
             )
         return norm, lr
+
+    def on_gradient(self) -> None:
+        """For subclasses: the gradient of an optimizer step is whole, in `optimizer.masters`."""
 
     def next_learning_rate(self) -> float:
         """Of this optimizer step, which is counted: the schedule goes on also where none is made."""

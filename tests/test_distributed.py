@@ -16,12 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_evaluate import ParityScorer
-from tiny import random_groups, tiny_config, tiny_policy, tiny_problems
+from tiny import random_groups, tiny_checkpoint, tiny_config, tiny_policy, tiny_problems
 
 from r1fast import cold_start, distributed
 from r1fast.evaluate import evaluate
 from r1fast.metrics import read_metrics
+from r1fast.policy import load_policy
+from r1fast.recording import read_recording
 from r1fast.rejection import rejection_sample
+from r1fast.replay import replay
 from r1fast.sft import SFTTrainer
 from r1fast.trainer import GRPOTrainer
 from r1fast.training import hidden_states
@@ -139,6 +142,18 @@ def collect(out: Path) -> None:
     cold_start.collect(policies, problems, asked, scorers, config, out / "cold_start")
 
 
+def record(out: Path) -> None:
+    """Two recorded steps, three prompts each, and their updates again in the same ranks."""
+    if distributed.is_main():
+        tiny_checkpoint(out / "base")
+    distributed.barrier()
+    config = tiny_config(*COMMON, *RUNS["batch"], "--log.record=all", "--grpo.num_mini_batches=2")
+    policy = load_policy(out / "base", device="cpu")
+    GRPOTrainer(policy, config, out / "recorded", tiny_problems(), ParityScorer()).run()
+    replay(out / "recorded", 2)
+    replay(out / "recorded", 1, ["--grpo.loss_type=gspo"])
+
+
 def collectives(out: Path) -> None:
     r = distributed.rank()
     model = torch.nn.Linear(2, 2)
@@ -167,6 +182,7 @@ def main(out: Path) -> None:
     collectives(out)
     everything(out)
     collect(out)
+    record(out)
     distributed.barrier()
     distributed.leave(0)
 
@@ -186,6 +202,7 @@ def both(tmp_path_factory) -> tuple[Path, Path]:
     )
     everything(one)  # meanwhile
     collect(one)
+    record(one)
     try:
         output, _ = process.communicate(timeout=300)
     finally:
@@ -260,6 +277,35 @@ def test_two_ranks_collect_as_one(both, name):
     assert [f.name for f in files[0]] == [f.name for f in files[1]] != []
     for a, b in zip(*files, strict=True):
         assert a.read_text() == b.read_text(), a.name
+
+
+def test_two_ranks_record_and_replay(both, capsys):
+    """The same bits in two ranks; in one process the same but for rounding, and it says so."""
+    one, two = (folder / "recorded" for folder in both)
+    a, b = (read_recording(folder, 1) for folder in (one, two))
+    assert (a.ranks, b.ranks) == ([0, 0, 0], [0, 1, 0])
+    assert b.groups == a.groups
+    again = json.loads((two / "replay-step-000002.json").read_text())
+    assert again["is_identical"]
+    assert again["versions"]["processes"] == 2
+    other = replay(two, 2)
+    assert not other["is_identical"]
+    assert "processes: 2 -> 1" in other["other_versions"]
+    shown = capsys.readouterr()
+    assert "metrics differ by" in shown.out
+    assert "processes: 2 -> 1" in shown.err  # of the weights before it, too
+    for key, value in other["recorded"].items():
+        if key not in ("train/tokens_forwarded", "train/tokens_saved"):
+            atol = 2e-5 if key.startswith("logprob_mismatch") else 1e-6
+            assert other["replayed"][key] == pytest.approx(value, rel=1e-4, abs=atol), key
+    name = "replay-step-000001-grpo.loss_type=gspo.json"
+    diffs = [json.loads((folder / name).read_text())["comparison"] for folder in (one, two)]
+    for key in ("gradient", "update"):
+        assert diffs[0][key]["cosine"] == pytest.approx(diffs[1][key]["cosine"], abs=1e-4)
+    for key in ("tokens", "completions"):  # of both ranks
+        places = [{(r["position"], r["sample"], r.get("token")) for r in d[key]} for d in diffs]
+        assert places[0] == places[1]
+        assert {position % 2 for position, *_ in places[1]} == {0, 1}
 
 
 def test_collectives(both):

@@ -1,0 +1,203 @@
+"""Recorded steps: what is on disk, that it changes nothing, resume, crashes, damage."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer import Stopped, StoppingScorer, assert_same_tensors, timeless
+from tiny import TokenScorer, tiny_config, tiny_policy, tiny_problems
+
+from r1fast import checkpoint
+from r1fast.__main__ import parse
+from r1fast.config import load_config
+from r1fast.recording import read_recording, recorded_steps, shown_steps
+from r1fast.trainer import GRPOTrainer
+from r1fast.types import Problem, Reward
+
+ALL = "--log.record=all"
+
+
+class KeepingScorer(TokenScorer):
+    """Keeps what it scored; gives verdicts and answers too."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def score(self, groups, step_from_end=None):
+        super().score(groups, step_from_end)
+        for group in groups:
+            group.rewards = [
+                Reward(r.total, {**r.parts, "none": None}, "wrong", f"é{i}\n")
+                for i, r in enumerate(group.rewards)
+            ]
+        self.seen.append(groups)
+
+
+def make(folder: Path, *overrides, scorer=None, problems=None) -> GRPOTrainer:
+    folder.mkdir(exist_ok=True)
+    config = tiny_config("--grpo.num_steps=3", *overrides)
+    scorer = scorer or TokenScorer()
+    return GRPOTrainer(tiny_policy(), config, folder, problems or tiny_problems(), scorer)
+
+
+def test_what_was_recorded_is_read_back(tmp_path):
+    scorer = KeepingScorer()
+    problems = [
+        Problem("What is 1 + é?", "2", "p\u2028x", language="zh", subset="s", meta={"a": [1]}),
+        *tiny_problems(3),
+    ]
+    trainer = make(tmp_path, ALL, scorer=scorer, problems=problems)
+    trainer.run()
+    assert recorded_steps(tmp_path) == [1, 2, 3]
+    for step, groups in enumerate(scorer.seen, 1):
+        recording = read_recording(tmp_path, step)
+        # ids, logprobs, rewards to the last bit, texts
+        assert recording.groups == [replace(g, position=n) for n, g in enumerate(groups)]
+        assert recording.ranks == [0] * 4
+        rows = timeless(tmp_path)[step - 1]
+        assert recording.state["row"].items() <= rows.items()
+        assert recording.state["row"].keys() >= {"loss", "grad_norm", "kl"}
+        path = tmp_path / "recorded" / f"step-{step:06d}"
+        lines = [json.loads(x) for x in (path / "completions.jsonl").read_text().split("\n")[:-1]]
+        assert [line["text"] for line in lines] == [c.text for g in groups for c in g.completions]
+        assert {line["verdict"] for line in lines} == {"wrong"}
+    first, second, third = (read_recording(tmp_path, step).state for step in (1, 2, 3))
+    assert first["after"] == second["before"]
+    assert second["after"] == third["before"]
+    assert third["after"]["counters"]["optimizer_step"] == 3
+    digests = {d for s in (first, second, third) for d in s["before"]["digests"].values()}
+    assert len(digests) == 3 + 3  # weights, moments; the reference is the first of the weights
+    assert {"torch", "threads", "commit", "processes"} <= first["versions"].keys()
+
+
+def test_the_numbers_are_as_small_as_documented(tmp_path):
+    scorer = KeepingScorer()
+    make(tmp_path, ALL, scorer=scorer).run()
+    for step, groups in enumerate(scorer.seen, 1):
+        size = (tmp_path / f"recorded/step-{step:06d}/rollouts.safetensors").stat().st_size
+        prompt = sum(len(g.prompt_ids) for g in groups)
+        tokens = sum(len(c.token_ids) for g in groups for c in g.completions)
+        per_completion, per_group, header = 12, 8, 800
+        most = 4 * prompt + 8 * tokens + per_completion * 16 + per_group * 4 + header
+        assert 4 * prompt + 8 * tokens < size <= most
+
+
+def test_recording_changes_nothing(tmp_path):
+    weights = []
+    for name, overrides in (("plain", ()), ("recorded", (ALL,))):
+        trainer = make(tmp_path / name, *overrides)
+        trainer.run()
+        weights.append(dict(trainer.model.named_parameters()))
+    assert_same_tensors(*weights)
+    assert timeless(tmp_path / "plain") == timeless(tmp_path / "recorded")
+    assert not (tmp_path / "plain" / "recorded").exists()
+
+
+def test_only_the_steps_that_are_named(tmp_path):
+    make(tmp_path, "--log.record=2-9", "--grpo.num_steps=4").run()
+    assert recorded_steps(tmp_path) == [2, 3, 4]
+    with pytest.raises(ValueError, match=r"step 1 of .* is not recorded; recorded are 2-4\. --rec"):
+        read_recording(tmp_path, 1)
+    assert shown_steps([1, 2, 3, 5, 7, 8]) == "1-3, 5, 7-8"
+
+
+@pytest.mark.parametrize("value", ["some", "0", "3-2", "1,x", "-3", "1-2-3"])
+def test_steps_that_are_none(value):
+    with pytest.raises(ValueError, match=rf"log.record must be .* such as 12,20-30, got '{value}'"):
+        tiny_config(f'--log.record="{value}"')
+
+
+def test_the_words(tmp_path):
+    for words, value in (
+        (["--record"], "all"),
+        (["--record=3"], "3"),
+        (["--record=3,5-7"], "3,5-7"),
+    ):
+        _, _, overrides, _ = parse(["grpo", "c.toml", *words])
+        assert load_config(None, overrides).log.record == value
+    with pytest.raises(ValueError, match="unknown option '--record'"):
+        parse(["evaluate", "c.toml", "--record"])
+
+
+def test_a_resumed_run_goes_on_recording(tmp_path):
+    """A crash in step 4; steps 3 and 4 are done again from the checkpoint of step 2, and replace theirs."""
+    overrides = (ALL, "--checkpoint.every_steps=2", "--grpo.num_steps=4")
+    make(tmp_path / "whole", *overrides).run()
+    with pytest.raises(Stopped):
+        make(tmp_path / "parts", *overrides, scorer=StoppingScorer(3)).run()
+    assert recorded_steps(tmp_path / "parts") == [1, 2, 3]
+    mark = tmp_path / "parts" / "recorded" / "step-000003" / "mark"
+    mark.touch()
+    make(tmp_path / "parts", *overrides).run()
+    assert not mark.exists()
+    folders = [tmp_path / name / "recorded" for name in ("whole", "parts")]
+    assert sorted(p.name for p in folders[1].iterdir()) == [f"step-00000{n}" for n in range(1, 5)]
+    for file in ("rollouts.safetensors", "completions.jsonl", "state.json", "manifest.json"):
+        for step in range(1, 5):
+            a, b = ((f / f"step-00000{step}" / file).read_bytes() for f in folders)
+            assert a == b, (step, file)
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    real_open = Path.open
+
+    def full(path, mode="r", *args, **kwargs):
+        if path.name == "rollouts.safetensors" and "step-000002" in str(path):
+            raise OSError("No space left on device")
+        return real_open(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.Path, "open", full)
+    trainer = make(tmp_path, ALL)
+    trainer.run()
+    assert "step 2 could not be recorded, training goes on: No space" in capsys.readouterr().err
+    assert [p.name for p in sorted((tmp_path / "recorded").iterdir())] == [
+        "step-000001",
+        "step-000003",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("rollouts.safetensors", "content of rollouts"), ("completions.jsonl", "content of compl"),
+     ("state.json", "content of state"), ("manifest.json", "cannot be read")],
+)  # fmt: skip
+def test_a_flipped_byte_is_found(tmp_path, file, message):
+    make(tmp_path, '--log.record="1"', "--grpo.num_steps=1").run()
+    path = tmp_path / "recorded" / "step-000001" / file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"step-000001 is damaged: .*{message}"):
+        read_recording(tmp_path, 1)
+
+
+def test_an_update_that_fails_is_kept(tmp_path, monkeypatch):
+    trainer = make(tmp_path, ALL)
+
+    def fail(*args):
+        raise FloatingPointError("no")
+
+    monkeypatch.setattr(trainer, "optimize", fail)
+    with pytest.raises(FloatingPointError, match="no"):
+        trainer.run()
+    recording = read_recording(tmp_path, 1)
+    assert recording.state["after"] == {}
+    assert len(recording.groups) == 4
+
+
+def test_a_metric_that_is_not_finite_is_read_back(tmp_path, monkeypatch):
+    trainer = make(tmp_path, '--log.record="1"', "--grpo.num_steps=1")
+    update = trainer.update
+    monkeypatch.setattr(
+        trainer,
+        "update",
+        lambda *a: update(*a) | {"grad_norm": float("nan"), "loss": -float("inf")},
+    )
+    trainer.run()
+    row = read_recording(tmp_path, 1).state["row"]
+    assert torch.isnan(torch.tensor(row["grad_norm"]))
+    assert row["loss"] == -float("inf")
+    assert "NaN" not in (tmp_path / "recorded/step-000001/state.json").read_text()
