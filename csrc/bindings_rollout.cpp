@@ -136,13 +136,18 @@ void bind_decoder_of(py::module_& m, const char* name) {
       .def(
           "add_layer",
           [](Native& self, Address attn_norm, Address q_norm, Address k_norm, Address mlp_norm, const Linear& qkv,
-             const Linear& o, const Linear& gate_up, const Linear& down, Address keys, Address values) {
+             const Linear& o, const Linear& gate_up, const Linear& down, Address keys, Address values,
+             const Linear* qkv_a, const Linear* o_a, const Linear* gate_up_a, const Linear* down_a) {
             self.add_layer({at<const T>(attn_norm), at<const T>(q_norm), at<const T>(k_norm), at<const T>(mlp_norm),
-                            &qkv, &o, &gate_up, &down, at<T>(keys), at<T>(values)});
+                            {&qkv, qkv_a}, {&o, o_a}, {&gate_up, gate_up_a}, {&down, down_a},
+                            at<T>(keys), at<T>(values)});
           },
           py::arg("attn_norm"), py::arg("q_norm"), py::arg("k_norm"), py::arg("mlp_norm"), py::arg("qkv"),
           py::arg("o"), py::arg("gate_up"), py::arg("down"), py::arg("keys"), py::arg("values"),
-          py::keep_alive<1, 6>(), py::keep_alive<1, 7>(), py::keep_alive<1, 8>(), py::keep_alive<1, 9>())
+          py::arg("qkv_a") = nullptr, py::arg("o_a") = nullptr, py::arg("gate_up_a") = nullptr,
+          py::arg("down_a") = nullptr, py::keep_alive<1, 6>(), py::keep_alive<1, 7>(), py::keep_alive<1, 8>(),
+          py::keep_alive<1, 9>(), py::keep_alive<1, 12>(), py::keep_alive<1, 13>(), py::keep_alive<1, 14>(),
+          py::keep_alive<1, 15>())
       .def(
           "run",
           [](Native& self, Address tokens, Address positions, Address slots, int64_t num_tokens, Address rotations,

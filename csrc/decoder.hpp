@@ -3,6 +3,8 @@
 //   x = x + o(attend(rope(norm(q)), rope(norm(k)), v))      q, k, v = qkv(rms_norm(x))
 //   x = x + down(silu(gate) * up)                           gate, up = gate_up(rms_norm(x))
 //
+// A layer with low-rank adapters is one product too: (x, x A^T) (W, B)^T, over rows that have their x A^T behind them.
+//
 // The layer of r1fast/model.py, rounded in the same places. A row's hidden state is the same bits whatever rows are beside it.
 #pragma once
 
@@ -49,15 +51,22 @@ class Decoder {
  public:
   using Linear = PackedLinear<T, Tiles>;
 
+  struct Product {
+    const Linear* weight;    // (N, D), or (N, round_up(D, kWholeTiles) + R) with adapters: W, zeros, B
+    const Linear* low_rank;  // A (R, D), or null
+
+    int64_t tail() const { return low_rank == nullptr ? 0 : low_rank->num_out(); }
+  };
+
   struct Layer {
     const T* attn_norm;
     const T* q_norm;  // (Dh) or null
     const T* k_norm;
     const T* mlp_norm;
-    const Linear* qkv;
-    const Linear* o;
-    const Linear* gate_up;
-    const Linear* down;
+    Product qkv;
+    Product o;
+    Product gate_up;
+    Product down;
     T* keys;  // of the tiled cache
     T* values;
   };
@@ -76,35 +85,53 @@ class Decoder {
     if (shape.head_dim > 1024) throw std::invalid_argument("head_dim above 1024");
   }
 
-  void add_layer(const Layer& layer) { layers_.push_back(layer); }
+  void add_layer(const Layer& layer) {
+    layers_.push_back(layer);
+    h_tail_ = std::max({h_tail_, layer.qkv.tail(), layer.gate_up.tail()});
+    mixed_tail_ = std::max(mixed_tail_, layer.o.tail());
+    mlp_tail_ = std::max(mlp_tail_, layer.down.tail());
+  }
 
   // hidden (N, D): after the final norm. Keys and values are written before a layer attends.
   void run(const Step& step, T* hidden, int64_t ld_hidden, int64_t num_threads) {
     const DecoderShape& s = shape_;
     const int64_t n = step.num_tokens, mixed_width = s.num_heads * s.head_dim;
     x_.reserve(n, s.width);
-    h_.reserve(n, s.width);
+    h_.reserve(n, with_tail(s.width, h_tail_));
     qkv_.reserve(n, mixed_width + 2 * s.num_kv_heads * s.head_dim);
     q_.reserve(n, mixed_width);
     attended_.reserve(n, mixed_width);
-    mixed_.reserve(n, mixed_width);
-    mlp_.reserve(n, s.mlp_width);
+    mixed_.reserve(n, with_tail(mixed_width, mixed_tail_));
+    mlp_.reserve(n, with_tail(s.mlp_width, mlp_tail_));
     for (int64_t i = 0; i < n; ++i) {
       const T* const from = embedding_ + step.tokens[i] * ld_embedding_;
       std::copy(from, from + s.width, x_.data() + i * x_.ld());
     }
     for (const Layer& layer : layers_) {
       norm(layer.attn_norm, n, h_.data(), h_.ld(), num_threads);
-      layer.qkv->run(h_.data(), h_.ld(), n, qkv_.data(), qkv_.ld(), After::kStore, num_threads);
+      product(layer.qkv, h_.data(), h_.ld(), s.width, n, qkv_, After::kStore, num_threads);
       attend(step, layer, num_threads);
       norm(layer.mlp_norm, n, h_.data(), h_.ld(), num_threads);
-      layer.gate_up->run(h_.data(), h_.ld(), n, mlp_.data(), mlp_.ld(), After::kSilu, num_threads);
-      layer.down->run(mlp_.data(), mlp_.ld(), n, x_.data(), x_.ld(), After::kAdd, num_threads);
+      product(layer.gate_up, h_.data(), h_.ld(), s.width, n, mlp_, After::kSilu, num_threads);
+      product(layer.down, mlp_.data(), mlp_.ld(), s.mlp_width, n, x_, After::kAdd, num_threads);
     }
     norm(norm_, n, hidden, ld_hidden, num_threads);
   }
 
  private:
+  // Where x A^T begins: behind what a product of x alone reads, so that the gap stays 0.
+  static int64_t tail_start(int64_t width) { return round_up(width, kWholeTiles); }
+  static int64_t with_tail(int64_t width, int64_t tail) { return tail == 0 ? width : tail_start(width) + tail; }
+
+  // y of x (n, width), whose rows have room for a tail.
+  static void product(const Product& p, T* x, int64_t ld, int64_t width, int64_t n, const RowBuffer<T>& y, After after,
+                      int64_t num_threads) {
+    if (p.low_rank != nullptr) {
+      p.low_rank->run(x, ld, n, x + tail_start(width), ld, After::kStore, num_threads);
+    }
+    p.weight->run(x, ld, n, y.data(), y.ld(), after, num_threads);
+  }
+
   void norm(const T* weight, int64_t n, T* y, int64_t ld_y, int64_t num_threads) const {
     rms_norm(static_cast<const T*>(x_.data()), x_.ld(), weight, shape_.eps, n, shape_.width, y, ld_y, num_threads);
   }
@@ -123,12 +150,12 @@ class Decoder {
     problem.num_heads = s.num_heads;
     problem.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(s.head_dim)));
     attention_.run(problem, cache, "auto", num_threads);
-    layer.o->run(mixed(n), mixed_.ld(), n, x_.data(), x_.ld(), After::kAdd, num_threads);
+    product(layer.o, mixed(n), mixed_.ld(), s.num_heads * s.head_dim, n, x_, After::kAdd, num_threads);
   }
 
   // What attention has written side by side, with its rows `mixed_.ld()` apart. What lies between them stays 0: a NaN of
   // one row must not reach another.
-  const T* mixed(int64_t n) {
+  T* mixed(int64_t n) {
     const int64_t width = shape_.num_heads * shape_.head_dim, ld = mixed_.ld();
     if (ld == width) return attended_.data();
     for (int64_t i = 0; i < n; ++i) {
@@ -142,6 +169,7 @@ class Decoder {
   int64_t ld_embedding_;
   const T* norm_;
   std::vector<Layer> layers_;
+  int64_t h_tail_ = 0, mixed_tail_ = 0, mlp_tail_ = 0;
   RowBuffer<T> x_, h_, qkv_, q_, attended_, mixed_, mlp_;
   DecodeWorkspace attention_;
 };

@@ -54,6 +54,7 @@ class PackedLinear {
     });
   }
 
+  int64_t num_out() const { return num_out_; }  // elements that `run` writes of a row
   int64_t num_bytes() const { return num_panels_ * halves_ * num_k_ * kPanel * static_cast<int64_t>(sizeof(Word)); }
 
   // Words of x that are read of a row, and rows beyond num_rows that may be: all must be there, and finite.

@@ -367,6 +367,11 @@ class DecoderF32:
         down: PackedLinearF32,
         keys: Address,  # of the tiled cache, written
         values: Address,
+        # A (R, D) of adapters: its weight above is then (N, D up to a multiple of 32 + R)
+        qkv_a: PackedLinearF32 | None = None,
+        o_a: PackedLinearF32 | None = None,
+        gate_up_a: PackedLinearF32 | None = None,
+        down_a: PackedLinearF32 | None = None,
     ) -> None: ...
     def run(
         self,

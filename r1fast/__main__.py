@@ -14,6 +14,8 @@ commands
              [--temperature 0.6 --top-p 0.95 --top-k 0 --min-p 0 --repetition-penalty 1 --seed 0
              --max-tokens 1024 --min-tokens 0 --stop TEXT ... --stop-token-id ID ...]
              [--json [--top-logprobs N]]: a line for each completion, with token ids and logprobs
+  merge      CONFIG or MODEL --adapter FOLDER --out FOLDER: a LoRA adapter, as PEFT or a run with
+             lora.rank writes it, and its base model as one plain model [--model.dtype=bfloat16]
   serve      CONFIG or MODEL: answer OpenAI's API on this machine
              [--host 127.0.0.1 --port 8000 --api-key KEY --model-name NAME --max-queued 1024
              --max-body-mib 16 --drain 30]
@@ -31,12 +33,13 @@ import os
 import sys
 
 CONFIG_COMMANDS = ("pipeline", "grpo", "sft", "distill", "sample", "evaluate")
-COMMANDS = (*CONFIG_COMMANDS, "report", "replay", "generate", "serve")
+COMMANDS = (*CONFIG_COMMANDS, "report", "replay", "generate", "merge", "serve")
 _SAMPLING = "temperature top-p top-k min-p repetition-penalty max-tokens min-tokens seed"
 OPTIONS = {
     "pipeline": ["from", "only"],
     "replay": ["step", "json"],
     "generate": f"prompt num {_SAMPLING} stop stop-token-id json top-logprobs".split(),
+    "merge": ["adapter", "out"],
     "serve": "host port api-key model-name max-queued max-body-mib drain".split(),
 }
 FLAGS = ("force", "json")  # take no value
@@ -77,7 +80,8 @@ def parse(argv: list[str]) -> tuple[str, str, list[str], Options]:
             )
     if len(positional) != 1:
         what = {"report": "a run folder", "replay": "a run folder", "generate": "a config file or a model",
-                "serve": "a config file or a model"}.get(command, "a config file")  # fmt: skip
+                "merge": "a config file or a model", "serve": "a config file or a model",
+                }.get(command, "a config file")  # fmt: skip
         raise ValueError(f"r1fast {command} takes {what}, got {len(positional)}: {positional}")
     return command, positional[0], overrides, options
 
@@ -109,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         goes_on = (
             ""
-            if argv[0] in ("generate", "serve", "report", "replay")
+            if argv[0] in ("generate", "merge", "serve", "report", "replay")
             else ("; the same command continues from the last checkpoint")
         )
         sys.stderr.write(f"\nr1fast: stopped{goes_on}\n")

@@ -10,10 +10,10 @@ from r1fast.config import Config, to_dict
 from r1fast.data import Example, detect_format, gsm8k_examples, load_examples
 from r1fast.evaluate import evaluate, short_evaluation
 from r1fast.generate import Options, generate, model_config
-from r1fast.hf_folder import read_json, write_json
+from r1fast.hf_folder import read_json, resolve_model_path, write_json
 from r1fast.metrics import say, table
 from r1fast.pipeline import Pipeline
-from r1fast.policy import Policy, load_policy
+from r1fast.policy import Policy, load_policy, policy_of
 from r1fast.provenance import provenance
 from r1fast.rejection import rejection_sample
 from r1fast.replay import replay
@@ -37,6 +37,8 @@ def run(command: str, target: Config | str, overrides: list[str], options: Optio
             say(f"report: {write_report(target)}")
         elif command == "replay":
             _replay(target, overrides, options)
+        elif command == "merge":
+            _merge(target, overrides, options)
         elif command == "generate":
             generate(target, overrides, options)
         else:
@@ -51,7 +53,7 @@ def _policy(config: Config) -> Policy:
             "model.path is empty: name a Hugging Face folder or model id, for instance "
             "--model.path=path/to/Qwen2.5-0.5B"
         )
-    return load_policy(config.model.path, dtype=config.model.dtype, device=config.model.device)
+    return policy_of(config)
 
 
 def _begin(config: Config, command: str) -> Path:
@@ -197,6 +199,22 @@ def _replay(target: str, overrides: list[str], options: Options) -> None:
     if not (text.isdecimal() and int(text)):
         raise ValueError(f"replay needs --step N, a step counted from 1, got {text!r}")
     replay(target, int(text), overrides, as_json=bool(options.get("json")))
+
+
+def _merge(target: str, overrides: list[str], options: Options) -> None:
+    """A model and a LoRA adapter as one plain model folder, in the type that the model is stored in."""
+    config, path = model_config(target, overrides)
+    adapter, out = options.get("adapter", config.model.adapter), options.get("out", "")
+    if not adapter or not out:
+        raise ValueError("merge needs --adapter FOLDER (as PEFT writes it) and --out FOLDER")
+    if Path(out).exists():
+        raise ValueError(f"--out {out} exists; not overwritten")
+    stored = read_json(resolve_model_path(path) / "config.json")
+    dtype = stored.get("dtype") or stored.get("torch_dtype") or "float32"
+    if any(word.startswith("--model.dtype=") for word in overrides):
+        dtype = config.model.dtype
+    load_policy(path, dtype=dtype, device=config.model.device, adapter=adapter).save(out)
+    say(f"{path} with {adapter}, {dtype}: {out}")
 
 
 def _serve(target: str, overrides: list[str], options: Options) -> None:

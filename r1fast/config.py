@@ -17,8 +17,20 @@ from r1fast.config_check import STAGES, check
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     path: str = ""  # HF folder or model id: config.json, *.safetensors, tokenizer
+    adapter: str = ""  # PEFT folder of LoRA: merged, or with lora.rank what training goes on from
     dtype: Literal["bfloat16", "float32"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters: SFT, distillation and RL train them alone, the model itself is frozen."""
+
+    rank: int = 0  # 0 = off: all weights are trained
+    alpha: float = 32.0  # an adapter counts alpha / rank times
+    rslora: bool = False  # alpha / sqrt(rank) times instead
+    # of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj
+    targets: list = field(default_factory=lambda: ["all-linear"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +245,7 @@ class Config:
     seed: int = 0
     output_dir: str = "runs/r1fast"
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

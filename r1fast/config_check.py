@@ -14,6 +14,8 @@ STAGES = (
     "rl_2", "distill", "small_rl",
 )  # fmt: skip
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 def steps_of(text: str) -> list[range]:
     """The steps, counted from 1, that log.record names: "all", "12" or "12,20-30"."""
@@ -99,6 +101,13 @@ def check(c: Config) -> None:
         section, _, name = key.partition(".")
         value = getattr(getattr(c, section), name)
         need(value >= 0, key, value, "at least 0")
+    need(c.lora.rank >= 0, "lora.rank", c.lora.rank, "at least 0 (0 trains all weights)")
+    need(c.lora.alpha > 0, "lora.alpha", c.lora.alpha, "above 0")
+    lora_targets(c.lora.targets)
+    for name in ("ref_device", "ref_dtype"):
+        value = getattr(g, name)
+        need(not c.lora.rank or value == "same", f"grpo.{name}", value,
+             "same with lora.rank, as the reference is the policy's own base")  # fmt: skip
     a, w = c.cold_start, c.rewards
     for section, of in (("sample", c.sample), ("cold_start", a)):
         need(of.num_samples >= 1, f"{section}.num_samples", of.num_samples, "at least 1")
@@ -138,3 +147,19 @@ def check(c: Config) -> None:
             raise ValueError(f"stages.{stage}.{key}: {key} is of the whole run, not of one stage")
     if bad := [s for s in c.pipeline.stages if s not in STAGES]:
         raise ValueError(f"unknown stage {bad[0]!r} in pipeline.stages; known: {', '.join(STAGES)}")
+
+
+def lora_targets(names: list) -> list[str]:
+    """The projections that `lora.targets` names, in their order; "all-linear" names all."""
+    known = f"{', '.join(PROJECTIONS)}, or all-linear"
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"lora.targets must be a list of projections ({known}), got {names!r}")
+    for name in names:
+        if name in ("lm_head", "embed_tokens"):
+            raise ValueError(
+                f"lora.targets: {name} cannot have an adapter, as the loss counts on a frozen head; "
+                f"known: {known}"
+            )
+        if name not in (*PROJECTIONS, "all-linear"):
+            raise ValueError(f"lora.targets: unknown projection {name!r}; known: {known}")
+    return [name for name in PROJECTIONS if name in names or "all-linear" in names]

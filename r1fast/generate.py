@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from r1fast.config import Config, load_config
 from r1fast.metrics import note, printable, rule, say, say_part
-from r1fast.policy import Policy, load_policy
+from r1fast.policy import Policy, policy_of
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.result import completion_of
 from r1fast.rollout.sampler import SamplingParams, sample_seed
@@ -44,7 +44,7 @@ def generate(target: str, overrides: list[str], options: Options) -> None:
         raise ValueError("generate needs --prompt TEXT")
     num = _number(options, "num", 1, low=1)
     config, path = model_config(target, overrides)
-    policy = load_policy(path, dtype=config.model.dtype, device=config.model.device)
+    policy = policy_of(config, path)
     if not target.endswith(".toml") and not any(w.startswith("--template.") for w in overrides):
         name = "chat" if getattr(policy.tokenizer, "chat_template", None) else "raw"
         config = replace(config, template=replace(config.template, name=name))

@@ -13,7 +13,7 @@ from torch import Tensor
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DOWNLOAD = [  # what a model needs; never pickles
-    "config.json", "generation_config.json", "*.safetensors", INDEX,
+    "config.json", "generation_config.json", "*.safetensors", INDEX, "adapter_config.json",
     "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "chat_template*",
 ]  # fmt: skip
@@ -71,11 +71,15 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, "Callable[[], Tensor]", tuple[int, ...]]]:
-    """(name, load, shape) of every tensor of the folder; `load()` reads it from disk."""
+def read_tensors(
+    folder: Path, file: str = ""
+) -> Iterator[tuple[str, "Callable[[], Tensor]", tuple[int, ...]]]:
+    """(name, load, shape) of every tensor of the folder, or of one `file`; `load()` reads it from disk."""
     from safetensors import SafetensorError, safe_open
 
-    if (folder / INDEX).is_file():
+    if file:
+        files = [file]
+    elif (folder / INDEX).is_file():
         files = _shards(folder / INDEX)
     elif (folder / SINGLE).is_file():
         files = [SINGLE]
@@ -98,14 +102,16 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, "Callable[[], Tensor]", tu
             ) from error
 
 
-def fill_tensors(folder: Path, targets: Mapping[str, Tensor], ignored: Iterable[str] = ()) -> None:
-    """Copy every tensor of the folder into the target of its name, converting the dtype.
+def fill_tensors(
+    folder: Path, targets: Mapping[str, Tensor], ignored: Iterable[str] = (), *, file: str = ""
+) -> None:
+    """Copy every tensor of the folder, or of one `file`, into the target of its name, converting the dtype.
 
     Names that end with one of `ignored` are skipped. Raises ValueError naming tensors that are
     missing, unexpected or of another shape; the targets are then partly filled.
     """
     missing, unexpected, misshapen = set(targets), [], []
-    for name, load, shape in read_tensors(folder):
+    for name, load, shape in read_tensors(folder, file):
         if name not in targets:
             if not name.endswith(tuple(ignored)):
                 unexpected.append(name)
@@ -125,8 +131,9 @@ def fill_tensors(folder: Path, targets: Mapping[str, Tensor], ignored: Iterable[
                 raise ValueError(f"{str(folder)!r}: {name!r} holds values that are not finite")
     problems = {"missing": sorted(missing), "unexpected": unexpected, "wrong shape": misshapen}
     if any(problems.values()):
+        whom = "the model" if file else "its config.json"
         raise ValueError(
-            f"the weights in {str(folder)!r} do not fit its config.json: "
+            f"the weights in {str(folder / file)!r} do not fit {whom}: "
             + "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
         )
 
@@ -136,11 +143,16 @@ def _some(names: list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
-    """One safetensors file, or shards of at most `max_shard_bytes` (or one tensor) and an index."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def write_tensors(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    max_shard_bytes: int,
+    finish: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+) -> None:
+    """One safetensors file, or shards of at most `max_shard_bytes` (or one tensor) and an index.
 
+    `finish` makes of each what is written, of the same shape and dtype, when its shard is.
+    """
     shards: list[list[str]] = [[]]
     shard_bytes = total = 0
     for name, tensor in tensors.items():
@@ -154,18 +166,30 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: 
     weight_map = {}
     for i, names in enumerate(shards):
         file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        shard = {name: tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format)
-                 for name in names}  # fmt: skip
-        (folder / file).touch()  # with the mode of any new file; safetensors would make it private
-        mode = (folder / file).stat().st_mode & 0o777
-        try:
-            save_file(shard, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, for instance
-            raise OSError(f"could not write {folder / file}: {error}") from error
-        (folder / file).chmod(mode)
+        shard = {
+            name: finish(name, tensors[name].detach())
+            .cpu()
+            .clone(memory_format=torch.contiguous_format)
+            for name in names
+        }
+        write_safetensors(folder / file, shard)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Contiguous tensors of the CPU as one file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.touch()  # with the mode of any new file; safetensors would make it private
+    mode = path.stat().st_mode & 0o777
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, for instance
+        raise OSError(f"could not write {path}: {error}") from error
+    path.chmod(mode)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -178,15 +202,19 @@ def write_json(path: Path, value: dict) -> None:
         part.unlink(missing_ok=True)
 
 
-def write_folder(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
+def write_folder(
+    path: str | os.PathLike, write: Callable[[Path], None], marker: str = "config.json"
+) -> None:
     """Make the folder `path` by `write(temporary folder)` and a rename: whole or not at all.
 
-    An older model folder (or an empty one) is replaced; any other folder is a ValueError.
+    An older folder of its kind, which holds `marker`, or an empty one is replaced; any other is a
+    ValueError.
     """
     path = Path(path).expanduser().absolute()
-    replaceable = (path / "config.json").is_file() or (path.is_dir() and not any(path.iterdir()))
+    replaceable = (path / marker).is_file() or (path.is_dir() and not any(path.iterdir()))
     if path.exists() and not replaceable:
-        raise ValueError(f"{str(path)!r} exists and is not a model folder; not overwritten")
+        kind = "a model folder" if marker == "config.json" else f"a folder with {marker}"
+        raise ValueError(f"{str(path)!r} exists and is not {kind}; not overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:

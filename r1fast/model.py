@@ -31,6 +31,7 @@ from r1fast.hf_folder import (
     write_tensors,
 )
 from r1fast.kernels.rms_norm import rms_norm
+from r1fast.lora import merged_weights
 
 __all__ = [
     "Decoder", "ModelSpec", "load_model", "load_tokenizer", "resolve_model_path", "save_model",
@@ -283,8 +284,17 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """nn.Linear without the initialisation: Decoder fills it, the global RNG is left alone."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_module("adapter", None)  # of lora.py
+
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.adapter is not None and self.adapter.is_on:
+            return self.adapter(x, self)
+        return super().forward(x)
 
 
 class RMSNorm(nn.Module):
@@ -332,17 +342,23 @@ class DecoderLayer(nn.Module):
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
+    def projections(self) -> list[tuple[Linear, str, dict[str, int]]]:
+        """Every linear, with its block in Hugging Face's names and the widths of its parts there."""
+        spec = self.spec
+        q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        gate_up = dict.fromkeys(("gate_proj", "up_proj"), spec.intermediate_size)
+        return [
+            (self.qkv, "self_attn", {"q_proj": q, "k_proj": kv, "v_proj": kv}),
+            (self.o, "self_attn", {"o_proj": spec.hidden_size}),
+            (self.gate_up, "mlp", gate_up),
+            (self.down, "mlp", {"down_proj": spec.hidden_size}),
+        ]
+
     def hf_tensors(self) -> dict[str, Tensor]:
         """Views of the weights under Hugging Face's names, the fused ones in their parts."""
         spec, named = self.spec, {}
-        q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        for module, name, parts in (
-            (self.qkv, "self_attn", {"q_proj": q, "k_proj": kv, "v_proj": kv}),
-            (self.o, "self_attn", {"o_proj": spec.hidden_size}),
-            (self.gate_up, "mlp", dict.fromkeys(("gate_proj", "up_proj"), spec.intermediate_size)),
-            (self.down, "mlp", {"down_proj": spec.hidden_size}),
-        ):
-            for kind, tensor in module.named_parameters():
+        for module, name, parts in self.projections():
+            for kind, tensor in module.named_parameters(recurse=False):
                 views = tensor.detach().split(tuple(parts.values()))
                 named |= {f"{name}.{p}.{kind}": x for p, x in zip(parts, views, strict=True)}
         named["input_layernorm.weight"] = self.attn_norm.weight.detach()
@@ -421,7 +437,10 @@ class Decoder(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def hf_tensors(self) -> dict[str, Tensor]:
-        """Every weight under its Hugging Face name, as views: writing to them writes the model."""
+        """Every weight under its Hugging Face name, as views: writing to them writes the model.
+
+        Adapters are not among them.
+        """
         named = {"model.embed_tokens.weight": self.embed.weight.detach()}
         for layer in self.layers:
             named |= layer.hf_tensors()
@@ -475,7 +494,7 @@ def save_model(
 ) -> None:
     """Write a folder that `load_model` and AutoModelForCausalLM read; it appears whole or not.
 
-    Keys of the source config.json and generation_config.json are kept; `eos_token_id` and
+    Adapters are merged into the weights that are written, the model stays as it is. Keys of the source config.json and generation_config.json are kept; `eos_token_id` and
     `pad_token_id`, where given, replace theirs. An existing model folder is replaced.
     """
     tokens = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
@@ -486,7 +505,7 @@ def save_model(
     generation = {**model.generation_config, **tokens}
 
     def write(folder) -> None:
-        write_tensors(folder, model.hf_tensors(), max_shard_bytes)
+        write_tensors(folder, model.hf_tensors(), max_shard_bytes, merged_weights(model))
         write_json(folder / "config.json", config)
         if generation:
             write_json(folder / "generation_config.json", generation)

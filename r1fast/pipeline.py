@@ -41,6 +41,11 @@ class Pipeline:
     """A run folder and the stages in it."""
 
     def __init__(self, config: Config, *, force: bool = False):
+        if config.model.adapter:
+            raise ValueError(
+                "model.adapter is of one model, and a pipeline has several: merge it into "
+                "pipeline.base (r1fast merge)"
+            )
         self.config, self.folder, self.force = config, Path(config.output_dir), force
         self.order = [s for s in STAGES if s in config.pipeline.stages]
         self.skipped: list[str] = []

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
+from r1fast.config import Config
+from r1fast.lora import merge_lora
 from r1fast.model import Decoder, load_model, load_tokenizer, save_model
+from r1fast.peft_folder import load_adapter, save_adapter
 
 
 @dataclass(slots=True)
@@ -37,13 +40,32 @@ class Policy:
         return [*self.tokenizer.encode(text, add_special_tokens=False), self.eos_id]
 
     def save(self, path: str | Path) -> None:
+        """A plain Hugging Face folder; adapters are merged into what is written."""
         eos = self.eos_ids if len(self.eos_ids) > 1 else self.eos_ids[0]
         save_model(self.model, path, tokenizer=self.tokenizer, eos_token_id=eos)
 
+    def save_adapter(self, path: str | Path) -> None:
+        """The adapters alone, as a PEFT folder."""
+        save_adapter(self.model, path, base=self.path)
 
-def load_policy(path: str | Path, *, dtype: str = "float32", device: str = "auto") -> Policy:
-    """Read a Hugging Face folder (or model id). Raises ValueError where no end token is named."""
+
+def load_policy(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    adapter: str | Path = "",
+    merge: bool = True,
+) -> Policy:
+    """Read a Hugging Face folder (or model id). Raises ValueError where no end token is named.
+
+    `adapter` is a PEFT folder of LoRA for it, which is merged into the weights unless `merge` says no.
+    """
     model = load_model(path, dtype=dtype, device=pick_device(device))
+    if adapter:
+        load_adapter(model, adapter)
+        if merge:
+            merge_lora(model)
     tokenizer = load_tokenizer(path)
     if len(tokenizer) > model.spec.vocab_size:
         raise ValueError(
@@ -54,6 +76,21 @@ def load_policy(path: str | Path, *, dtype: str = "float32", device: str = "auto
     # absolute, so that it is found from anywhere; a model id stays one
     return Policy(
         model, tokenizer, eos_ids, str(Path(path).resolve() if Path(path).exists() else path)
+    )
+
+
+def policy_of(config: Config, path: str | Path = "") -> Policy:
+    """What [model] says, or another `path` with its adapter, dtype and device.
+
+    The adapter stays apart where `lora.rank` says that training goes on from it.
+    """
+    m = config.model
+    return load_policy(
+        path or m.path,
+        dtype=m.dtype,
+        device=m.device,
+        adapter=m.adapter,
+        merge=not config.lora.rank,
     )
 
 

@@ -23,11 +23,17 @@ from r1fast.kernels.loss_rows import NonFiniteError
 from r1fast.kernels.policy_loss_options import PolicyLossOptions
 from r1fast.metrics import warn
 from r1fast.policy import Policy
-from r1fast.reference import Reference, engine_logprobs
+from r1fast.reference import engine_logprobs, make_reference
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.step_plan import Fact, Key, MiniBatch, StepPlan
-from r1fast.training import Trainer, cost_per_token, hidden_states, sequence_logprobs
+from r1fast.training import (
+    Trainer,
+    cost_per_token,
+    hidden_states,
+    put_adapters,
+    sequence_logprobs,
+)
 from r1fast.types import Completion, PackedBatch, RolloutGroup, Sequence
 
 # mean |sampler - trainer| in nats: ten times and more what the rounding of two forwards gives
@@ -61,7 +67,8 @@ class PolicyUpdate(Trainer):
     ):
         g, r = config.grpo, config.rollout
         self.drops = g.drop_without_signal and check_loss_options(config).learns_by_advantage_alone
-        self.reference = Reference(policy, config) if g.kl_coef else None
+        put_adapters(policy.model, config, stage)
+        self.reference = make_reference(policy, config) if g.kl_coef else None
         super().__init__(
             policy,
             config,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from r1fast import cold_start, distributed, rejection, running_sum
 from r1fast.assemble import general_problems, make_scorer, problem_sets
-from r1fast.config import Config, stage_config
+from r1fast.config import Config, LoraConfig, stage_config
 from r1fast.data import load_examples
 from r1fast.evaluate import short_evaluation
 from r1fast.hf_folder import read_json, write_json
@@ -51,6 +51,7 @@ def _run_base(pipeline: Pipeline, config: Config, folder: Path) -> None:
         num_documents = config.sft.max_steps * config.sft.batch_size
         corpus = running_sum.base_corpus(num_documents, config.seed, running_sum.GUESSES[name])
         sequences = running_sum.encode_corpus(corpus, policy)
+        config = replace(config, lora=LoraConfig())  # random weights are nothing to adapt
         SFTTrainer(
             policy, config, folder, sequences, stage=name, in_order=True, force=pipeline.force
         ).run()
@@ -189,18 +190,19 @@ def _grpo_from(start: str) -> Callable[[Pipeline, Config, Path], None]:
     return lambda pipeline, config, folder: _run_grpo(pipeline, config, folder, start)
 
 
-_SFT = ("sft", "optim")
-_GRPO = ("rollout", "grpo", "rewards", "optim")
+_SCRATCH = ("sft", "optim")
+_SFT = (*_SCRATCH, "lora")
+_GRPO = ("rollout", "grpo", "rewards", "optim", "lora")
 _SAMPLED = ("rollout", "rewards", "sample")
 RECIPE = {
-    "base": Stage("Base model", "sft", "scratch", (), _SFT, _run_base),
-    "small_base": Stage("Small base model", "sft", "scratch", (), _SFT, _run_base),
+    "base": Stage("Base model", "sft", "scratch", (), _SCRATCH, _run_base),
+    "small_base": Stage("Small base model", "sft", "scratch", (), _SCRATCH, _run_base),
     "r1_zero": Stage("R1-Zero", "grpo", "base", ("base",), _GRPO, _grpo_from("base")),
     "cold_start": Stage("Cold start", "sft", "base", ("base", "r1_zero"), (*_SFT, *_SAMPLED, "cold_start"), _run_cold_start),
     "rl_1": Stage("RL + language reward", "grpo", "cold_start", ("cold_start",), _GRPO, _grpo_from("cold_start")),
     "rejection": Stage("Rejection sampling", "data", "rl_1", ("rl_1",), _SAMPLED, _run_rejection),
     "sft": Stage("SFT from base", "sft", "base", ("base", "rejection"), _SFT, _run_sft),
-    "reward_models": Stage("Reward models", "data", "base", ("base",), _SFT, _run_reward_models),
+    "reward_models": Stage("Reward models", "data", "base", ("base",), _SCRATCH, _run_reward_models),
     "rl_2": Stage("RL, all scenarios", "grpo", "sft", ("sft",), _GRPO, _grpo_from("sft")),
     "distill": Stage("Distilled small model", "sft", "small_base", ("small_base", "rejection"), _SFT, _run_distill),
     "small_rl": Stage("RL on the small base", "grpo", "small_base", ("small_base",), _GRPO, _grpo_from("small_base")),

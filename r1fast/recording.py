@@ -80,7 +80,7 @@ def recorded(trainer: Trainer, groups: list[RolloutGroup], step: int) -> Iterato
 
 def snapshot(trainer: Trainer) -> dict:
     """Counters and digests of what a step starts from or leads to."""
-    known = ("stage", "data", "config")  # in the recording itself
+    known = ("stage", "data", "config", "base_path")  # in the recording itself, or no matter
     counters = {name: value for name, value in trainer.state().items() if name not in known}
     return {"counters": counters, "digests": digests(trainer.state_tensors())}
 

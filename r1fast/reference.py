@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from r1fast.batch import group_by_prompt
 from r1fast.config import Config
+from r1fast.lora import adapters_off, exchanged, is_untrained, lora_tensors
 from r1fast.model import DTYPES, Decoder
 from r1fast.policy import Policy
 from r1fast.rollout.engine import Engine
@@ -73,6 +74,44 @@ class Reference:
         finally:
             for module, name, p in home:  # nothing has changed, so nothing is copied back
                 setattr(module, name, p)
+
+
+class LoraReference(Reference):
+    """The policy's own base: alone, or under a copy of the adapters as they began or were at a refresh."""
+
+    def __init__(self, policy: Policy, config: Config):
+        self.temperature, self.version, self.model = config.rollout.temperature, 0, policy.model
+        self.adapters: dict[str, Tensor] = {}
+        if not is_untrained(policy.model):
+            self.refresh(policy.model, 0)
+        self.engine = None
+        if config.rollout.batch_invariant:
+            self.engine = Engine.of(policy, config.rollout)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.adapters
+
+    def load(self, tensors: dict[str, Tensor], version: int) -> None:
+        device = self.model.head_weight.device
+        self.adapters = {name: x.to(device, copy=True) for name, x in tensors.items()}
+        self.version = version
+
+    def refresh(self, model: Decoder, version: int) -> None:
+        self.load(lora_tensors(model), version)
+
+    def logprobs(
+        self, sequences: list[Sequence], pack: Callable[[list[Sequence]], Iterable[PackedBatch]]
+    ) -> list[list[float]]:
+        with exchanged(self.model, self.adapters) if self.adapters else adapters_off(self.model):
+            return super().logprobs(sequences, pack)
+
+    @contextmanager
+    def _on_device(self) -> Iterator[Decoder]:
+        yield self.model
+
+
+def make_reference(policy: Policy, config: Config) -> Reference:
+    return (LoraReference if config.lora.rank else Reference)(policy, config)
 
 
 def engine_logprobs(

@@ -11,6 +11,7 @@ import json
 import time
 from array import array
 from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -19,15 +20,19 @@ from torch import Tensor
 from r1fast import distributed
 from r1fast.checkpoint import load_checkpoint, same_config, save_checkpoint
 from r1fast.config import Config, to_dict
+from r1fast.config_check import lora_targets
 from r1fast.interrupt import StopRequest
 from r1fast.kernels.attention import PackedAttention
 from r1fast.kernels.gather_rows import gather_rows, plan_gather
 from r1fast.kernels.linear_logprobs import linear_logprobs
 from r1fast.kernels.prefix_attention import PrefixAttention
+from r1fast.lora import add_lora, lora_of
 from r1fast.metrics import MetricsWriter, Timer, drop_rows, progress, say, warn
 from r1fast.model import Attend, Decoder
 from r1fast.optim import Optimizer, learning_rate
 from r1fast.policy import Policy
+from r1fast.rollout.sampler import sample_seed
+from r1fast.rollout.weights import checksums
 from r1fast.token_budget import TokenBudget
 from r1fast.types import PackedBatch
 
@@ -90,6 +95,32 @@ def digest(rows: Iterable[list[int]]) -> str:
     return hashed.hexdigest()
 
 
+def put_adapters(model: Decoder, config: Config, stage: str) -> None:
+    """The adapters that the config asks for, where the model has none yet.
+
+    Raises ValueError where it has others.
+    """
+    asked, found = config.lora, lora_of(model)
+    if asked.rank and found is None:
+        add_lora(model, asked, seed=sample_seed(config.seed, "lora", stage))
+    elif found is not None:
+        asked = replace(asked, targets=lora_targets(asked.targets))
+        if asked != found:
+            values = "".join(f"\n  lora.{key} = {value!r}" for key, value in asdict(found).items())
+            raise ValueError(
+                f"the model has adapters of another kind than [lora] says: {asked}. To go on with "
+                f"them, set{values}\nor merge them first"
+            )
+
+
+def base_digest(model: Decoder) -> str:
+    """A short name for the weights that are not trained, on any device."""
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    sums = zip(frozen.items(), checksums(frozen.values()), strict=True)
+    text = "\n".join(f"{name} {p.dtype} {value}" for (name, p), value in sums)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 class Trainer:
     """State, checkpoints and metrics of one training stage in `folder`."""
 
@@ -109,11 +140,14 @@ class Trainer:
         force: bool = False,
         resume: bool = True,  # from the newest checkpoint in `folder`
     ):
+        put_adapters(policy.model, config, stage)
         self.data = data
         self.policy, self.model, self.config = policy, policy.model, config
         self.folder, self.stage = Path(folder), stage
         self.num_steps, self.num_optimizer_steps = num_steps, num_optimizer_steps
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        # the frozen base is not in the checkpoints, so they name it
+        self.base = base_digest(self.model) if config.lora.rank else ""
         self.optimizer = Optimizer(self.model.named_parameters(), config.optim)
         self.step = self.optimizer_step = self.num_tokens = self.num_skipped = 0
         self.timer = Timer(torch.cuda.synchronize if policy.device.type == "cuda" else None)
@@ -146,7 +180,20 @@ class Trainer:
 
     def restore(self, saved) -> None:
         """Take the step, state and tensors of `saved`: a Checkpoint, or what looks like one."""
-        fill(dict(self.model.named_parameters()), saved.tensors("model"))
+        weights, trained = saved.tensors("model"), self.trained()
+        shapes, own = ({n: x.shape for n, x in named.items()} for named in (weights, trained))
+        if shapes != own:
+            raise ValueError(
+                f"the checkpoint in {self.folder} holds other weights than this run trains (all of the "
+                "model, or other adapters): take another output_dir"
+            )
+        if saved.state.get("base", "") != self.base:
+            raise ValueError(
+                f"the adapters in {self.folder} were trained on the weights of "
+                f"{saved.state['base_path']!r}; "
+                f"those of {self.policy.path!r} are others: name that model, or take another output_dir"
+            )
+        fill(trained, weights)
         self.optimizer.load_state_tensors(saved.tensors("optimizer"))
         self.load_extra(saved)
         self.step, self.optimizer_step = saved.step, saved.state["optimizer_step"]
@@ -173,7 +220,7 @@ class Trainer:
 
     def state(self) -> dict:
         """What `restore` takes beside the tensors, as plain data."""
-        return {
+        state = {
             "stage": self.stage,
             "data": self.data,
             "optimizer_step": self.optimizer_step,
@@ -185,6 +232,13 @@ class Trainer:
             "config": self.config_that_matters(),
             **self.extra_state(),
         }
+        if self.base:
+            state |= {"base": self.base, "base_path": self.policy.path}
+        return state
+
+    def trained(self) -> dict[str, Tensor]:
+        """The weights that a checkpoint holds: a frozen base is where it was read from."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     def load_extra(self, saved) -> None:
         """For subclasses: tensors beyond model and optimizer."""
@@ -199,7 +253,7 @@ class Trainer:
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything that a step changes."""
         return {
-            "model": {n: p.detach() for n, p in self.model.named_parameters()},
+            "model": {n: p.detach() for n, p in self.trained().items()},
             "optimizer": self.optimizer.state_tensors(),
             **self.extra_tensors(),
         }
@@ -268,6 +322,8 @@ class Trainer:
             say(f"{self.stage}: all {self.num_steps} steps were trained before, none is repeated")
         if distributed.is_main():
             self.policy.save(self.folder / "model")
+            if self.base:
+                self.policy.save_adapter(self.folder / "adapter")
         distributed.barrier()
 
     def _train(self) -> None:

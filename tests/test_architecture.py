@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {  # bottom first; a module may import from layers below its own
     "leaves": "types config config_check metrics rollout_metrics distributed protocol hf_folder interrupt provenance",
     "compute": "kernels _C",
-    "model": "model policy",
+    "model": "lora model peft_folder policy",
     "stages": "rollout rewards batch grpo step_plan optim checkpoint data templates",
     "loop": "running_sum token_budget training recording reference policy_update trainer sft evaluate rejection cold_start reward_model assemble preferences",
     "entry": "__init__ __main__ commands replay pipeline recipe report generate serve integrations claims",

@@ -20,6 +20,7 @@ from tiny import random_groups, tiny_checkpoint, tiny_config, tiny_policy, tiny_
 
 from r1fast import cold_start, distributed
 from r1fast.evaluate import evaluate
+from r1fast.lora import merge_lora
 from r1fast.metrics import read_metrics
 from r1fast.policy import load_policy
 from r1fast.recording import read_recording
@@ -47,7 +48,9 @@ RUNS = {
     "mismatch": ("--grpo.max_logprob_mismatch=0.05", "--grpo.num_mini_batches=2"),
     "masked": ("--grpo.mask_truncated=true", "--grpo.denominator=live", "--grpo.kl_coef=0",
                "--grpo.loss_type=dapo", "--grpo.prompts_per_step=5"),
+    "lora": ("--lora.rank=3", "--optim.lr=0.03", "--grpo.ref_refresh_steps=1"),
     "sft": (),
+    "sft_lora": ("--lora.rank=3", "--optim.lr=0.03"),
     "sft_sequence": ("--sft.loss=sequence", "--sft.batch_size=1"),
 }  # fmt: skip
 
@@ -100,6 +103,8 @@ def train(name: str, folder: Path) -> dict[str, torch.Tensor]:
         assert budgets[0] <= 30
     else:
         trainer.run()
+    if config.lora.rank:
+        merge_lora(policy.model)
     return {n: p.detach() for n, p in trainer.model.named_parameters()}
 
 

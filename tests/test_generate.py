@@ -140,14 +140,14 @@ def test_prompts_are_counted_from_one_in_what_a_person_reads(model, capsys):
 
 @pytest.mark.parametrize("mode", [["--json"], []], ids=["json", "text"])
 def test_an_error_does_not_say_again_where_it_was(model, monkeypatch, capsys, mode):
-    from r1fast.policy import load_policy
+    from r1fast.policy import policy_of
 
-    def broken(*args, **kwargs):
-        policy = load_policy(*args, **kwargs)
+    def broken(*args):
+        policy = policy_of(*args)
         policy.model.norm.weight.data.fill_(float("nan"))
         return policy
 
-    monkeypatch.setattr(generate_module, "load_policy", broken)
+    monkeypatch.setattr(generate_module, "policy_of", broken)
     words = ["generate", model, "--prompt=a", "--prompt=b", *mode]
     assert main(words) == 1
     shown = capsys.readouterr().out

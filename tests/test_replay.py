@@ -69,6 +69,7 @@ def content(folder: Path) -> dict[str, str]:
             marks=pytest.mark.skipif(not _C.head_native(False), reason="needs AVX-512"),
         ),
         ("--model.dtype=bfloat16", "--optim.warmup_steps=2"),
+        ("--lora.rank=3", "--grpo.ref_refresh_steps=2", "--grpo.num_mini_batches=2"),
         (NO_KL, "--grpo.num_mini_batches=4", "--grpo.loss_type=dapo", "--grpo.token_budget=40"),
         ("--grpo.entropy_coef=0.01", "--grpo.kl_in=reward", "--optim.weight_decay=0.1"),
         (NO_KL, "--grpo.mask_truncated=true", "--grpo.denominator=live", "--grpo.num_mini_batches=2",

@@ -717,7 +717,7 @@ def test_any_other_address_is_warned_about(capsys, monkeypatch):
     def stop(*args, **kwargs):
         raise ValueError("loaded")
 
-    monkeypatch.setattr(server, "load_policy", stop)
+    monkeypatch.setattr(server, "policy_of", stop)
     for host, key, warned in (
         ("0.0.0.0", "", True),
         ("0.0.0.0", "k", True),

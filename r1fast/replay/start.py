@@ -10,7 +10,7 @@ from r1fast import distributed
 from r1fast.checkpoint import Checkpoint, load_checkpoint, same_config, steps_in
 from r1fast.config import Config, config_of
 from r1fast.metrics import warn
-from r1fast.policy import Policy, load_policy
+from r1fast.policy import Policy, policy_of
 from r1fast.policy_update import check_loss_options
 from r1fast.provenance import rounding
 from r1fast.recording import (
@@ -147,15 +147,15 @@ def _policy(
     folder: Path, config: Config, recording: Recording, saved: Checkpoint | None, *, is_given: bool
 ) -> Policy:
     """The model that the run started from; with a checkpoint any of its shape will do."""
-    m = config.model
-    path = m.path if is_given else recording.state["starts_from"]
+    path = config.model.path if is_given else recording.state["starts_from"]
     try:
         if not path:
             raise ValueError("the run's model was made by a program, not read from a folder")
-        return load_policy(path, dtype=m.dtype, device=m.device)
+        return policy_of(config, path)
     except ValueError as error:
-        if saved is not None and (folder / "model").is_dir():
-            return load_policy(folder / "model", dtype=m.dtype, device=m.device)
+        # the base of adapters is not in the checkpoint
+        if saved is not None and (folder / "model").is_dir() and not config.lora.rank:
+            return policy_of(config, folder / "model")
         raise ValueError(
             f"the model that the run started from is not to be had: {error}. --model.path=FOLDER "
             "says where it is now"

@@ -216,7 +216,7 @@ class Engine(Loops):
                     "let them end or abort them before training, then add more"
                 )
             return
-        weight, content = self.model.head_weight, checksums(self.model)
+        weight, content = self.model.head_weight, checksums(self.model.parameters())
         if (now, content) != (self._versions, self._checksums):
             self.reset_prefix_cache()
         if self.scheduler is None or not self.scheduler.cache.fits(weight):

@@ -41,7 +41,7 @@ class PackedWeight:
         kind = _C.PackedLinearF32
         if is_bf16:
             kind = _C.PackedLinearAMX if _C.head_amx() else _C.PackedLinearBF16
-        self.kept = weight, bias  # the bias is read where it lies
+        self.bias = bias  # is read where it lies
         self.packed = kind(
             weight.data_ptr(), weight.stride(0), 0 if bias is None else bias.data_ptr(),
             *weight.shape, halved, torch.get_num_threads(),
@@ -87,9 +87,9 @@ class NativeForward:
         # so are embeddings and norms: a parameter that is replaced must not take its memory along
         self._kept = [p.detach() for p in model.parameters()]
         for layer, (keys, values) in zip(model.layers, self.cache.layers, strict=True):
-            packed = (
+            packed, low_rank = zip(
                 _pack(layer.qkv), _pack(layer.o), _pack(layer.gate_up, halved=True),
-                _pack(layer.down),
+                _pack(layer.down), strict=True,
             )  # fmt: skip
             self._packed += packed
             q_norm, k_norm = (
@@ -100,6 +100,7 @@ class NativeForward:
                 layer.attn_norm.weight.data_ptr(), q_norm, k_norm,
                 layer.mlp_norm.weight.data_ptr(), *(p.packed for p in packed),
                 keys.data_ptr(), values.data_ptr(),
+                *(None if A is None else A.packed for A in low_rank),
             )  # fmt: skip
         return decoder
 
@@ -138,5 +139,12 @@ class NativeForward:
         return logits
 
 
-def _pack(linear: Linear, *, halved: bool = False) -> PackedWeight:
-    return PackedWeight(linear.weight.detach(), linear.bias, halved=halved)
+def _pack(linear: Linear, *, halved: bool = False) -> tuple[PackedWeight, PackedWeight | None]:
+    """The weight, and A of its adapters; B then lies behind the weight, as `x A^T` behind x."""
+    weight, low_rank = linear.weight.detach(), None
+    factors = linear.adapter and linear.adapter.stacked(len(weight), weight.dtype)
+    if factors is not None:
+        A, B = factors
+        gap = weight.new_zeros(len(weight), -weight.shape[1] % MULTIPLE)
+        weight, low_rank = torch.cat((weight, gap, B), 1), PackedWeight(A)
+    return PackedWeight(weight, linear.bias, halved=halved), low_rank

@@ -4,6 +4,8 @@ What is kept of older weights (packed copies, cached prefixes) must go when they
 to say so: optimizers and users write parameters in place.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -21,13 +23,13 @@ def versions(model: Decoder) -> tuple:
 
 
 @torch.no_grad()
-def checksums(model: Decoder) -> list[int]:
-    """A 64-bit sum of each parameter: one pass over memory.
+def checksums(parameters: Iterable[Tensor]) -> list[int]:
+    """A 64-bit sum of each: one pass over memory.
 
     One element that changes changes it for certain, and so does what exchanges rows; several changes
     that cancel within a row do not.
     """
-    return torch.stack([_checksum(p) for p in model.parameters()]).tolist()
+    return torch.stack([_checksum(p) for p in parameters]).tolist()
 
 
 def _checksum(p: Tensor) -> Tensor:  # () int64

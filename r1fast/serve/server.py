@@ -15,7 +15,7 @@ import uvicorn
 
 from r1fast.config import Config
 from r1fast.metrics import note, say, warn
-from r1fast.policy import Policy, load_policy
+from r1fast.policy import Policy, policy_of
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.serve.app import Limits, Service
@@ -67,7 +67,7 @@ def serve(config: Config, path: str, options: ServeOptions) -> None:
         if not ipaddress.ip_address(host).is_loopback:
             key = "" if options.api_key else ", and without --api-key nothing is asked for"
             warn(f"{host} is no loopback address: whoever reaches it can use the model{key}")
-        policy = load_policy(path, dtype=config.model.dtype, device=config.model.device)
+        policy = policy_of(config, path)
         engine = Engine.of(policy, config.rollout, fixed_weights=True)
         # the first request is not to pay for the cache, nor for preparing the weights
         engine.generate([[policy.eos_id]], 1, SamplingParams(max_tokens=1))
