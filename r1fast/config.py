@@ -90,6 +90,10 @@ class GRPOConfig:
     whole_groups: bool = False  # mini-batches of whole groups; R1 splits single completions
     # what the means of a mini-batch count: all groups, or (verl) those with signal alone
     denominator: Literal["full", "live"] = "full"
+    # DAPO: sample until prompts_per_step groups have signal: rewards that differ, or (as the paper has
+    # it) answers of which some and not all are correct
+    dynamic_sampling: Literal["off", "signal", "accuracy"] = "off"
+    max_rollout_factor: int = 4  # it samples at most so many times prompts_per_step groups
     mask_truncated: bool = False  # DAPO: no loss for completions cut at max_completion_tokens
     # kernels/policy_loss.py has the formulas
     loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo", "luspo"] = "grpo"

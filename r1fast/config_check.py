@@ -65,7 +65,8 @@ def check(c: Config) -> None:
     ):
         need(0 < value <= 1, key, value, "in (0, 1]")
     need(r.top_k >= 0, "rollout.top_k", r.top_k, "at least 0 (0 is off)")
-    for name in ("prompts_per_step", "num_mini_batches", "num_iterations", "token_budget"):
+    for name in ("prompts_per_step", "num_mini_batches", "num_iterations", "token_budget",
+                 "max_rollout_factor"):  # fmt: skip
         need(getattr(g, name) >= 1, f"grpo.{name}", getattr(g, name), "at least 1")
     for name in ("num_steps", "clip_eps_low", "clip_eps_high", "kl_coef", "ref_refresh_steps",
                  "max_logprob_mismatch"):  # fmt: skip

@@ -53,6 +53,18 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
         "keys and values held at once, at most since the start, all ranks",
     ),
     "train/token_budget": ("tokens", "a micro-batch may have; halved where memory ran out"),
+    "rollout/groups_generated": ("", "groups begun in dynamic sampling, over all ranks"),
+    "rollout/groups_kept": ("", "groups with signal that the step learns from"),
+    "rollout/groups_missing": ("", "prompts_per_step less groups_kept: the batch was not filled"),
+    "rollout/oversampling": ("", "groups begun over prompts_per_step"),
+    "rollout/tokens_discarded": (
+        "share",
+        "sampled tokens of groups that the step does not learn from",
+    ),
+    "rollout/tokens_aborted": (
+        "tokens",
+        "of groups stopped because the batch was full before them",
+    ),
     "train/tokens_forwarded": ("tokens", "forwarded by the policy in training, all ranks"),
     "train/tokens_saved": (
         "share",

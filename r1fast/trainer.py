@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from r1fast import distributed
 from r1fast.config import Config
 from r1fast.data import batch_indices
+from r1fast.dynamic_sampling import Drawn, DynamicSampler
 from r1fast.metrics import warn
 from r1fast.policy import Policy
 from r1fast.policy_update import PolicyUpdate, check_loss_options
@@ -102,19 +105,43 @@ class GRPOTrainer(PolicyUpdate):
 
     def train_step(self, step: int) -> dict[str, float]:
         before = self.engine.stats
-        with self.timer("rollout"):
-            groups = self.rollout(step)
-        with self.timer("reward"):
-            self.scorer.score(groups, step_from_end=self.num_steps - 1 - step)
-        row = self._rollout_row(groups) | self._engine_row(before)
-        with recorded(self, groups, step) as trained:
-            trained |= self.update(groups, step)
+        if self.config.grpo.dynamic_sampling == "off":
+            with self.timer("rollout"):
+                groups = self.rollout(step)
+            with self.timer("reward"):
+                self.scorer.score(groups, step_from_end=self.num_steps - 1 - step)
+            drawn = Drawn(kept=groups, sampled=groups)
+        else:
+            drawn = self._draw(step)
+        row = self._rollout_row(drawn.sampled) | self._engine_row(before) | drawn.metrics
+        with recorded(self, drawn.kept, step) as trained:
+            trained |= self.update(drawn.kept, step)
         row |= trained
-        self._store_samples(groups, step)
+        self._store_samples(drawn.sampled, step)
         return row
 
+    def _draw(self, step: int) -> Drawn:
+        """This rank's share of dynamic sampling."""
+        sampler = DynamicSampler(
+            self.engine,
+            self.sampling,
+            self.config,
+            self._choose(step),
+            lambda draw: self._seeds(step, draw),
+            partial(self.scorer.score, step_from_end=self.num_steps - 1 - step),
+            self.timer,
+        )
+        try:
+            with self.scorer.as_one_call():
+                return sampler.sample()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {step + 1}: {error}") from None
+
     def _choose(self, step: int) -> list[tuple[Problem, list[int]]]:
-        """The problems of this step over all ranks, with their prompt ids."""
+        """The problems of this step over all ranks, with their prompt ids.
+
+        In dynamic sampling others follow, each once, that are drawn as long as the batch is not full.
+        """
         P, seed, w = self.config.grpo.prompts_per_step, self.config.seed, self.config.rewards
         last = w.preference_last_steps or self.num_steps
         in_last_phase = self.num_steps - step <= last
@@ -124,19 +151,31 @@ class GRPOTrainer(PolicyUpdate):
         if num_general:
             for i in batch_indices(len(self.general), num_general, seed, step):
                 picks.append((self.general[i], self.general_ids[i]))
+        if self.config.grpo.dynamic_sampling != "off":
+            num_more = P * (self.config.grpo.max_rollout_factor - 1)
+            n = len(self.problems)
+            order = random.Random(f"{seed}/draws/{step}").sample(range(n), min(n, P + num_more))
+            more = [i for i in order if i not in set(chosen)][:num_more]
+            picks += [(self.problems[i], self.prompt_ids[i]) for i in more]
         return picks
+
+    def _seeds(self, step: int, position: int) -> list[int]:
+        """Of a group's samples: whatever rank samples it, and when."""
+        G = self.config.rollout.num_generations
+        return [sample_seed(self.config.seed, self.stage, step, position, g) for g in range(G)]
 
     def rollout(self, step: int) -> list[RolloutGroup]:
         """This rank's groups: positions rank, rank + world size, ... of the step's problems."""
-        G, seed = self.config.rollout.num_generations, self.config.seed
         picks = list(enumerate(self._choose(step)))[self.rank :: self.world_size]
         groups = self.engine.generate(
             [ids for _, (_, ids) in picks],
-            G,
+            self.config.rollout.num_generations,
             self.sampling,
-            seeds=[[sample_seed(seed, self.stage, step, p, g) for g in range(G)] for p, _ in picks],
+            seeds=[self._seeds(step, p) for p, _ in picks],
             problems=[problem for _, (problem, _) in picks],
         )
+        for group, (position, _) in zip(groups, picks, strict=True):
+            group.position = position
         for completion in (c for group in groups for c in group.completions):
             if completion.finish_reason == "error":  # nothing to train on, and no group without it
                 raise FloatingPointError(f"step {step + 1}: {completion.error}")

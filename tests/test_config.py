@@ -71,6 +71,8 @@ def test_there_are_shipped_configs():
         ("--xyzzy=1", "unknown config key 'xyzzy'; known here: seed, output_dir, model"),
         ("--grpo=1", "grpo is a section, got the value 1"),
         ("--seed.x=1", "seed must be a whole number"),
+        ("--grpo.max_rollout_factor=0", "grpo.max_rollout_factor must be at least 1, got 0"),
+        ("--grpo.max_logprob_mismatch=-1", "max_logprob_mismatch must be at least 0, got -1.0"),
         ("--grpo.std_eps=-1", "grpo.std_eps must be at least 0, got -1.0"),
         ("--checkpoint.keep_last=0", "checkpoint.keep_last must be at least 1, got 0"),
         ("--eval.every_num_problems=0", "eval.every_num_problems must be at least 1, got 0"),

@@ -46,6 +46,8 @@ RUNS = {
     "short_of_memory": (),  # the last rank, in micro-batches over 30 tokens
     # the sampler's logprobs are off on one rank alone, and the mean over both is above the bound
     "mismatch": ("--grpo.max_logprob_mismatch=0.05", "--grpo.num_mini_batches=2"),
+    "dynamic": ("--grpo.dynamic_sampling=signal", "--grpo.prompts_per_step=3",
+                "--grpo.num_mini_batches=2"),
     "masked": ("--grpo.mask_truncated=true", "--grpo.denominator=live", "--grpo.kl_coef=0",
                "--grpo.loss_type=dapo", "--grpo.prompts_per_step=5"),
     "lora": ("--lora.rank=3", "--optim.lr=0.03", "--grpo.ref_refresh_steps=1"),
@@ -76,7 +78,11 @@ class SecondProblemOnly(ParityScorer):
                 group.rewards = [Reward(0.0, {}, None) for _ in group.rewards]
 
 
-SCORERS = {"no_signal": SecondProblemOnly, "mismatch": SecondRankOff}
+OF_TWO_ENGINES = {  # what was begun before the batch was known to be full
+    "rollout/groups_generated", "rollout/oversampling", "rollout/tokens_discarded",
+    "rollout/tokens_aborted", "rollout/prefix_hit_rate", "rollout/cache_mib",
+}  # fmt: skip
+SCORERS = {"no_signal": SecondProblemOnly, "mismatch": SecondRankOff, "dynamic": SecondProblemOnly}
 
 
 def is_short_on_the_last_rank(model, batch):
@@ -248,6 +254,12 @@ def test_the_ranks_left_out_the_same_steps(both):
     """Those in which neither had signal; in the others one of them had nothing to forward."""
     rows = [row for folder in both for row in read_metrics(folder / "no_signal")]
     assert all(0 < row["train/steps_without_signal"] < 8 for row in rows)
+
+
+def test_the_ranks_drew_until_their_common_batch_was_full(both):
+    rows = [row for folder in both for row in read_metrics(folder / "dynamic")]
+    assert [row["rollout/groups_kept"] for row in rows] == [3] * 4
+    assert all(row["rollout/groups_generated"] > 3 for row in rows)
 
 
 def test_the_ranks_agreed_on_what_was_off(both):

@@ -138,6 +138,24 @@ def test_what_the_grader_failed_on_has_no_advantage():
     assert len({r.total for r in alone.rewards}) == 1  # nobody knows: no gradient
 
 
+def test_calls_for_a_few_groups_each_count_as_one_call():
+    """A group on which the grader fails is no reason to stop; most of a step is."""
+    verdicts = {RIGHT: "correct", BROKEN: "error"}
+    broken, fine = group(*[BROKEN] * 10), group(*[RIGHT] * 10)
+    with scorer(grader=Grader(verdicts)) as s:
+        with pytest.raises(RuntimeError, match="failed on 10 of 10"):
+            s.score([broken])
+        with s.as_one_call():
+            s.score([broken])
+            s.score([fine])
+        s.score([broken, fine])
+        with pytest.raises(RuntimeError, match="failed on 20 of 30"), s.as_one_call():
+            for part in (broken, fine, broken):
+                s.score([part])
+        s.score([fine])
+    assert [r.verdict for r in broken.rewards] == ["error"] * 10
+
+
 def test_a_prompt_that_opens_the_thought():
     rollout = group(RIGHT.removeprefix("<think>"))
     with scorer(prompt_opens_think=True) as s:

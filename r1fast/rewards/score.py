@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 from r1fast.config import RewardConfig, TemplateConfig
 from r1fast.metrics import warn
@@ -68,6 +69,7 @@ class RewardScorer:
         self.max_error_share = max_error_share
         self.counts: Counter[str] = Counter()  # verdicts since the start
         self.errors: Counter[str] = Counter()  # failures by reward
+        self._pending: Counter[str] | None = None  # verdicts inside `as_one_call`
         self._grading = ThreadPoolExecutor(max_workers=4, thread_name_prefix="grade")
 
     def __enter__(self):
@@ -110,6 +112,25 @@ class RewardScorer:
         verdicts = Counter(grade.verdict for grade in graded if grade is not None)
         self.counts.update(verdicts)
         self.errors["accuracy"] += verdicts["error"]
+        if self._pending is None:
+            self._check_errors(verdicts)
+        else:
+            self._pending.update(verdicts)
+
+    @contextmanager
+    def as_one_call(self) -> Iterator[None]:
+        """Calls of `score` in here, of a few groups each, are one call for `max_error_share`.
+
+        They may come from another thread, one at a time.
+        """
+        self._pending = Counter()
+        try:
+            yield
+            self._check_errors(self._pending)
+        finally:
+            self._pending = None
+
+    def _check_errors(self, verdicts: Counter[str]) -> None:
         num_verdicts = verdicts.total()
         if (
             num_verdicts >= MIN_BREAKER_VERDICTS
