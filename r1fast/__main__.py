@@ -22,7 +22,7 @@ commands
 
 Every value of the config can be set on the command line: --grpo.kl_coef=0 --data.train=gsm8k.jsonl
 --force goes on with a run whose config has changed. --record (or --record=12,20-30) keeps the steps
-of RL for replay. On several processes:
+of RL for replay; --profile N traces N steps of each training stage. On several processes:
   torchrun --nproc-per-node 2 -m r1fast grpo CONFIG.toml
 A run that was stopped continues from its newest checkpoint with the same command. Ctrl-C saves
 one at the end of the step. Exit codes: 1 failed, 2 wrong input, 130 stopped,
@@ -71,6 +71,8 @@ def parse(argv: list[str]) -> tuple[str, str, list[str], Options]:
             options[name] = [*options.get(name, []), value] if name in REPEATED else value
         elif name == "record" and command in ("grpo", "pipeline"):
             overrides.append(f'--log.record="{value if sep else "all"}"')
+        elif name == "profile" and command in ("grpo", "sft", "distill", "pipeline"):
+            overrides.append(f"--log.profile_steps={value if sep else next(words, '')}")
         elif "." in name or sep:
             overrides.append(word)
         else:

@@ -229,6 +229,7 @@ class LogConfig:
     wandb_project: str = "r1fast"
     num_samples: int = 4  # completions stored in full, a step
     record: str = ""  # RL steps kept for `r1fast replay`: "all" or "12,20-30"; empty = none
+    profile_steps: int = 0  # steps traced after one that warms up (profile/); 0 = none
 
 
 @dataclass(frozen=True, slots=True)

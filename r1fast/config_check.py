@@ -97,7 +97,7 @@ def check(c: Config) -> None:
         "eval.every_steps", "sample.num_problems", "sample.max_kept",
         "sample.max_paragraph_words", "sample.simple_query_words", "cold_start.num_problems",
         "cold_start.max_kept", "cold_start.num_few_shot", "checkpoint.every_steps",
-        "log.num_samples", "rewards.overlong_cache", "rewards.preference_last_steps",
+        "log.num_samples", "log.profile_steps", "rewards.overlong_cache", "rewards.preference_last_steps",
     ):  # fmt: skip
         section, _, name = key.partition(".")
         value = getattr(getattr(c, section), name)

@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -409,8 +409,11 @@ class Timer:
     """Seconds per phase: `with timer("rollout"): ...`, then `timer.take()`.
 
     Phases may nest and repeat; a nested phase counts in its parent too. `sync` runs before each
-    reading of the clock (torch.cuda.synchronize where the time of queued work should count).
+    reading of the clock (torch.cuda.synchronize where the time of queued work should count). `part`s
+    of a phase are timed while there is a `mark`, a profiler's range of a name; every phase gets one then.
     """
+
+    mark: Callable[[str], AbstractContextManager] | None = None
 
     def __init__(
         self,
@@ -419,18 +422,32 @@ class Timer:
     ):
         self.sync, self.clock = sync, clock
         self._seconds: dict[str, float] = {}
+        self._running: list[str] = []
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        began = self._now()
-        try:
-            yield
-        finally:
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + self._now() - began
+        with nullcontext() if self.mark is None else self.mark(phase):
+            self._running.append(phase)
+            began = self._now()
+            try:
+                yield
+            finally:
+                self._seconds[phase] = self._seconds.get(phase, 0.0) + self._now() - began
+                self._running.pop()
+
+    def part(self, name: str) -> AbstractContextManager:
+        """`with timer.part("forward"):` times "train/forward" inside of "train"; without a mark nothing."""
+        if self.mark is None:
+            return nullcontext()
+        return self("/".join([*self._running[-1:], name]))
+
+    def seconds(self) -> dict[str, float]:
+        """{"rollout": seconds, "rollout/decode": seconds, ...} since the last `take`."""
+        return dict(self._seconds)
 
     def phase_seconds(self) -> dict[str, float]:
-        """{"time/rollout": seconds, ...} since the last `take`."""
-        return {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+        """{"time/rollout": seconds, ...} since the last `take`, without parts."""
+        return {f"time/{phase}": x for phase, x in self._seconds.items() if "/" not in phase}
 
     def take(self) -> dict[str, float]:
         """`phase_seconds()`, and start again from zero."""

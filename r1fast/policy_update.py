@@ -83,7 +83,7 @@ class PolicyUpdate(Trainer):
         self.sampling = SamplingParams(
             r.temperature, r.top_p, r.top_k, r.max_completion_tokens, min_p=r.min_p
         )
-        self.engine = Engine.of(policy, r)
+        self.engine = Engine.of(policy, r, part=self.timer.part)
         self.max_mismatch = g.max_logprob_mismatch or MAX_MISMATCH[policy.model.head_weight.dtype]
         self.is_invariant = r.batch_invariant  # the loss takes the engine's log-probabilities
 
@@ -128,7 +128,8 @@ class PolicyUpdate(Trainer):
                         if replaced:
                             sums["forwarded"] += mini["forwarded"] + self._replace_old(own)
                             mini, _ = self.token_budget.fitting(backward)
-                    norm, lr = self.optimize()
+                    with self.timer.part("optimizer"):
+                        norm, lr = self.optimize()
                     self.engine.reset_prefix_cache()
                 norms.append(norm)
                 for key, value in mini.items():
@@ -276,7 +277,9 @@ class PolicyUpdate(Trainer):
             max_completion_tokens=self.config.rollout.max_completion_tokens,
         )
         if self.is_invariant:
-            for s, logprobs in zip(own, self._logprobs(own), strict=True):
+            with self.timer.part("score"):
+                scored = self._logprobs(own)
+            for s, logprobs in zip(own, scored, strict=True):
                 s.policy_logprobs = logprobs
         batches = self._pack(own, weights)
         totals: dict[str, Tensor] = {}
@@ -285,19 +288,21 @@ class PolicyUpdate(Trainer):
         for batch in batches:
             forwarded += batch.num_tokens
             try:
-                loss, sums = grpo_objective(
-                    hidden_states(self.model, batch),
-                    self.model.head_weight,
-                    batch,
-                    g,
-                    temperature=self.sampling.temperature,
-                    num_tokens=part.num_tokens,
-                )
+                with self.timer.part("forward"):
+                    loss, sums = grpo_objective(
+                        hidden_states(self.model, batch),
+                        self.model.head_weight,
+                        batch,
+                        g,
+                        temperature=self.sampling.temperature,
+                        num_tokens=part.num_tokens,
+                    )
             except NonFiniteError as error:
                 warn(str(error))
                 self.optimizer.spoil()
                 continue
-            loss.backward()
+            with self.timer.part("backward"):
+                loss.backward()
             self.optimizer.accumulate()
             sums["loss"] = loss.detach()
             logprobs = sums.pop("logprobs")

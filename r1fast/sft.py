@@ -102,7 +102,8 @@ class SFTTrainer(Trainer):
             weights = [1.0 / (len(batch_of) * len(x.completion_ids)) for x in owned]
         with self.timer("train"):
             sums = self.token_budget.fitting(lambda: self._backward(owned, weights))
-            norm, lr = self.optimize()
+            with self.timer.part("optimizer"):
+                norm, lr = self.optimize()
         total = distributed.sum_dict(sums)
         self.num_tokens += sum(x.num_tokens for x in batch_of)
         return {
@@ -125,19 +126,21 @@ class SFTTrainer(Trainer):
         )
         for batch in self.token_budget.each(batches):
             try:
-                loss, entropy = linear_cross_entropy(
-                    hidden_states(self.model, batch),
-                    self.model.head_weight,
-                    batch.target_ids,
-                    token_weights=batch.token_weights,
-                    reduction="sum",
-                    return_entropy=True,
-                )
+                with self.timer.part("forward"):
+                    loss, entropy = linear_cross_entropy(
+                        hidden_states(self.model, batch),
+                        self.model.head_weight,
+                        batch.target_ids,
+                        token_weights=batch.token_weights,
+                        reduction="sum",
+                        return_entropy=True,
+                    )
             except NonFiniteError as error:
                 warn(str(error))
                 self.optimizer.spoil()
                 continue
-            loss.backward()
+            with self.timer.part("backward"):
+                loss.backward()
             self.optimizer.accumulate()
             sums["loss"] += float(loss.detach())
             sums["entropy"] += float(entropy.sum())

@@ -31,6 +31,7 @@ from r1fast.metrics import MetricsWriter, Timer, drop_rows, progress, say, warn
 from r1fast.model import Attend, Decoder
 from r1fast.optim import Optimizer, learning_rate
 from r1fast.policy import Policy
+from r1fast.profiling import Profiler
 from r1fast.rollout.sampler import sample_seed
 from r1fast.rollout.weights import checksums
 from r1fast.token_budget import TokenBudget
@@ -351,13 +352,22 @@ class Trainer:
                 self.stage, total=self.num_steps, start=self.step, line_every=self.line_every()
             ) as bar,
             StopRequest(notice if distributed.is_main() else "") as stop,
+            Profiler(
+                self.folder,
+                self.timer,
+                self.policy.device,
+                log.profile_steps if distributed.is_main() else 0,
+                num_left=self.num_steps - self.step,
+            ) as profiler,
         ):
             while self.step < self.num_steps:
+                profiler.begin(self.step)
                 began, tokens = time.perf_counter(), self.num_tokens
                 row = self.train_step(self.step)
                 row["train/token_budget"] = self.token_budget.agree(self.policy.device)
                 self.step += 1
                 seconds = time.perf_counter() - began
+                profiler.end(seconds, self.num_tokens - tokens)
                 row["num_tokens"] = self.num_tokens
                 row["step_time"] = seconds
                 row["tokens_per_second"] = (self.num_tokens - tokens) / seconds

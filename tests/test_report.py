@@ -252,6 +252,19 @@ def test_accounting_time_and_provenance(finished):
     assert "rollout.num_generations = 16" in checker.text
 
 
+def test_a_profile_is_shown_and_its_trace_named(tmp_path):
+    run = build_run(tmp_path / "demo")
+    folder = run / "rl_1" / "profile"
+    folder.mkdir()
+    phases = {"rollout": 3.0, "rollout/decode": 2.5, "rollout/rest": 0.5, "rest": 1.0}
+    numbers = {"steps": [2, 3], "seconds": 4.0, "phases": phases, "trace": "trace.json.gz"}
+    (folder / "profile.json").write_text(json.dumps(numbers))
+    _, checker = render(run)
+    assert "RL + language reward: 2 traced steps" in checker.text
+    assert "rollout: decode 1.250 62.5%" in checker.text
+    assert "for ui.perfetto.dev: rl_1/profile/trace.json.gz" in checker.text
+
+
 def test_same_problem_from_every_stage_highlighted(finished):
     page, _ = render(finished)
     blocks = page.split('<div class="problem">')[1:]

@@ -29,6 +29,8 @@ class Stage:
     eval: dict = field(default_factory=dict)
     samples: list[dict] = field(default_factory=list)
     accounting: dict = field(default_factory=dict)
+    profile: dict = field(default_factory=dict)
+    folder: str = ""  # under the run's
 
     @property
     def is_sft(self) -> bool:
@@ -86,6 +88,8 @@ def _load_stage(root: Path, entry: Mapping) -> Stage:
         eval=_read_json(folder / "eval.json"),
         samples=_read_rows(folder / "samples.jsonl"),
         accounting=_read_json(folder / "accounting.json"),
+        profile=_read_json(folder / "profile" / "profile.json"),
+        folder=str(folder.relative_to(root)),
     )
 
 

@@ -51,7 +51,7 @@ def body(run: Run, title: str) -> str:
         section("Training curves", *_curves(run)),
         section("The same problems, before and after", *_problems(run)),
         section("What sampling kept, and why the rest went", *map(_accounting, run.stages)),
-        section("Where the time went", *_time(run)),
+        section("Where the time went", *_time(run), *map(_profile, run.stages)),
         section("Provenance", _provenance(run), _config(run)),
     )
     return "\n".join(part for part in parts if part)
@@ -447,6 +447,22 @@ def _time(run: Run) -> list[str]:
         rows.append([escape(stage.title), bar, cell(duration(total))])
     legend = keys(list(colors.items())) if names else ""
     return [legend, table("Time", ["Stage", "By phase", "Time"], rows, left=2)]
+
+
+def _profile(stage: Stage) -> str:
+    """Seconds by phase of the steps that were traced, and the trace."""
+    profile = stage.profile
+    if not profile:
+        return ""
+    total, n = profile["seconds"], len(profile["steps"])
+    rows = [
+        [escape(name.replace("/", ": ")), cell(f"{x / n:.3f}"), cell(f"{x / total:.1%}", x / total)]
+        for name, x in profile["phases"].items()
+    ]
+    title = f"{stage.title}: {n} traced step{'s' * (n > 1)}"
+    trace = escape(f"{stage.folder}/profile/{profile['trace']}".removeprefix("./"))
+    note = f'<p class="note">The trace, for ui.perfetto.dev: {trace}</p>'
+    return details(title, table(title, ["Phase", "Seconds a step", "Share"], rows) + note)
 
 
 def _provenance(run: Run) -> str:

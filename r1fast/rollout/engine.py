@@ -7,6 +7,7 @@ Shapes: B decode rows, T prompt tokens, H query heads, K kv heads, Dh head width
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -62,6 +63,9 @@ class Engine(Loops):
         cuda_graphs: bool = True,  # on a GPU, for steps without drafts
         speculation: Speculation | None = None,
         fixed_weights: bool = False,  # they never change: not looked at again
+        part: Callable[
+            [str], AbstractContextManager
+        ] = nullcontext,  # what a profiler puts around one
     ):
         eos = sorted(set(eos_ids))
         if not eos:
@@ -79,7 +83,7 @@ class Engine(Loops):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if block_size % 16:
             raise ValueError(f"block_size must be a multiple of 16, got {block_size}")
-        self.model, self.eos_ids = model, eos
+        self.model, self.eos_ids, self.part = model, eos, part
         self.decode = decode or (lambda ids: "")
         self._has_text = decode is not None
         self.context = model.spec.max_position_embeddings
@@ -274,10 +278,11 @@ class Engine(Loops):
         self._start(events)
         chunks = self.scheduler.admit()
         if chunks:
-            hidden = self.runner.prefill(chunks, self.scheduler.cache)
-            complete = self.scheduler.computed(chunks)
-            if complete:
-                self.scheduler.keep(complete, self.runner.logits(hidden))
+            with self.part("prefill"):
+                hidden = self.runner.prefill(chunks, self.scheduler.cache)
+                complete = self.scheduler.computed(chunks)
+                if complete:
+                    self.scheduler.keep(complete, self.runner.logits(hidden))
             self._counts.prefill_tokens += sum(end - start for _, start, end in chunks)
             self._start(events)
 
@@ -289,7 +294,8 @@ class Engine(Loops):
         if started:
             logits = torch.stack([job.logits for job, _ in started])
             slots = np.array([sample.slot for _, sample in started])
-            drawn = draw(logits, self.rows, slots)
+            with self.part("sampling"):
+                drawn = draw(logits, self.rows, slots)
             self._append(slots, drawn, np.arange(len(slots)), events)
 
     def _decode(self, events: list[TokenEvent]) -> None:
@@ -297,15 +303,20 @@ class Engine(Loops):
         slots = self.rows.batch().slots
         self._counts.decode_steps += 1
         if self.speculation is None:
-            logits = self.runner.decode(self.rows, self.scheduler.cache)
-            self._append(slots, draw(logits, self.rows, slots), np.arange(len(slots)), events)
+            with self.part("decode"):
+                logits = self.runner.decode(self.rows, self.scheduler.cache)
+            with self.part("sampling"):
+                drawn = draw(logits, self.rows, slots)
+            self._append(slots, drawn, np.arange(len(slots)), events)
             return
         drafts = self.speculation.drafts(self.rows, slots)  # (B, num_draft), -1: none
         counts = 1 + (drafts >= 0).sum(1)
         first = np.cumsum(counts) - counts
         offsets = np.arange(counts.sum()) - np.repeat(first, counts)
-        logits = self.runner.decode(self.rows, self.scheduler.cache, drafts)
-        drawn = draw(logits, self.rows, np.repeat(slots, counts), offsets)
+        with self.part("decode"):
+            logits = self.runner.decode(self.rows, self.scheduler.cache, drafts)
+        with self.part("sampling"):
+            drawn = draw(logits, self.rows, np.repeat(slots, counts), offsets)
         self._counts.drafted += int(counts.sum()) - len(slots)
         # a draft holds if it is what was drawn in its place; then what was drawn after it counts
         going = np.ones(len(slots), bool)
