@@ -72,6 +72,7 @@ def content(folder: Path) -> dict[str, str]:
         ("--lora.rank=3", "--grpo.ref_refresh_steps=2", "--grpo.num_mini_batches=2"),
         (NO_KL, "--grpo.num_mini_batches=4", "--grpo.loss_type=dapo", "--grpo.token_budget=40"),
         ("--grpo.entropy_coef=0.01", "--grpo.kl_in=reward", "--optim.weight_decay=0.1"),
+        ("--lora.rank=4", *TWICE, "--grpo.ref_refresh_steps=8"),
         (NO_KL, "--grpo.mask_truncated=true", "--grpo.denominator=live", "--grpo.num_mini_batches=2",
          "--grpo.max_logprob_mismatch=1e-9"),
     ],
@@ -304,8 +305,8 @@ def test_micro_batches_are_those_that_fitted(tmp_path, base, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--rollout.top_p=0.5", r"rollout.top_p changes nothing .* grpo\.\*, optim\.\*, rollout.batc"),
-        ("--rewards.format=2", "rewards.format changes nothing"),
+        ("--rollout.top_p=0.5", r"rollout.top_p is no part .* grpo\.\*, optim\.\*, rollout.batc"),
+        ("--rewards.format=2", "rewards.format is no part"),
         ("--grpo.loss=x", "unknown config key 'grpo.loss'"),
         ("--grpo.clip_eps_low=-1", "clip_eps_low must be at least 0"),
         ("--grpo.kl_in=reward --grpo.kl_estimator=k3_unbiased", "grpo.kl_estimator k3_unbiased"),

@@ -108,7 +108,7 @@ def _split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
             what.append(override)
         else:
             raise ValueError(
-                f"{key} changes nothing in an update of recorded rollouts; what can be changed is "
+                f"{key} is no part of an update of recorded rollouts; what can be changed is "
                 f"{', '.join(f'{name}*' if name.endswith('.') else name for name in WHAT)} and, "
                 f"for another place, {', '.join(WHERE)}"
             )
