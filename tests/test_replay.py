@@ -120,6 +120,22 @@ def rewrite(folder: Path, name: str, text: str) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def test_of_dynamic_sampling(tmp_path, base):
+    """Positions with holes between; and a step of no group at all."""
+    overrides = ("--grpo.dynamic_sampling=signal", "--grpo.max_rollout_factor=2", *TWICE)
+    train(tmp_path / "some", base, *overrides, scorer=SomeSignal())
+    positions = [g.position for g in read_recording(tmp_path / "some", 2).groups]
+    assert positions != list(range(len(positions)))
+    result = replay(tmp_path / "some", 3, ["--grpo.loss_type=gspo"])
+    assert result["is_identical"]
+    assert {row["position"] for row in result["comparison"]["completions"]} <= {
+        g.position for g in read_recording(tmp_path / "some", 3).groups
+    }
+    train(tmp_path / "none", base, *overrides, NO_KL, scorer=TokenScorer(lambda ids: 1.0))
+    assert read_recording(tmp_path / "none", 2).groups == []
+    assert replay(tmp_path / "none", 2, ["--grpo.loss_type=gspo"])["is_identical"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [

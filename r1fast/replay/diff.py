@@ -90,7 +90,7 @@ def compare(trainer: ReplayedUpdate, a: Outcome, b: Outcome, other: Config) -> d
         "gradient": alike(a.gradient, b.gradient) if both and same_parts else None,
         "update": alike(a.moved, b.moved),
         "zero_coefficient": [
-            1 - lit[side] / (total * c.num_iterations)
+            1 - lit[side] / max(total * c.num_iterations, 1)
             for side, c in zip("01", configs, strict=True)
         ],
         "tokens": _most(
