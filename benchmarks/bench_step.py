@@ -19,7 +19,7 @@ Every trainer is a process of its own (step_peers.py); each round runs every one
 weights. Quoted are medians of the seconds and the peak resident memory of a step. TRL's chunked fused head is always on in
 1.16. `TRL` is its fastest setting here: no recomputation, micro-batches of 8 or 16; `TRL defaults` recomputes
 layers in micro-batches of 8; `TRL Liger` adds Liger's layers, Triton kernels that no CPU runs, and is skipped
-with the reason; `TRL + r1fast` has r1fast.integrations.trl in it. What the mathematics needs to forward is each
+with the reason; `TRL + r1fast` has r1fast.integrations.trl in it; `plain PyTorch` is a loop with all logits in memory. What the mathematics needs to forward is each
 live group's prompt once and each completion but its last token.
 """
 
@@ -36,13 +36,13 @@ from pathlib import Path
 
 from bench_rollout import bar
 from common import append_rows, print_table
-from step_peers import Groups, Settings, Worker
+from step_orders import Groups, Settings, Worker
 
 MODELS = {  # layers, width, MLP width, vocabulary, ids that end a completion
     "3.5M": (4, 256, 704, 2048, 23),
     "25M": (8, 512, 960, 16384, 154),
 }
-OURS, PEER, PATCHED = "r1fast", "TRL", "TRL + r1fast"
+OURS, PEER, PATCHED, PLAIN = "r1fast", "TRL", "TRL + r1fast", "plain PyTorch"
 PARTS = ["training", "step"]
 
 
@@ -68,6 +68,7 @@ VARIANTS = {  # name -> engine, options; TRL's micro-batch is its fastest
     "TRL defaults": ("TRL", {"checkpointing": True, "micro_batch": 8}),
     "TRL Liger": ("TRL", {"liger": True}),
     PATCHED: ("TRL", {"patch": True}),
+    PLAIN: ("plain", {}),
 }
 MICRO_BATCH = {"3.5M": 16, "25M": 8}
 SPEED_BARS = {("a", "training"): 1.7, ("b", "training"): 4, ("c", "training"): 7, ("b", "step"): 4}
@@ -190,15 +191,16 @@ class Bench:
         shape, groups = SHAPES[shapes[0]], self.rollouts[shapes[0]]
         prompts = [group["prompt"] for group in groups]
         for name, (engine, options) in args.chosen.items():
-            if engine == "TRL":
+            if engine != "r1fast":
                 options = {"micro_batch": MICRO_BATCH[model]} | options
             settings = Settings(
-                engine, path, prompts, shape.group, shape.max_tokens, args.kl, args.threads, options
-            )
+                engine, path, prompts, shape.group, shape.max_tokens, args.kl, args.threads,
+                options=options,
+            )  # fmt: skip
             try:
                 worker = self.workers[name] = Worker(settings, self._file(name, "log"))
                 worker.step(groups=cut(groups, 8))  # the first step warms up
-                if "step" in args.parts:
+                if "step" in args.parts and name != PLAIN:
                     worker.step(silent=[], max_tokens=8)
             except RuntimeError as error:
                 print(f"skipped {name}: {str(error).splitlines()[0]}", flush=True)
@@ -217,11 +219,11 @@ class Bench:
 
     def _is_due(self, number: int, label: str, part: str, name: str) -> bool:
         """What buys no bar, or is much slower than the rest, comes once or not at all."""
-        if part == "step" and not self.args.all and (label == "c" or name not in (OURS, PEER)):
+        is_main = name in (OURS, PEER) and label != "c"
+        if part == "step" and (name == PLAIN or (not self.args.all and not is_main)):
             return False
         done = self.results.get((label, part, name))
-        often = name in (OURS, PEER) and label != "c"
-        return not done or often or done[0]["seconds"] < self.args.slow
+        return not done or is_main or done[0]["seconds"] < self.args.slow
 
     def _step(self, number: int, label: str, part: str, name: str) -> None:
         groups, order = self.rollouts[label], {}
@@ -260,7 +262,7 @@ def summary(label: str, part: str, bench: Bench) -> tuple[list, list[str]]:
             return statistics.median(value(found) for found in done)
 
         seconds[name] = median(lambda found: found["seconds"])
-        peaks[name] = max(found["peak_rss"] for found in done)
+        peaks[name] = max(found["peak"] for found in done)
         values = {
             "step": (seconds[name], "s"),
             "generation": (median(lambda found: found["generation"]), "s"),
@@ -272,7 +274,7 @@ def summary(label: str, part: str, bench: Bench) -> tuple[list, list[str]]:
             ),
             "tokens forwarded": (median(lambda found: found["forwarded"]), "tokens"),
             "peak resident memory": (peaks[name] / 2**20, "MiB"),
-            "above the loaded trainer": ((peaks[name] - worker.rss) / 2**20, "MiB"),
+            "above the loaded trainer": ((peaks[name] - worker.loaded) / 2**20, "MiB"),
         }
         rows += [(title, name, metric, *value) for metric, value in values.items()]
         table.append([name, *(f"{value:,.4g}" for value, _ in values.values()), str(len(done))])
@@ -291,7 +293,7 @@ def summary(label: str, part: str, bench: Bench) -> tuple[list, list[str]]:
         "above loaded", "runs",
     ], table)  # fmt: skip
     if OURS in seconds:
-        peers = [name for name in seconds if name not in (OURS, PATCHED)]
+        peers = [name for name in seconds if name not in (OURS, PATCHED, PLAIN)]
         best = min(peers, key=seconds.get, default=None)
         for name in seconds.keys() - {OURS}:
             is_best = name == best and not kl_coef
