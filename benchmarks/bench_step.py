@@ -33,6 +33,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench_rollout import bar
 from common import append_rows, print_table
@@ -76,26 +77,30 @@ MEMORY_BARS = {("b", "training"): 0.5, ("b", "step"): 0.5}
 COSINE_BAR = 0.99999
 
 
-def make_checkpoint(folder: Path, model: str) -> str:
-    """A random Qwen2 with a tokenizer of one word an id."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    from r1fast.model import Decoder, ModelSpec, save_model
-
-    layers, width, mlp, vocab, num_ends = MODELS[model]
-    config = {
+def config_of(model: str) -> dict:
+    layers, width, mlp, vocab, _ = MODELS[model]
+    return {
         "model_type": "qwen2", "vocab_size": vocab, "hidden_size": width,
         "intermediate_size": mlp, "num_hidden_layers": layers,
         "num_attention_heads": width // 64, "num_key_value_heads": 2,
         "max_position_embeddings": 1024, "tie_word_embeddings": True,
     }  # fmt: skip
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w1"))
+
+
+def make_checkpoint(folder: Path, config: dict, num_ends: int, **factory: Any) -> str:
+    """A random Qwen2 that the first `num_ends` ids end, with a tokenizer of one word an id."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from r1fast.model import Decoder, ModelSpec, save_model
+
+    vocab = {f"w{i}": i for i in range(config["vocab_size"])}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="w1"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token="w0", pad_token="w0", padding_side="left"
     )
-    decoder = Decoder(ModelSpec.from_hf_config(config), seed=0)
+    decoder = Decoder(ModelSpec.from_hf_config(config), seed=0, **factory)
     save_model(decoder, folder, tokenizer=tokenizer, eos_token_id=list(range(num_ends)))
     return str(folder)
 
@@ -112,12 +117,8 @@ def lengths_of(shape: Shape) -> list[int]:
     return lengths
 
 
-def make_rollouts(shape: Shape, path: str) -> Groups:
-    """Random tokens with the model's own log-probabilities; each group's rewards differ or are equal."""
-    from r1fast.policy import load_policy
-    from r1fast.rollout.engine import Engine
-
-    vocab, num_ends = MODELS[shape.model][3:]
+def make_rollouts(shape: Shape, vocab: int, num_ends: int) -> Groups:
+    """Random tokens; the rewards of a group differ, or are equal in the last `silent` ones."""
     rng, lengths = random.Random(1), iter(lengths_of(shape))
 
     def words(n: int) -> list[int]:
@@ -136,19 +137,33 @@ def make_rollouts(shape: Shape, path: str) -> Groups:
             "completions": completions,
             "rewards": [0.5 if silent else rng.random() for _ in completions],
         })  # fmt: skip
+    return groups
+
+
+def score(groups: Groups, path: str) -> None:
+    """The old log-probabilities: the model's own."""
+    from r1fast.policy import load_policy
+    from r1fast.rollout.engine import Engine
+
     policy = load_policy(path, dtype="float32", device="cpu")
     scored = Engine(policy.model, policy.eos_ids).score(
         [g["prompt_ids"] for g in groups], [g["completions"] for g in groups]
     )
     for group, logprobs in zip(groups, scored, strict=True):
         group["logprobs"] = [x.tolist() for x in logprobs]
-    return groups
 
 
-def cut(groups: Groups, n: int) -> Groups:
-    """The same rollouts with at most n tokens in each completion."""
-    fields = ("completions", "logprobs")
-    return [g | {field: [x[:n] for x in g[field]] for field in fields} for g in groups]
+def cut(groups: Groups, prompt_tokens: int, completion_tokens: int) -> Groups:
+    """The same rollouts, shortened."""
+    return [
+        g
+        | {"prompt_ids": g["prompt_ids"][:prompt_tokens]}
+        | {
+            field: [x[:completion_tokens] for x in g[field]]
+            for field in ("completions", "logprobs")
+        }
+        for g in groups
+    ]
 
 
 def needed_tokens(groups: Groups, kl_coef: float = 0.0) -> int:
@@ -184,8 +199,13 @@ class Bench:
 
     def __init__(self, model: str, shapes: list[str], args: argparse.Namespace, folder: Path):
         self.shapes, self.args, self.folder = shapes, args, folder
-        path = make_checkpoint(folder / model, model)
-        self.rollouts = {name: make_rollouts(SHAPES[name], path) for name in shapes}
+        config, num_ends = config_of(model), MODELS[model][-1]
+        path = make_checkpoint(folder / model, config, num_ends)
+        self.rollouts = {}
+        for name in shapes:
+            groups = make_rollouts(SHAPES[name], config["vocab_size"], num_ends)
+            score(groups, path)
+            self.rollouts[name] = groups
         self.workers: dict[str, Worker] = {}
         self.results: Results = {}
         shape, groups = SHAPES[shapes[0]], self.rollouts[shapes[0]]
@@ -199,7 +219,7 @@ class Bench:
             )  # fmt: skip
             try:
                 worker = self.workers[name] = Worker(settings, self._file(name, "log"))
-                worker.step(groups=cut(groups, 8))  # the first step warms up
+                worker.step(groups=cut(groups, 32, 16))  # the first step warms up
                 if "step" in args.parts and name != PLAIN:
                     worker.step(silent=[], max_tokens=8)
             except RuntimeError as error:

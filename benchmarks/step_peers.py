@@ -5,6 +5,7 @@ GRPOTrainer's own loop, nothing of it replaced: orders arrive in its callbacks, 
 `rollout_func`; `_generate` and the clipping are only timed. Its aligned step takes the current log-probabilities
 for the old ones, without a forward. "plain" is the loop that one would write: transformers' model, padded
 micro-batches of neighbours in length, and all logits of the completions in memory; training part alone.
+Where no old log-probabilities are given, r1fast's model makes them before the clock starts.
 On a CPU the weights are the checkpoint's before each step.
 """
 
@@ -26,11 +27,15 @@ from step_orders import CLIP, LEARNING_RATE, MAX_GRAD_NORM, Meter, Settings, rew
 
 def run_r1fast(s: Settings, orders: Iterator[dict], answer: Callable, folder: str) -> None:
     """Options: overrides of the config; and layers.checkpoint, which recomputes every layer."""
+    import torch
+
+    from r1fast.batch import pack
     from r1fast.config import load_config
     from r1fast.hf_folder import fill_tensors
     from r1fast.policy import load_policy
     from r1fast.trainer import GRPOTrainer
-    from r1fast.types import Completion, Problem, Reward, RolloutGroup
+    from r1fast.training import completion_logprobs
+    from r1fast.types import Completion, Problem, Reward, RolloutGroup, Sequence
 
     class Scorer:
         def score(self, groups, step_from_end=None):
@@ -39,8 +44,21 @@ def run_r1fast(s: Settings, orders: Iterator[dict], answer: Callable, folder: st
                 ids = [[] if silent else c.token_ids for c in group.completions]
                 group.rewards = [Reward(reward_of(x), {}, None) for x in ids]
 
+    def own_logprobs(g: dict) -> list[list[float]]:
+        sequences = [Sequence(g["prompt_ids"], ids) for ids in g["completions"]]
+        found = {}
+        for batch in pack(
+            sequences, 16384, [0.0] * s.group, device=s.device, share_prompts=True
+        ):  # fmt: skip
+            with torch.no_grad():
+                logprobs = completion_logprobs(trainer.model, batch)[0].tolist()
+            for n, i in enumerate(batch.sequence_index):
+                found[i] = logprobs[batch.cu_seqlens[n] : batch.cu_seqlens[n + 1]]
+        return [found[i] for i in range(s.group)]
+
     def given(g: dict) -> RolloutGroup:
-        completions = zip(g["completions"], g["logprobs"], strict=True)
+        logprobs = g.get("logprobs") or own_logprobs(g)
+        completions = zip(g["completions"], logprobs, strict=True)
         return RolloutGroup(
             Problem(g["prompt"], ""), g["prompt_ids"],
             [Completion(ids, logprobs, "stop") for ids, logprobs in completions],
@@ -131,7 +149,8 @@ def run_trl(s: Settings, orders: Iterator[dict], answer: Callable, folder: str) 
         """The given members of each prompt's group, one for each time that it is asked for."""
         members = {}
         for g in order["groups"]:
-            rest = (g["completions"], g["logprobs"], g["rewards"])
+            logprobs = g.get("logprobs") or [[0.0] * len(ids) for ids in g["completions"]]
+            rest = (g["completions"], logprobs, g["rewards"])
             members[g["prompt"]] = zip([g["prompt_ids"]] * s.group, *rest, strict=True)
         columns = zip(*(next(members[prompt]) for prompt in prompts), strict=True)
         names = ("prompt_ids", "completion_ids", "logprobs", "given")
@@ -208,7 +227,7 @@ def run_plain(s: Settings, orders: Iterator[dict], answer: Callable, folder: str
     def backward(rows: list[tuple], num_tokens: int) -> int:
         """Of one micro-batch; the number of positions that it forwards."""
         prompts = [torch.tensor(row[0]).flip(0) for row in rows]
-        completions, old = ([torch.tensor(row[i]) for row in rows] for i in (1, 2))
+        completions = [torch.tensor(row[1]) for row in rows]
         advantages = torch.tensor([row[3] for row in rows], device=s.device)[:, None]
         pad = torch.nn.utils.rnn.pad_sequence
         left = pad([p + 1 for p in prompts], True).flip(1)  # 0 where there is nothing
@@ -219,7 +238,10 @@ def run_plain(s: Settings, orders: Iterator[dict], answer: Callable, folder: str
         logits = model((ids - 1).clamp(min=0), **hidden).logits[:, :-1].float()
         chosen = (targets - 1).clamp(min=0)[..., None]
         logprobs = logits.log_softmax(-1).gather(2, chosen)[..., 0]
-        ratio = (logprobs - pad(old, True).to(s.device)).exp()
+        old = logprobs.detach()
+        if rows[0][2] is not None:
+            old = pad([torch.tensor(row[2]) for row in rows], True).to(s.device)
+        ratio = (logprobs - old).exp()
         gain = torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
         (-(gain * (targets > 0)).sum() / num_tokens).backward()
         return ids.numel()
@@ -235,8 +257,8 @@ def run_plain(s: Settings, orders: Iterator[dict], answer: Callable, folder: str
         for g in order["groups"]:
             rewards = torch.tensor(g["rewards"])
             advantages = ((rewards - rewards.mean()) / (rewards.std() + 1e-4)).tolist()
-            prompts = [g["prompt_ids"]] * s.group
-            rows += zip(prompts, g["completions"], g["logprobs"], advantages, strict=True)
+            prompts, old = [g["prompt_ids"]] * s.group, g.get("logprobs", [None] * s.group)
+            rows += zip(prompts, g["completions"], old, advantages, strict=True)
         num_tokens = sum(len(row[1]) for row in rows)
         rows.sort(key=lambda row: len(row[0]) + len(row[1]))
         size = s.options["micro_batch"]
