@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
-# Builds r1fast on a bare GPU machine, runs the GPU tests, measures the loss and the rollout engine
-# against their peers.
+# Builds r1fast on a bare GPU machine, runs the GPU tests, measures the rollout engine, the training step and
+# the loss against their peers.
 #
-#   benchmarks/gpu.sh             8 minutes at most; writes gpu.json, gpu_rollout.json and the logs to ${OUT:-.}
+#   benchmarks/gpu.sh             9 minutes at most; writes gpu.json, gpu_rollout.json, gpu_step.json and the logs to ${OUT:-.}
 #   benchmarks/gpu.sh --dry-run   the same steps on the CPU at toy shapes, no build and no GPU tests
+#   PARTS="step bench"            only some of: tests rollout step bench
 #
 # The machine has torch, triton, transformers, pybind11, cmake, ninja and pytest, and no network.
 # Peers, and hypothesis for the tests, are installed from benchmarks/wheels/*.whl where present:
 #   pip download --no-deps -d benchmarks/wheels hypothesis sortedcontainers liger-kernel trl cut-cross-entropy
 # Where there is no git, COMMIT=abc1234 says which code it is. Afterwards, where the project lives:
-#   python benchmarks/common.py gpu.json gpu_rollout.json
+#   python benchmarks/common.py gpu.json gpu_rollout.json gpu_step.json
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 PYTHON=${PYTHON:-python3}
 OUT=$(realpath "${OUT:-.}")
-BUDGET=${BUDGET:-470}
+BUDGET=${BUDGET:-540}
+PARTS=" ${PARTS:-tests rollout step bench} "
 DRY_RUN=
 if [[ ${1:-} == --dry-run ]]; then DRY_RUN=1; fi
 mkdir -p "$OUT"
@@ -50,11 +52,17 @@ shopt -s nullglob
 wheels=(benchmarks/wheels/*.whl)
 bench=("$PYTHON" benchmarks/bench_loss.py --no-append --json "$OUT/gpu.json")
 rollout=("$PYTHON" benchmarks/rollout_gpu.py --no-append --json "$OUT/gpu_rollout.json")
+step=("$PYTHON" benchmarks/step_gpu.py --no-append --json "$OUT/gpu_step.json")
+wants() { [[ $PARTS == *" $1 "* ]]; }
 if [[ -n $DRY_RUN ]]; then
     bench+=(--device cpu --shapes "64,32,500" "48,16,300" --dtypes bf16 --rounds 2 --skip memory)
-    part 120 bench "${bench[@]}"
     rollout+=(--device cpu --shapes toy --prompts 2 --group 4 --prompt-tokens 48 --new-tokens 24)
-    part 120 rollout "${rollout[@]}" --short-tokens 12 --generate-tokens 12
+    rollout+=(--short-tokens 12 --generate-tokens 12)
+    step+=(--device cpu --shapes toy --prompts 2 --group 4 --prompt-tokens 24 --new-tokens 16)
+    step+=(--mean 7 --step-tokens 8 --pack 256 --variants r1fast "plain PyTorch")
+    wants bench && part 120 bench "${bench[@]}"
+    wants rollout && part 120 rollout "${rollout[@]}"
+    wants step && part 120 step "${step[@]}"
 else
     if ((${#wheels[@]})); then
         part 40 wheels "$PYTHON" -m pip install -q --no-deps --no-index "${wheels[@]}"
@@ -65,24 +73,35 @@ else
         part 120 build_in_place "$PYTHON" setup.py build_ext --inplace
         export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
     fi
-    if "$PYTHON" -c 'import hypothesis, pytest' 2>"$OUT/tests.log"; then
+    if ! wants tests; then
+        :
+    elif "$PYTHON" -c 'import hypothesis, pytest' 2>"$OUT/tests.log"; then
         part 150 tests "$PYTHON" -P -m pytest -q -m gpu --continue-on-collection-errors tests
         tail -n 3 "$OUT/tests.log"
     else
         notes+=("GPU tests: $(tail -n 1 "$OUT/tests.log"); add the wheel to benchmarks/wheels")
     fi
-    left=$(((BUDGET - SECONDS - 15) / 2))
-    part "$left" rollout "${rollout[@]}" --budget $((left * 8 / 10))
-    left=$((BUDGET - SECONDS - 15))
-    part "$left" bench "${bench[@]}" --budget $((left * 6 / 10))
+    # what is left is shared by the parts that are wanted
+    waiting=$(grep -ow 'rollout\|step\|bench' <<<"$PARTS" | wc -l)
+    for name in rollout step bench; do
+        wants $name || continue
+        left=$(((BUDGET - SECONDS - 15) / waiting))
+        declare -n words=$name
+        share=8
+        if [[ $name == bench ]]; then share=6; fi
+        part "$left" $name "${words[@]}" --budget $((left * share / 10))
+        waiting=$((waiting - 1))
+    done
 fi
 
-grep -hs '^skipped' "$OUT/bench.log"
+grep -hs '^skipped' "$OUT/bench.log" "$OUT/step.log"
 if ((${#notes[@]})); then printf 'note: %s\n' "${notes[@]}"; fi
 echo "took $SECONDS s"
-if [[ ! -s $OUT/gpu.json ]]; then
+for name in rollout step; do
+    if wants $name; then sed -n '/^bars/,$p' "$OUT/$name.log"; fi
+done
+if wants bench && [[ ! -s $OUT/gpu.json ]]; then
     echo "no measurement was finished, see $OUT/bench.log" >&2
     exit 1
 fi
-sed -n '/^bars/,$p' "$OUT/rollout.log"
-"$PYTHON" benchmarks/bench_loss.py --summary "$OUT/gpu.json"
+if wants bench; then "$PYTHON" benchmarks/bench_loss.py --summary "$OUT/gpu.json"; fi

@@ -69,7 +69,8 @@ def variants_of(shape: str, args: argparse.Namespace) -> dict[str, tuple[str, di
     micro_batch = {"7B": 8, "1.5B": 8, "toy": 4}[shape]
     ours = {"grpo.token_budget": args.pack, "layers.checkpoint": recompute}
     peer = {"micro_batch": micro_batch, "checkpointing": recompute}
-    return {OURS: ("r1fast", ours), PLAIN: ("plain", peer), PEER: ("TRL", peer)}
+    variants = {OURS: ("r1fast", ours), PLAIN: ("plain", peer), PEER: ("TRL", peer)}
+    return {name: variants[name] for name in args.variants}
 
 
 def run_shape(
@@ -146,6 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["7B", "1.5B"])
+    names = [OURS, PLAIN, PEER]
+    parser.add_argument("--variants", nargs="+", choices=names, default=names)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--group", type=int, default=16, help="completions a prompt")
     parser.add_argument("--prompt-tokens", type=int, default=512)

@@ -1,15 +1,17 @@
-"""The benchmarks of the loss and of the rollout engine, and gpu.sh, from end to end at toy shapes."""
+"""The benchmarks of the loss, the rollout engine and the training step, and gpu.sh, from end to end at toy shapes."""
 
 import csv
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -42,6 +44,13 @@ def test_gpu_script_dry_run(tmp_path):
         assert cells["r1fast", metric] > 0
     assert cells["generate", "tokens/s"] > 0
     assert "share of the bandwidth floor" in done.stdout
+    measured = json.loads((tmp_path / "gpu_step.json").read_text())
+    cells = {(row[1], row[2]): row[3] for row in measured["rows"]}
+    for variant in ("r1fast", "plain PyTorch"):
+        assert 0 < cells[variant, "MFU"] < 1
+    assert cells["r1fast", "whole step, tokens/s"] > 0
+    assert cells["r1fast", "tokens forwarded"] == cells["needed", "tokens forwarded"]
+    assert "forward and backward, times plain PyTorch" in done.stdout
     last = done.stdout.splitlines()[-1]
     assert "faster than TRL" in last
     assert (BENCHMARKS / "results.csv").read_bytes() == before
@@ -128,3 +137,77 @@ def test_rollout_benchmark_runs(tmp_path, monkeypatch):
             assert worker.gemm_rate(4) > 0
         worker.close()
         assert worker.process.returncode is not None
+
+
+def test_step_rollouts_counts_and_bars(monkeypatch, tmp_path):
+    """Lengths have the mean they are said to have; what has to be forwarded, and what MFU counts, by hand."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench, gpu = (importlib.import_module(name) for name in ("bench_step", "step_gpu"))
+    for shape in bench.SHAPES.values():
+        lengths = bench.lengths_of(shape)
+        assert len(lengths) == shape.prompts * shape.group
+        assert abs(sum(lengths) / len(lengths) - shape.mean_tokens) < 0.5
+        assert max(lengths) == shape.max_tokens
+        assert sorted(lengths)[len(lengths) // 2] < 0.95 * shape.mean_tokens  # long-tailed
+    toy = bench.Shape("3.5M", 3, 5, 4, 9, 4.0, silent=1)
+    groups = bench.make_rollouts(toy, 50, 7)
+    assert groups == bench.make_rollouts(toy, 50, 7)
+    assert [len(set(g["rewards"])) for g in groups] == [4, 4, 1]
+    for ids in (c for g in groups for c in g["completions"]):
+        assert min(ids[:-1], default=7) >= 7  # no end inside
+        assert len(ids) == 9 or ids[-1] < 7
+    cut = bench.cut(groups, 2, 3)
+    assert {len(g["prompt_ids"]) for g in cut} == {2}
+    assert max(len(c) for g in cut for c in g["completions"]) == 3
+    hand = [
+        {"prompt_ids": [1, 2], "completions": [[3], [4, 5, 6]], "rewards": [0.0, 1.0]},
+        {"prompt_ids": [1], "completions": [[3, 4], [4, 5]], "rewards": [1.0, 1.0]},
+    ]
+    assert bench.needed_tokens(hand) == 2 + 0 + 2
+    assert bench.needed_tokens(hand, kl_coef=0.1) == 4 + 1 + 1 + 1
+    config = {
+        "hidden_size": 4, "intermediate_size": 3, "vocab_size": 10, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1,
+    }  # fmt: skip
+    # 2 layers of q, o (16 each), k, v (8 each), an MLP of 36: 168 weights on 4 tokens; 4 predictions of
+    # 40 weights; pairs: 3 in the prompt, 2 x 2 with it, 3 in the completion
+    wanted = 3 * (2 * 168 * 4 + 2 * 40 * 4 + 4 * 2 * 4 * 10)
+    assert gpu.needed_flops(hand[:1], config) == wanted
+
+
+def test_step_gradients_are_compared_over_all_tensors(monkeypatch, tmp_path):
+    from safetensors.torch import save_file
+
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench = importlib.import_module("bench_step")
+    one = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}
+    two = {"a": torch.tensor([3.0, 5.0]), "b": torch.tensor([4.0])}
+    paths = [tmp_path / name for name in "xyz"]
+    for path, tensors in zip(paths, (one, two, {"a": one["a"]}), strict=True):
+        save_file(tensors, path)
+    assert bench.compare_gradients(paths[0], paths[0]) == (1.0, 0.0)
+    assert bench.compare_gradients(*paths[:2]) == pytest.approx((0.5**0.5, 0.5**0.5))
+    with pytest.raises(AssertionError, match="different parameters"):
+        bench.compare_gradients(paths[0], paths[2])
+
+
+@pytest.mark.slow
+def test_step_benchmark_runs(tmp_path, monkeypatch, capsys):
+    """Training part and whole step of r1fast and TRL at a toy shape, half of it without signal."""
+    pytest.importorskip("trl")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench = importlib.import_module("bench_step")
+    monkeypatch.setitem(bench.MODELS, "toy", (1, 128, 96, 300, 12))
+    monkeypatch.setitem(bench.MICRO_BATCH, "toy", 4)
+    monkeypatch.setitem(bench.SHAPES, "b", bench.Shape("toy", 2, 5, 4, 10, 5.0, silent=1))
+    words = "bench_step.py --shapes b --rounds 1 --threads 1 --no-append --variants".split()
+    monkeypatch.setattr(sys, "argv", [*words, "r1fast", "TRL"])
+    bench.main()
+    out = capsys.readouterr().out
+    assert "skipped" not in out
+    needed = bench.needed_tokens(bench.make_rollouts(bench.SHAPES["b"], 300, 12))
+    assert f"b training: tokens forwarded {needed}, needed {needed} (holds)" in out
+    assert re.search(r"gradient of TRL: \S+ \(<= 1e-05: holds\)", out)
+    for part in ("training", "step"):
+        assert re.search(rf"b {part}: times faster than TRL: \S+ \(>= 4: (holds|MISSED)\)", out)
+        assert re.search(rf"b {part}: peak memory over TRL's: \S+ \(<= 0.5: MISSED\)", out)
