@@ -156,9 +156,10 @@ def test_step_rollouts_counts_and_bars(monkeypatch, tmp_path):
     for ids in (c for g in groups for c in g["completions"]):
         assert min(ids[:-1], default=7) >= 7  # no end inside
         assert len(ids) == 9 or ids[-1] < 7
-    cut = bench.cut(groups, 2, 3)
+    cut = bench.cut([g | {"logprobs": g["completions"]} for g in groups], 2, 3)
     assert {len(g["prompt_ids"]) for g in cut} == {2}
-    assert max(len(c) for g in cut for c in g["completions"]) == 3
+    assert {len(c) for g in cut for c in g["logprobs"]} == {1, 2, 3}
+    assert all(g["completions"] == g["logprobs"] for g in cut)
     hand = [
         {"prompt_ids": [1, 2], "completions": [[3], [4, 5, 6]], "rewards": [0.0, 1.0]},
         {"prompt_ids": [1], "completions": [[3, 4], [4, 5]], "rewards": [1.0, 1.0]},
