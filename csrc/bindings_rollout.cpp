@@ -1,9 +1,10 @@
 #include <pybind11/numpy.h>
+#include <pybind11/stl.h>
 
 #include "bindings.hpp"
 #include "block_allocator.hpp"
 #include "decode_attention.hpp"
-#include "decoder.hpp"
+#include "decode_loop.hpp"
 #include "sampling.hpp"
 
 namespace r1fast {
@@ -11,6 +12,10 @@ namespace r1fast {
 namespace {
 
 using Int32Array = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+
+// An array as it lies, of just this type: it may be written.
+template <class T>
+using Exactly = py::array_t<T, py::array::c_style>;
 
 // Its calls are short and belong to one thread: they keep the GIL.
 void bind_block_allocator(py::module_& m) {
@@ -167,6 +172,66 @@ void bind_decoder_of(py::module_& m, const char* name) {
           py::arg("query_starts"), py::arg("group_starts"), py::arg("shared_blocks"), py::arg("num_groups"),
           py::arg("hidden"), py::arg("ld_hidden"), py::arg("num_threads"));
 }
+
+template <class T, class Tiles>
+void bind_decode_loop_of(py::module_& m, const char* name) {
+  using Loop = DecodeLoop<T, Tiles>;
+  const auto exactly = [](const char* arg) { return py::arg(arg).noconvert(); };
+  py::class_<Loop>(m, name, "Decode steps of all running rows: forward, head, draw, append.")
+      .def(py::init<typename Loop::Native&, const typename Loop::Linear&, int64_t>(), py::arg("decoder"),
+           py::arg("head"), py::arg("vocab_size"), py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
+      .def(
+          "run",
+          [](Loop& self, Exactly<int64_t> tokens, Exactly<float> logprobs, Exactly<float> truncated,
+             std::optional<Exactly<float>> entropies, Exactly<int32_t> blocks, Exactly<int64_t> length,
+             Exactly<int64_t> num_blocks, const Exactly<int64_t>& prompt_length, const Exactly<int64_t>& limit,
+             const Exactly<int64_t>& seed, const Exactly<float>& temperature, const Exactly<int64_t>& top_k,
+             const Exactly<float>& top_p, const Exactly<float>& min_p, const Exactly<bool>& ignore_eos,
+             const Exactly<int64_t>& stop_ids, const Exactly<bool>& is_eos, const Exactly<int64_t>& slots,
+             const Exactly<int32_t>& group_starts, const Exactly<int32_t>& shared_blocks, BlockAllocator& allocator,
+             uintptr_t rotations, int64_t max_steps, double max_seconds, int64_t num_threads) {
+            const LoopRows rows{tokens.mutable_data(),
+                                logprobs.mutable_data(),
+                                truncated.mutable_data(),
+                                entropies ? entropies->mutable_data() : nullptr,
+                                tokens.shape(1),
+                                blocks.mutable_data(),
+                                blocks.shape(1),
+                                length.mutable_data(),
+                                num_blocks.mutable_data(),
+                                prompt_length.data(),
+                                limit.data(),
+                                seed.data(),
+                                temperature.data(),
+                                top_k.data(),
+                                top_p.data(),
+                                min_p.data(),
+                                ignore_eos.data(),
+                                stop_ids.data(),
+                                stop_ids.shape(1),
+                                is_eos.data(),
+                                slots.data(),
+                                slots.size(),
+                                group_starts.data(),
+                                shared_blocks.data(),
+                                shared_blocks.size()};
+            py::array_t<uint8_t> outcomes(slots.size());
+            auto* const written = reinterpret_cast<Outcome*>(outcomes.mutable_data());
+            int64_t num_steps = 0;
+            {
+              py::gil_scoped_release release;
+              num_steps = self.run(rows, allocator, max_steps, max_seconds, at<const float>(rotations), num_threads,
+                                   written);
+            }
+            return py::make_tuple(num_steps, outcomes);
+          },
+          exactly("tokens"), exactly("logprobs"), exactly("truncated"), exactly("entropies"), exactly("blocks"),
+          exactly("length"), exactly("num_blocks"), exactly("prompt_length"), exactly("limit"), exactly("seed"),
+          exactly("temperature"), exactly("top_k"), exactly("top_p"), exactly("min_p"), exactly("ignore_eos"),
+          exactly("stop_ids"), exactly("is_eos"), exactly("slots"), exactly("group_starts"), exactly("shared_blocks"),
+          py::arg("allocator"), py::arg("rotations"), py::arg("max_steps"), py::arg("max_seconds"),
+          py::arg("num_threads"));
+}
 #endif
 
 // The decoder's own products and what stands between them. The caller, rollout/native.py, has checked shapes and strides.
@@ -194,10 +259,11 @@ void bind_decoder(py::module_& m) {
             [](const Linear& self, Address x, int64_t ld_x, int64_t num_rows, Address y, int64_t ld_y, After after,
                bool to_float32, int64_t num_threads) {
               py::gil_scoped_release release;
+              const Alone each{worthwhile_threads(num_threads, self.steps(num_rows))};
               if (to_float32) {
-                self.run(at<const T>(x), ld_x, num_rows, at<float>(y), ld_y, after, num_threads);
+                self.run(at<const T>(x), ld_x, num_rows, at<float>(y), ld_y, after, each);
               } else {
-                self.run(at<const T>(x), ld_x, num_rows, at<T>(y), ld_y, after, num_threads);
+                self.run(at<const T>(x), ld_x, num_rows, at<T>(y), ld_y, after, each);
               }
             },
             py::arg("x"), py::arg("ld_x"), py::arg("num_rows"), py::arg("y"), py::arg("ld_y"), py::arg("after"),
@@ -210,6 +276,15 @@ void bind_decoder(py::module_& m) {
   bind_decoder_of<float, Avx512Tiles>(m, "DecoderF32");
   bind_decoder_of<Bf16, Avx512Tiles>(m, "DecoderBF16");
   bind_decoder_of<Bf16, AmxTiles>(m, "DecoderAMX");
+
+  py::enum_<Outcome>(m, "Outcome")
+      .value("going", Outcome::kGoing)
+      .value("stopped", Outcome::kStopped)
+      .value("full", Outcome::kFull)
+      .value("bad", Outcome::kBad);
+  bind_decode_loop_of<float, Avx512Tiles>(m, "DecodeLoopF32");
+  bind_decode_loop_of<Bf16, Avx512Tiles>(m, "DecodeLoopBF16");
+  bind_decode_loop_of<Bf16, AmxTiles>(m, "DecodeLoopAMX");
 #endif
 }
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "decode_strip.hpp"
+#include "team.hpp"
 
 namespace r1fast {
 
@@ -26,7 +27,8 @@ struct DecodeProblem {
   T* out;      // (Nq, H, Dh)
   int64_t num_heads;
   float scale;
-  const int32_t* block_table;  // (B, max_blocks)
+  const int32_t* block_table;  // (B, max_blocks), or (S, max_blocks) with
+  const int64_t* table_rows;   // (B): a sequence's row of it; null: sequence b has row b
   int64_t max_blocks;
   int64_t tiles_per_block;
   const int32_t* context_lens;   // (B)
@@ -44,7 +46,8 @@ struct DecodeProblem {
   }
   int64_t tile(int64_t sequence, int64_t position) const {
     const int64_t index = position / kTile;
-    const int32_t* const row = block_table + sequence * max_blocks;
+    const int32_t* const row = block_table + (table_rows == nullptr ? sequence : table_rows[sequence]) * max_blocks;
+    if (tiles_per_block == 1) return row[index];
     return row[index / tiles_per_block] * tiles_per_block + index % tiles_per_block;
   }
 };
@@ -106,40 +109,53 @@ class DecodeWorkspace {
   template <class T>
   void run(const DecodeProblem<T>& problem, const PagedCache<T>& cache, const std::string& level,
            int64_t num_threads) {
-    const int64_t dim = cache.head_dim, kv_heads = cache.num_kv_heads;
     const StripKernels<T> kernels = strip_kernels<T>(level);
-    Call<T> call{problem, cache, kernels, problem.num_heads / kv_heads, row_floats(dim), 0, nullptr};
-    const double steps = plan(problem, call.heads, kv_heads, num_threads);
-    num_threads = worthwhile_threads(num_threads, steps * kv_heads * dim);
+    const double steps = prepare(problem, cache.num_kv_heads, cache.head_dim, num_threads);
+    attend(problem, cache, kernels, Alone{worthwhile_threads(num_threads, steps)});
+  }
+
+  // Cuts the work, for any cache and queries of these shapes. Returns the multiply-adds, about.
+  template <class T>
+  double prepare(const DecodeProblem<T>& problem, int64_t kv_heads, int64_t head_dim, int64_t num_threads) {
+    const double steps = plan(problem, problem.num_heads / kv_heads, kv_heads, num_threads) * kv_heads * head_dim;
     const int64_t num_units = static_cast<int64_t>(units_.size()) * kv_heads;
     int64_t most_chunks = 1;
     for (const Unit& unit : units_) most_chunks = std::max(most_chunks, unit.num_chunks);
-    const bool cut = num_threads > 1 && num_units < kUnitsPerThread * num_threads && most_chunks > 1;
-
-    // per thread q, and (m, l, a) twice: of all chunks so far and of one
-    const int64_t row = call.ld + 2;
-    call.rows = most_rows_;
-    const int64_t scratch = round_up(most_rows_ * (call.ld + 2 * row), kTile);
-    const int64_t num_partials = cut ? num_partials_ * kv_heads : 0;
-    reserve(scratch * std::max<int64_t>(num_threads, 1) + num_partials * row);
-    call.partials = floats_->data() + scratch * std::max<int64_t>(num_threads, 1);
-    if (!cut) {
-      parallel_for(num_units, num_threads, [&](int64_t task, int64_t thread) {
-        const Unit& unit = units_[static_cast<size_t>(task / kv_heads)];
-        attend_unit(call, unit, task % kv_heads, 0, unit.num_chunks, floats_->data() + thread * scratch);
-      });
-      return;
+    const bool cut = num_threads > 1 && num_units < kUnitsPerThread * num_threads;
+    chunks_at_once_ = cut ? 1 : most_chunks;
+    const int64_t parts = cut ? most_chunks : 1;
+    // of each thread q, and (m, l, a) twice: of all chunks so far and of one
+    const int64_t ld = row_floats(head_dim), row = ld + 2;
+    scratch_ = round_up(most_rows_ * (ld + 2 * row), kTile);
+    const int64_t of_threads = scratch_ * std::max<int64_t>(num_threads, 1);
+    reserve(of_threads + (parts > 1 ? num_partials_ * kv_heads * row : 0));
+    partials_ = floats_->data() + of_threads;
+    if (parts > 1 && finished_.size() < static_cast<size_t>(num_units)) {
+      finished_ = std::vector<std::atomic<int32_t>>(num_units);
     }
-    if (finished_.size() < static_cast<size_t>(num_units)) finished_ = std::vector<std::atomic<int32_t>>(num_units);
-    for (std::atomic<int32_t>& n : finished_) n.store(0, std::memory_order_relaxed);
-    parallel_for(num_units * most_chunks, num_threads, [&](int64_t task, int64_t thread) {
-      const int64_t index = task / most_chunks, chunk = task % most_chunks, head = index % kv_heads;
+    num_tasks_.store(num_units * parts, std::memory_order_relaxed);
+    return steps;
+  }
+
+  // The problem that was prepared, in no more threads.
+  template <class T, class Each>
+  void attend(const DecodeProblem<T>& problem, const PagedCache<T>& cache, const StripKernels<T>& kernels,
+              Each&& each) {
+    const int64_t kv_heads = cache.num_kv_heads;
+    each(num_tasks_.load(std::memory_order_relaxed), [&](int64_t task, int64_t thread) {
+      const Call<T> call{problem, cache, kernels, problem.num_heads / kv_heads, row_floats(cache.head_dim), partials_};
+      const int64_t num_units = static_cast<int64_t>(units_.size()) * kv_heads;
+      const int64_t parts = num_tasks_.load(std::memory_order_relaxed) / num_units;
+      const int64_t index = task / parts, head = index % kv_heads, chunk = task % parts;
       const Unit& unit = units_[static_cast<size_t>(index / kv_heads)];
       if (chunk >= unit.num_chunks) return;
-      attend_unit(call, unit, head, chunk, chunk + 1, floats_->data() + thread * scratch);
-      // the last one to finish merges them all; one that was alone has written its results
-      if (unit.num_chunks > 1 &&
-          finished_[static_cast<size_t>(index)].fetch_add(1, std::memory_order_acq_rel) + 1 == unit.num_chunks) {
+      const int64_t end = std::min(chunk + chunks_at_once_, unit.num_chunks);
+      attend_unit(call, unit, head, chunk, end, floats_->data() + thread * scratch_);
+      if (end - chunk == unit.num_chunks) return;
+      // the last one to finish merges them all
+      std::atomic<int32_t>& finished = finished_[static_cast<size_t>(index)];
+      if (finished.fetch_add(1, std::memory_order_acq_rel) + 1 == unit.num_chunks) {
+        finished.store(0, std::memory_order_relaxed);
         finish_unit(call, unit, head);
       }
     });
@@ -153,7 +169,6 @@ class DecodeWorkspace {
     const StripKernels<T>& kernels;
     int64_t heads;  // query heads of a kv head
     int64_t ld;
-    int64_t rows;
     float* partials;
   };
 
@@ -330,8 +345,12 @@ class DecodeWorkspace {
   std::vector<std::atomic<int32_t>> finished_;
   std::unique_ptr<AlignedBuffer<float>> floats_;
   int64_t capacity_ = 0;
-  int64_t num_partials_ = 0;  // rows times chunks of all units
-  int64_t most_rows_ = 0;     // of a unit
+  float* partials_ = nullptr;
+  std::atomic<int64_t> num_tasks_{0};
+  int64_t scratch_ = 0;         // floats of a thread
+  int64_t chunks_at_once_ = 1;  // of a task
+  int64_t num_partials_ = 0;    // rows times chunks of all units
+  int64_t most_rows_ = 0;       // of a unit
 };
 
 }  // namespace r1fast

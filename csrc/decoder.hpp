@@ -56,6 +56,7 @@ class Decoder {
     const Linear* low_rank;  // A (R, D), or null
 
     int64_t tail() const { return low_rank == nullptr ? 0 : low_rank->num_out(); }
+    double steps(int64_t n) const { return weight->steps(n) + (low_rank == nullptr ? 0 : low_rank->steps(n)); }
   };
 
   struct Layer {
@@ -85,6 +86,7 @@ class Decoder {
     if (shape.head_dim > 1024) throw std::invalid_argument("head_dim above 1024");
   }
 
+  const DecoderShape& shape() const { return shape_; }
   void add_layer(const Layer& layer) {
     layers_.push_back(layer);
     h_tail_ = std::max({h_tail_, layer.qkv.tail(), layer.gate_up.tail()});
@@ -94,6 +96,13 @@ class Decoder {
 
   // hidden (N, D): after the final norm. Keys and values are written before a layer attends.
   void run(const Step& step, T* hidden, int64_t ld_hidden, int64_t num_threads) {
+    const double steps = prepare(step, num_threads);
+    run_team(worthwhile_threads(num_threads, steps), [&](Member& each) { forward(step, hidden, ld_hidden, each); });
+  }
+
+  // Memory for a step of so many tokens, and who attends to what; then `forward`, in no more threads. Returns the
+  // multiply-adds, about.
+  double prepare(const Step& step, int64_t num_threads) {
     const DecoderShape& s = shape_;
     const int64_t n = step.num_tokens, mixed_width = s.num_heads * s.head_dim;
     x_.reserve(n, s.width);
@@ -103,19 +112,31 @@ class Decoder {
     attended_.reserve(n, mixed_width);
     mixed_.reserve(n, with_tail(mixed_width, mixed_tail_));
     mlp_.reserve(n, with_tail(s.mlp_width, mlp_tail_));
-    for (int64_t i = 0; i < n; ++i) {
-      const T* const from = embedding_ + step.tokens[i] * ld_embedding_;
-      std::copy(from, from + s.width, x_.data() + i * x_.ld());
-    }
+    double steps = attention_.prepare(attention_of(step), s.num_kv_heads, s.head_dim, num_threads);
+    if (layers_.empty()) return steps;
+    const Layer& layer = layers_.front();
+    for (const Product* product : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) steps += product->steps(n);
+    return steps * static_cast<double>(layers_.size());
+  }
+
+  // What each member of a team does.
+  void forward(const Step& step, T* hidden, int64_t ld_hidden, Member& each) {
+    const int64_t n = step.num_tokens;
+    for_rows(n, each, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const T* const from = embedding_ + step.tokens[i] * ld_embedding_;
+        std::copy(from, from + shape_.width, x_.data() + i * x_.ld());
+      }
+    });
     for (const Layer& layer : layers_) {
-      norm(layer.attn_norm, n, h_.data(), h_.ld(), num_threads);
-      product(layer.qkv, h_.data(), h_.ld(), s.width, n, qkv_, After::kStore, num_threads);
-      attend(step, layer, num_threads);
-      norm(layer.mlp_norm, n, h_.data(), h_.ld(), num_threads);
-      product(layer.gate_up, h_.data(), h_.ld(), s.width, n, mlp_, After::kSilu, num_threads);
-      product(layer.down, mlp_.data(), mlp_.ld(), s.mlp_width, n, x_, After::kAdd, num_threads);
+      norm(layer.attn_norm, n, h_.data(), h_.ld(), each);
+      product(layer.qkv, h_.data(), h_.ld(), shape_.width, n, qkv_, After::kStore, each);
+      attend(step, layer, each);
+      norm(layer.mlp_norm, n, h_.data(), h_.ld(), each);
+      product(layer.gate_up, h_.data(), h_.ld(), shape_.width, n, mlp_, After::kSilu, each);
+      product(layer.down, mlp_.data(), mlp_.ld(), shape_.mlp_width, n, x_, After::kAdd, each);
     }
-    norm(norm_, n, hidden, ld_hidden, num_threads);
+    norm(norm_, n, hidden, ld_hidden, each);
   }
 
  private:
@@ -125,43 +146,47 @@ class Decoder {
 
   // y of x (n, width), whose rows have room for a tail.
   static void product(const Product& p, T* x, int64_t ld, int64_t width, int64_t n, const RowBuffer<T>& y, After after,
-                      int64_t num_threads) {
-    if (p.low_rank != nullptr) {
-      p.low_rank->run(x, ld, n, x + tail_start(width), ld, After::kStore, num_threads);
-    }
-    p.weight->run(x, ld, n, y.data(), y.ld(), after, num_threads);
+                      Member& each) {
+    if (p.low_rank != nullptr) p.low_rank->run(x, ld, n, x + tail_start(width), ld, After::kStore, each);
+    p.weight->run(x, ld, n, y.data(), y.ld(), after, each);
   }
 
-  void norm(const T* weight, int64_t n, T* y, int64_t ld_y, int64_t num_threads) const {
-    rms_norm(static_cast<const T*>(x_.data()), x_.ld(), weight, shape_.eps, n, shape_.width, y, ld_y, num_threads);
+  void norm(const T* weight, int64_t n, T* y, int64_t ld_y, Member& each) const {
+    for_rows(n, each, [&](int64_t begin, int64_t end) {
+      norm_rows(static_cast<const T*>(x_.data()), x_.ld(), weight, shape_.eps, shape_.width, y, ld_y, begin, end);
+    });
+  }
+
+  DecodeProblem<T> attention_of(const Step& step) const {
+    DecodeProblem<T> problem = step.attention;
+    problem.q = q_.data();
+    problem.out = attended_.data();
+    problem.num_heads = shape_.num_heads;
+    problem.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(shape_.head_dim)));
+    return problem;
   }
 
   // x = x + o(attend(...)), from qkv_.
-  void attend(const Step& step, const Layer& layer, int64_t num_threads) {
+  void attend(const Step& step, const Layer& layer, Member& each) {
     const DecoderShape& s = shape_;
     const int64_t n = step.num_tokens;
     const PagedCache<T> cache{layer.keys, layer.values, s.num_kv_heads, s.head_dim};
     const HeadsCall<T> heads{qkv_.data(), qkv_.ld(),      layer.q_norm,   layer.k_norm, s.eps,
                              step.rotations, step.positions, s.num_heads, q_.data()};
-    write_heads(heads, cache, step.slots, n, num_threads);
-    DecodeProblem<T> problem = step.attention;
-    problem.q = q_.data();
-    problem.out = attended_.data();
-    problem.num_heads = s.num_heads;
-    problem.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(s.head_dim)));
-    attention_.run(problem, cache, "auto", num_threads);
-    product(layer.o, mixed(n), mixed_.ld(), s.num_heads * s.head_dim, n, x_, After::kAdd, num_threads);
-  }
-
-  // What attention has written side by side, with its rows `mixed_.ld()` apart. What lies between them stays 0: a NaN of
-  // one row must not reach another.
-  T* mixed(int64_t n) {
-    const int64_t width = shape_.num_heads * shape_.head_dim, ld = mixed_.ld();
-    if (ld == width) return attended_.data();
-    for (int64_t i = 0; i < n; ++i) {
-      std::copy(attended_.data() + i * width, attended_.data() + (i + 1) * width, mixed_.data() + i * ld);
+    for_rows(n, each, [&](int64_t begin, int64_t end) { write_heads(heads, cache, step.slots, begin, end); });
+    attention_.attend(attention_of(step), cache, kernels_, each);
+    // with rows mixed_.ld() apart; what lies between them stays 0: a NaN of one row must not reach another
+    const int64_t width = s.num_heads * s.head_dim;
+    const bool is_apart = mixed_.ld() != width;
+    if (is_apart) {
+      for_rows(n, each, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          std::copy(attended_.data() + i * width, attended_.data() + (i + 1) * width, mixed_.data() + i * mixed_.ld());
+        }
+      });
     }
-    return mixed_.data();
+    T* const mixed = is_apart ? mixed_.data() : attended_.data();
+    product(layer.o, mixed, mixed_.ld(), width, n, x_, After::kAdd, each);
   }
 
   DecoderShape shape_;
@@ -172,6 +197,7 @@ class Decoder {
   int64_t h_tail_ = 0, mixed_tail_ = 0, mlp_tail_ = 0;
   RowBuffer<T> x_, h_, qkv_, q_, attended_, mixed_, mlp_;
   DecodeWorkspace attention_;
+  StripKernels<T> kernels_ = strip_kernels<T>("auto");
 };
 
 }  // namespace r1fast

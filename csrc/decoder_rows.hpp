@@ -31,15 +31,13 @@ R1FAST_AVX512 void norm_rows(const T* x, int64_t ld_x, const T* weight, float ep
   for (int64_t i = begin; i < end; ++i) norm_row(x + i * ld_x, weight, eps, dim, y + i * ld_y);
 }
 
-constexpr int64_t kRowsPerTask = 16;
+constexpr int64_t kRowsPerTask = 8;
 
-template <class T>
-void rms_norm(const T* x, int64_t ld_x, const T* weight, float eps, int64_t num_rows, int64_t dim, T* y, int64_t ld_y,
-              int64_t num_threads) {
-  const int64_t threads = worthwhile_threads(num_threads, 1.0 * num_rows * dim);
-  parallel_for(ceil_div(num_rows, kRowsPerTask), threads, [&](int64_t task, int64_t) {
-    const int64_t begin = task * kRowsPerTask;
-    norm_rows(x, ld_x, weight, eps, dim, y, ld_y, begin, std::min(begin + kRowsPerTask, num_rows));
+// body(begin, end) for parts of `num_rows` rows.
+template <class Each, class Body>
+void for_rows(int64_t num_rows, Each&& each, const Body& body) {
+  each(ceil_div(num_rows, kRowsPerTask), [&](int64_t task, int64_t) {
+    body(task * kRowsPerTask, std::min((task + 1) * kRowsPerTask, num_rows));
   });
 }
 
@@ -92,18 +90,13 @@ R1FAST_AVX512 void make_heads(const HeadsCall<T>& call, int64_t num_kv_heads, in
 }
 
 template <class T>
-void write_heads(const HeadsCall<T>& call, const PagedCache<T>& cache, const int64_t* slots, int64_t num_tokens,
-                 int64_t num_threads) {
+void write_heads(const HeadsCall<T>& call, const PagedCache<T>& cache, const int64_t* slots, int64_t begin,
+                 int64_t end) {
   const int64_t dim = cache.head_dim, width = cache.num_kv_heads * dim;
-  if (dim > 1024) throw std::invalid_argument("head_dim above 1024");
-  const double steps = 4.0 * num_tokens * (call.num_heads + 2 * cache.num_kv_heads) * dim;
-  parallel_for(ceil_div(num_tokens, kRowsPerTask), worthwhile_threads(num_threads, steps), [&](int64_t task, int64_t) {
-    const int64_t begin = task * kRowsPerTask, end = std::min(begin + kRowsPerTask, num_tokens);
-    const AlignedBuffer<T> keys(kRowsPerTask * width);
-    make_heads(call, cache.num_kv_heads, dim, begin, end, keys.data());
-    const T* const values = call.qkv + begin * call.ld + (call.num_heads + cache.num_kv_heads) * dim;
-    write_kv(cache, keys.data(), width, values, call.ld, slots + begin, end - begin, 1);
-  });
+  const AlignedBuffer<T> keys((end - begin) * width);
+  make_heads(call, cache.num_kv_heads, dim, begin, end, keys.data());
+  const T* const values = call.qkv + begin * call.ld + (call.num_heads + cache.num_kv_heads) * dim;
+  write_kv(cache, keys.data(), width, values, call.ld, slots + begin, end - begin, 1);
 }
 
 }  // namespace r1fast

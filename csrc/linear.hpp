@@ -8,6 +8,7 @@
 #pragma once
 
 #include "amx.hpp"
+#include "team.hpp"
 
 #if defined(__x86_64__)
 namespace r1fast {
@@ -42,34 +43,40 @@ class PackedLinear {
                int64_t num_threads)
       : bias_(bias),
         num_out_(halved ? num_out / 2 : num_out),
-        
         num_k_(round_up(ceil_div(num_in, kPerWord), Tiles::kWordMultiple)),
-        num_panels_(ceil_div(num_out_, kPanel)),
         halves_(halved ? 2 : 1),
-        packed_(num_panels_ * halves_ * num_k_ * kPanel) {
-    parallel_for(num_panels_ * halves_, num_threads, [&](int64_t task, int64_t) {
-      const int64_t p = task / halves_, half = task % halves_;
-      pack_lanes(weight + half * num_out_ * ld, ld, p * kPanel, std::min((p + 1) * kPanel, num_out_), num_in, num_k_,
-                 kPanel, panel(p, half));
+        packed_(num_bytes() / static_cast<int64_t>(sizeof(Word))) {
+    const int64_t num_vectors = ceil_div(num_out_, kLanes);
+    for (int64_t first = 0, n; first < num_vectors; first += n) {
+      n = Tiles::panel_vectors(num_vectors - first);
+      panels_.push_back({first * kLanes, n});
+    }
+    parallel_for(num_panels() * halves_, num_threads, [&](int64_t task, int64_t) {
+      const int64_t half = task % halves_;
+      const Panel& p = panels_[static_cast<size_t>(task / halves_)];
+      pack_lanes(weight + half * num_out_ * ld, ld, p.begin, std::min(p.begin + p.width(), num_out_), num_in, num_k_,
+                 p.width(), words(p, half));
     });
   }
 
   int64_t num_out() const { return num_out_; }  // elements that `run` writes of a row
-  int64_t num_bytes() const { return num_panels_ * halves_ * num_k_ * kPanel * static_cast<int64_t>(sizeof(Word)); }
+  int64_t num_bytes() const { return round_up(num_out_, kLanes) * halves_ * num_k_ * static_cast<int64_t>(sizeof(Word)); }
 
   // Words of x that are read of a row, and rows beyond num_rows that may be: all must be there, and finite.
   static constexpr int64_t kRows = Tiles::kRows;
   int64_t words_read() const { return num_k_; }
 
-  // x (num_rows, num_in); Y is T, or float for kStore alone.
-  template <class Y>
-  void run(const T* x, int64_t ld_x, int64_t num_rows, Y* y, int64_t ld_y, After after, int64_t num_threads) const {
+  // Multiply-adds, of words.
+  double steps(int64_t num_rows) const { return 1.0 * num_rows * num_out_ * halves_ * num_k_; }
+
+  // x (num_rows, num_in); Y is T, or float for kStore alone. `each` is a Member or Alone.
+  template <class Y, class Each>
+  void run(const T* x, int64_t ld_x, int64_t num_rows, Y* y, int64_t ld_y, After after, Each&& each) const {
     if ((after == After::kSilu) != (halves_ == 2)) throw std::invalid_argument("silu is of halved weights");
-    const int64_t num_groups = ceil_div(num_rows, kGroupRows);
-    const double steps = 1.0 * num_rows * num_out_ * halves_ * num_k_;
-    parallel_for(num_groups * num_panels_, worthwhile_threads(num_threads, steps), [&](int64_t task, int64_t) {
+    each(ceil_div(num_rows, kGroupRows) * num_panels(), [&](int64_t task, int64_t) {
       const typename Tiles::Session session;
-      const int64_t p = task % num_panels_, first = task / num_panels_ * kGroupRows;
+      const Panel& p = panels_[static_cast<size_t>(task % num_panels())];
+      const int64_t first = task / num_panels() * kGroupRows;
       const int64_t last = std::min(first + kGroupRows, num_rows);
       for (int64_t row = first; row < last; row += kRows) {
         block(x + row * ld_x, ld_x, std::min(last - row, kRows), p, y + row * ld_y, ld_y, after);
@@ -80,20 +87,40 @@ class PackedLinear {
  private:
   static constexpr bool kBf16 = sizeof(T) == sizeof(Bf16);
   static constexpr int64_t kPerWord = sizeof(Word) / sizeof(T);
-  static constexpr int64_t kPanel = kLanes * Tiles::kMaxVectors;
+  static constexpr int64_t kMaxWidth = kLanes * Tiles::kMaxVectors;
   static constexpr int64_t kGroupRows = 128;  // of x, that stay in the cache while a task meets one panel after another
 
-  Word* panel(int64_t p, int64_t half) const { return reinterpret_cast<Word*>(packed_.data()) + (p * halves_ + half) * num_k_ * kPanel; }
+  struct Panel {
+    int64_t begin;  // of its columns
+    int64_t num_vectors;
+    int64_t width() const { return num_vectors * kLanes; }
+  };
+  int64_t num_panels() const { return static_cast<int64_t>(panels_.size()); }
+  Word* words(const Panel& p, int64_t half) const {
+    return reinterpret_cast<Word*>(packed_.data()) + (p.begin * halves_ + half * p.width()) * num_k_;
+  }
 
   template <class Y>
-  R1FAST_AVX512 void block(const T* x, int64_t ld_x, int64_t num_rows, int64_t p, Y* y, int64_t ld_y,
+  R1FAST_AVX512 void block(const T* x, int64_t ld_x, int64_t num_rows, const Panel& p, Y* y, int64_t ld_y,
                            After after) const {
-    alignas(64) float sums[2][kRows * kPanel];
-    const int64_t begin = p * kPanel, count = std::min(kPanel, num_out_ - begin);
+    alignas(64) float sums[2][kRows * kMaxWidth];
     for (int64_t half = 0; half < halves_; ++half) {
-      Tiles::template into<kBf16>(Into::kBuffer, Tiles::kMaxVectors, num_k_, reinterpret_cast<const Word*>(x),
-                                  ld_x / kPerWord, panel(p, half), sums[half], kPanel, num_rows, kPanel);
+      Tiles::template into<kBf16>(Into::kBuffer, p.num_vectors, num_k_, reinterpret_cast<const Word*>(x),
+                                  ld_x / kPerWord, words(p, half), sums[half], kMaxWidth, num_rows, p.width());
     }
+    if (after == After::kSilu) {
+      finish<After::kSilu>(sums, num_rows, p, y, ld_y);
+    } else if (after == After::kAdd) {
+      finish<After::kAdd>(sums, num_rows, p, y, ld_y);
+    } else {
+      finish<After::kStore>(sums, num_rows, p, y, ld_y);
+    }
+  }
+
+  template <After kAfter, class Y>
+  R1FAST_AVX512_INLINE void finish(const float (&sums)[2][kRows * kMaxWidth], int64_t num_rows, const Panel& p, Y* y,
+                                   int64_t ld_y) const {
+    const int64_t begin = p.begin, count = std::min(p.width(), num_out_ - begin);
     for (int64_t j = 0; j < count; j += kLanes) {
       const __mmask16 mask = column_mask(begin + j, num_out_);
       __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -102,13 +129,13 @@ class PackedLinear {
       }
       for (int64_t i = 0; i < num_rows; ++i) {
         Y* const to = y + i * ld_y + begin + j;
-        __m512 x = _mm512_add_ps(_mm512_load_ps(sums[0] + i * kPanel + j), bias[0]);
-        if (after == After::kAdd) {
+        __m512 x = _mm512_add_ps(_mm512_load_ps(sums[0] + i * kMaxWidth + j), bias[0]);
+        if constexpr (kAfter == After::kAdd) {
           x = _mm512_add_ps(load_lanes(to, mask), round_lanes(x, Y{}));
-        } else if (after == After::kSilu) {
+        } else if constexpr (kAfter == After::kSilu) {
           const __m512 gate = round_lanes(x, Y{});
           const __m512 up =
-              round_lanes(_mm512_add_ps(_mm512_load_ps(sums[1] + i * kPanel + j), bias[1]), Y{});
+              round_lanes(_mm512_add_ps(_mm512_load_ps(sums[1] + i * kMaxWidth + j), bias[1]), Y{});
           const __m512 one = _mm512_set1_ps(1);
           const __m512 e = exp_vector(_mm512_sub_ps(_mm512_setzero_ps(), gate));
           x = _mm512_mul_ps(round_lanes(_mm512_div_ps(gate, _mm512_add_ps(one, e)), Y{}), up);
@@ -119,7 +146,8 @@ class PackedLinear {
   }
 
   const T* bias_;
-  int64_t num_out_, num_k_, num_panels_, halves_;
+  int64_t num_out_, num_k_, halves_;
+  std::vector<Panel> panels_;
   AlignedBuffer<float> packed_;
 };
 

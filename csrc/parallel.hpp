@@ -27,30 +27,33 @@ namespace r1fast {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Calls body(thread) on `num_threads` threads, this one among them, or on fewer where there are not as many.
+template <class Body>
+void on_threads(int64_t num_threads, const Body& body) {
+  if (num_threads <= 1) return body(0);
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(static_cast<int>(num_threads))
+  body(omp_get_thread_num());
+#else
+  std::vector<std::thread> threads;
+  threads.reserve(static_cast<size_t>(num_threads - 1));
+  try {
+    for (int64_t i = 1; i < num_threads; ++i) threads.emplace_back(body, i);
+  } catch (const std::system_error&) {  // no more threads to be had: those that started do the work
+  }
+  body(0);
+  for (std::thread& thread : threads) thread.join();
+#endif
+}
+
 // Calls body(task, thread) once for every task in [0, num_tasks), tasks handed out as threads come free: a core that
 // another process uses takes fewer. So what a task writes must not depend on the thread that runs it.
 template <class Body>
 void parallel_for(int64_t num_tasks, int64_t num_threads, const Body& body) {
   std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t thread) {
+  on_threads(std::min(num_threads, num_tasks), [&](int64_t thread) {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) body(task, thread);
-  };
-  const int64_t num_wanted = std::min(num_threads, num_tasks);
-#if defined(_OPENMP)
-  if (num_wanted <= 1) return work(0);
-#pragma omp parallel num_threads(static_cast<int>(num_wanted))
-  work(omp_get_thread_num());
-#else
-  std::vector<std::thread> threads;
-  const int64_t num_helpers = num_wanted - 1;
-  threads.reserve(static_cast<size_t>(std::max<int64_t>(num_helpers, 0)));
-  try {
-    for (int64_t i = 0; i < num_helpers; ++i) threads.emplace_back(work, i + 1);
-  } catch (const std::system_error&) {  // no more threads to be had: those that started do the work
-  }
-  work(0);
-  for (std::thread& thread : threads) thread.join();
-#endif
+  });
 }
 
 // Threads worth having for a number of multiply-adds, or of similar steps: a start costs tens of microseconds, to ask one

@@ -398,3 +398,52 @@ class DecoderBF16(DecoderF32):
 
 class DecoderAMX(DecoderF32):
     """In bfloat16, with AMX, where head_amx says so."""
+
+class Outcome:
+    """Of a row's last token: stopped by a token, full by its limit; a bad one has none, its logits were not finite."""
+
+    going: Outcome
+    stopped: Outcome
+    full: Outcome
+    bad: Outcome
+
+class DecodeLoopF32:
+    """Decode steps of all running rows in one call: forward, head, draw, append."""
+
+    def __init__(self, decoder: DecoderF32, head: PackedLinearF32, vocab_size: int) -> None: ...
+    def run(
+        self,
+        # arrays over slots, those of rollout.rows.Rows; the first seven are written
+        tokens: NDArray[np.int64],  # (S, L)
+        logprobs: NDArray[np.float32],  # (S, L)
+        truncated: NDArray[np.float32],  # (S, L)
+        entropies: NDArray[np.float32] | None,  # (S, L)
+        blocks: NDArray[np.int32],  # (S, M)
+        length: NDArray[np.int64],  # (S,), as the rest
+        num_blocks: NDArray[np.int64],
+        prompt_length: NDArray[np.int64],
+        limit: NDArray[np.int64],
+        seed: NDArray[np.int64],
+        temperature: NDArray[np.float32],
+        top_k: NDArray[np.int64],
+        top_p: NDArray[np.float32],
+        min_p: NDArray[np.float32],
+        ignore_eos: NDArray[np.bool_],
+        stop_ids: NDArray[np.int64],  # (S, n), -1: none
+        is_eos: NDArray[np.bool_],  # (V,)
+        # the batch, of rollout.rows.Batch
+        slots: NDArray[np.int64],  # (B,)
+        group_starts: NDArray[np.int32],  # (groups + 1,)
+        shared_blocks: NDArray[np.int32],  # (groups,)
+        allocator: BlockAllocator,
+        rotations: Address,  # (P, 2 Dh) float32, P as long as a row may become
+        max_steps: int,
+        max_seconds: float,  # after which no step is begun
+        num_threads: int,
+    ) -> tuple[int, NDArray[np.uint8]]: ...  # steps made, (B,) Outcome of the last one
+
+class DecodeLoopBF16(DecodeLoopF32):
+    """In bfloat16, with AVX-512."""
+
+class DecodeLoopAMX(DecodeLoopF32):
+    """In bfloat16, with AMX."""

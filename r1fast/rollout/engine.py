@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from r1fast import _C
 from r1fast.config import RolloutConfig
 from r1fast.model import Decoder
 from r1fast.policy import Policy
@@ -264,17 +265,27 @@ class Engine(Loops):
         self._ended = [e for e in self._ended if e.request_id not in ids]
 
     @torch.inference_mode()
-    def step(self) -> list[TokenEvent]:
-        """Schedule, run, postprocess: about one token of every running sample."""
+    def step(self, num_tokens: int = 1) -> list[TokenEvent]:
+        """Schedule, run, postprocess: about one token of every running sample.
+
+        On the CPU's native forward up to `num_tokens` of them, as long as no sample ends or streams and
+        none could start. Raises ValueError for num_tokens below 1.
+        """
+        if num_tokens < 1:
+            raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
         events, self._ended = self._ended, []
         if self.scheduler is not None:
-            self._step(events)
+            self._step(events, num_tokens)
         return events
 
-    def _step(self, events: list[TokenEvent]) -> None:
+    def _step(self, events: list[TokenEvent], num_tokens: int) -> None:
         self.scheduler.grow(1 + (self.speculation.num_draft if self.speculation else 0))
         if self.rows.num_running:
-            self._decode(events)
+            if self.speculation is None and self.runner.can_decode_many(self.rows):
+                nobody_waits = not (self.rows.num_watched or self.scheduler.could_start)
+                self._decode_many(events, num_tokens if nobody_waits else 1)
+            else:
+                self._decode(events)
         self._start(events)
         chunks = self.scheduler.admit()
         if chunks:
@@ -328,6 +339,21 @@ class Engine(Loops):
                 self._counts.accepted += int(going.sum())
             self._append(slots[going], drawn, first[going] + j, events)
 
+    def _decode_many(self, events: list[TokenEvent], num_tokens: int) -> None:
+        """The next tokens of every running sample, all of it in one call."""
+        slots = self.rows.batch().slots
+        steps, outcomes = self.runner.decode_many(self.rows, self.scheduler.cache, num_tokens)
+        self._counts.decode_steps += steps
+        self._counts.decode_tokens += steps * len(slots)
+        if outcomes.any():
+            is_bad = outcomes == int(_C.Outcome.bad)
+            self._counts.decode_tokens -= int(is_bad.sum())
+            for slot in slots[is_bad]:
+                self._end(self.rows.samples[slot], "error", events, error=NOT_FINITE)
+            slots, outcomes = slots[~is_bad], outcomes[~is_bad]
+        stopped, full = (outcomes == int(x) for x in (_C.Outcome.stopped, _C.Outcome.full))
+        self._settle(slots, stopped, full, None, np.arange(len(slots)), events)
+
     def _append(
         self, slots: np.ndarray, drawn: Draw, at: np.ndarray, events: list[TokenEvent]
     ) -> None:
@@ -342,7 +368,22 @@ class Engine(Loops):
         tokens = drawn.tokens[at]
         stopped, full = rows.append(slots, tokens, {k: x[at] for k, x in drawn.values.items()})
         self._counts.decode_tokens += len(slots)
-        ended = stopped | full
+        self._settle(slots, stopped, full, drawn, at, events)
+
+    def _settle(
+        self,
+        slots: np.ndarray,
+        stopped: np.ndarray,  # by a token
+        full: np.ndarray,
+        drawn: Draw | None,  # None: nobody reports other tokens than its own
+        at: np.ndarray,  # entries of `drawn`
+        events: list[TokenEvent],
+    ) -> None:
+        """What these slots' last tokens mean: events, and the end of what has ended."""
+        rows, ended = self.rows, stopped | full
+        if not ended.any() and not rows.num_watched:
+            return
+        tokens = rows.tokens[slots, rows.length[slots] - 1]
         if rows.num_watched:
             for i in np.flatnonzero(rows.is_watched[slots]):
                 sample = rows.samples[slots[i]]
@@ -361,7 +402,7 @@ class Engine(Loops):
             else:
                 self._end(sample, "length", events)
 
-    def _watch(self, sample: Sample, token: int, drawn: Draw, at: int) -> str:
+    def _watch(self, sample: Sample, token: int, drawn: Draw | None, at: int) -> str:
         """What a sample that is watched does with a token. Returns why it must end, if so."""
         if sample.seen is not None:
             sample.seen[token] = True

@@ -10,6 +10,8 @@ from r1fast.rollout.result import completion_of
 from r1fast.rollout.sampler import SamplingParams, sample_seed
 from r1fast.types import Problem, RolloutGroup, TokenEvent
 
+TOKENS_AT_ONCE = 64  # at most, where nobody waits for single ones
+
 
 class Loops:
     """The part of `engine.Engine` that drives itself."""
@@ -57,7 +59,7 @@ class Loops:
             while not ids.keys().isdisjoint(
                 chain(self._requests, (e.request_id for e in self._ended))
             ):
-                events = self.step()
+                events = self.step(TOKENS_AT_ONCE)
                 yield [
                     replace(e, request_id=ids[e.request_id]) for e in events if e.request_id in ids
                 ]

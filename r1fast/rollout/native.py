@@ -7,6 +7,7 @@ same bits whatever rows are beside it.
 Shapes: N tokens, D width, H query heads, K kv heads, Dh head width, V vocabulary.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,9 @@ from r1fast.kernels.paged_attention import DecodePlan
 from r1fast.model import Decoder, Linear
 from r1fast.rollout.decode_step import Inputs
 from r1fast.rollout.kv_cache import KVCache
+from r1fast.rollout.rows import Batch, Rows
 
+MAX_SECONDS = 0.05  # of one call: signals and other requests wait for its end
 MULTIPLE = 32  # rows and columns that AMX reads at once, in bfloat16
 
 
@@ -37,12 +40,8 @@ class PackedWeight:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, halved: bool = False):
         assert weight.stride(1) == 1, weight.stride()
-        is_bf16 = weight.dtype == torch.bfloat16
-        kind = _C.PackedLinearF32
-        if is_bf16:
-            kind = _C.PackedLinearAMX if _C.head_amx() else _C.PackedLinearBF16
         self.bias = bias  # is read where it lies
-        self.packed = kind(
+        self.packed = _of_type("PackedLinear", weight.dtype)(
             weight.data_ptr(), weight.stride(0), 0 if bias is None else bias.data_ptr(),
             *weight.shape, halved, torch.get_num_threads(),
         )  # fmt: skip
@@ -69,16 +68,16 @@ class NativeForward:
         self.dtype = model.head_weight.dtype
         self.decoder = self._make_decoder()
         self.head = PackedWeight(model.head_weight)
+        self.loop = _of_type("DecodeLoop", self.dtype)(
+            self.decoder, self.head.packed, self.spec.vocab_size
+        )
         self._hidden = self._picked = padded(0, self.spec.hidden_size, self.dtype)
         self._logits = torch.empty(0)
 
     def _make_decoder(self) -> "_C.DecoderF32":
         model, spec = self.model, self.spec
         embedding = model.embed.weight.detach()
-        kind = _C.DecoderF32
-        if self.dtype == torch.bfloat16:
-            kind = _C.DecoderAMX if _C.head_amx() else _C.DecoderBF16
-        decoder = kind(
+        decoder = _of_type("Decoder", self.dtype)(
             spec.hidden_size, spec.num_heads, spec.num_kv_heads, spec.head_dim,
             spec.intermediate_size, spec.rms_norm_eps, embedding.data_ptr(), embedding.stride(0),
             model.norm.weight.data_ptr(),
@@ -137,6 +136,39 @@ class NativeForward:
         logits = self._logits[: n * V].view(n, V)
         self.head(hidden, logits, n, _C.After.store)
         return logits
+
+    def decode(
+        self, rows: Rows, max_steps: int
+    ) -> tuple[int, np.ndarray]:  # steps, (B,) _C.Outcome
+        """Steps of all running rows, drawn and appended, until one of them ends or needs a block that
+        the cache has not, or MAX_SECONDS are over. There must be blocks for the first one.
+        """
+        batch = rows.batch()
+        left = rows.limit[batch.slots] - rows.length[batch.slots]
+        max_steps = min(max_steps, int(left.min()))
+        longest = int(rows.length[batch.slots].max()) + max_steps
+        rows.reserve(longest)
+        return self.loop.run(
+            rows.tokens, rows.logprobs, rows.truncated,
+            rows.entropies if batch.return_entropy else None, rows.blocks, rows.length,
+            rows.num_blocks, rows.prompt_length, rows.limit, rows.seed, rows.temperature, rows.top_k,
+            rows.top_p, rows.min_p, rows.ignore_eos, rows.stop_ids, rows.is_eos, batch.slots,
+            batch.group_starts, batch.shared_blocks, self.cache.allocator,
+            self.model.rope.table(longest).data_ptr(), max_steps, MAX_SECONDS,
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def draws_alone(batch: Batch) -> bool:
+    """Whether `NativeForward.decode` can draw for these rows: they change no logits and report no others."""
+    return not batch.adjusts and not batch.num_top
+
+
+def _of_type(name: str, dtype: torch.dtype) -> type:
+    """The class of _C for these weights on this CPU."""
+    if dtype == torch.bfloat16:
+        return getattr(_C, name + ("AMX" if _C.head_amx() else "BF16"))
+    return getattr(_C, f"{name}F32")
 
 
 def _pack(linear: Linear, *, halved: bool = False) -> tuple[PackedWeight, PackedWeight | None]:

@@ -18,7 +18,7 @@ from r1fast.model import Decoder
 from r1fast.rollout.cuda_graphs import Capture, CudaCapture, DecodeGraphs
 from r1fast.rollout.decode_step import DecodeStep, Inputs, slots_of
 from r1fast.rollout.kv_cache import KVCache
-from r1fast.rollout.native import NativeForward, is_supported
+from r1fast.rollout.native import NativeForward, draws_alone, is_supported
 from r1fast.rollout.rows import Rows
 from r1fast.rollout.scheduler import Chunk
 
@@ -88,6 +88,13 @@ class Runner:
                 return logits
         return self._decode(*step.to(self._tensor), cache)
 
+    def can_decode_many(self, rows: Rows) -> bool:
+        return self.is_native and draws_alone(rows.batch())
+
+    def decode_many(self, rows: Rows, cache: KVCache, max_steps: int) -> tuple[int, np.ndarray]:
+        """NativeForward.decode"""
+        return self._native_of(cache).decode(rows, max_steps)
+
     def _decode(self, inputs: Inputs, plan: DecodePlan, cache: KVCache) -> Tensor:  # (Nq, V)
         """Shapes alone decide what it does, so that a graph of it holds for other contents."""
         if self.is_native:
@@ -128,10 +135,13 @@ class Runner:
         groups, shared = np.arange(len(chunks) + 1), np.zeros(len(chunks))
         return DecodePlan(*map(self._int32, (table, context, groups, shared, starts)))
 
-    def _native_forward(self, inputs: Inputs, cache: KVCache, plan: DecodePlan) -> Tensor:  # (N, D)
+    def _native_of(self, cache: KVCache) -> NativeForward:
         if self._native is None or self._native.cache is not cache:
             self._native = NativeForward(self.model, cache)
-        return self._native.forward(inputs, plan)
+        return self._native
+
+    def _native_forward(self, inputs: Inputs, cache: KVCache, plan: DecodePlan) -> Tensor:  # (N, D)
+        return self._native_of(cache).forward(inputs, plan)
 
     def _forward(self, inputs: Inputs, cache: KVCache, attend) -> Tensor:  # (N, D)
         x = inputs

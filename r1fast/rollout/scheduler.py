@@ -45,6 +45,11 @@ class Scheduler:
         return bool(self.waiting or self.prefilling or self.ready or self.rows.num_running)
 
     @property
+    def could_start(self) -> bool:
+        """Whether anything might be prefilled or started while no sample ends."""
+        return bool(self.prefilling or self.ready or (self.waiting and self.rows.free))
+
+    @property
     def num_waiting(self) -> int:
         jobs = (*self.waiting, *self.prefilling, *self.ready)
         return sum(len(job.samples) for job in jobs)
