@@ -13,7 +13,8 @@ from tiny import tiny_checkpoint
 from r1fast import generate as generate_module
 from r1fast.__main__ import main, parse
 from r1fast.metrics import printable
-from r1fast.rollout.engine import NOT_FINITE, Engine
+from r1fast.rollout.decoding import NOT_FINITE
+from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams, sample_seed
 
 PROMPT = "What is 1 + 1?"
