@@ -120,6 +120,7 @@ class GRPOConfig:
     std_eps: float = 1e-4
     token_budget: int = 16384  # tokens forwarded in one micro-batch
     shared_prompt: bool = True  # a group's prompt is forwarded once a micro-batch; exact
+    balance_ranks: bool = True  # completions move to where there is less to compute; exact
     # without KL and entropy_coef a completion of advantage 0 is not forwarded; exact
     drop_without_signal: bool = True
     # mean |sampler - trainer| in nats above which the trainer computes the old log-probabilities of a

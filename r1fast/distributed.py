@@ -98,6 +98,18 @@ def gather_bytes(data: bytes) -> list[bytes]:
     return [p[: int(n)].cpu().numpy().tobytes() for p, n in zip(parts, sizes, strict=True)]
 
 
+def gather_tensors(own: Tensor, sizes: list[int]) -> list[Tensor]:  # (sizes[rank],) of every rank
+    """The tensor of every rank, on the CPU, on every rank; all know the `sizes`."""
+    if not dist.is_initialized():
+        return [own]
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    padded = torch.zeros(max(sizes), dtype=own.dtype, device=device)
+    padded[: len(own)] = own
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return [part[:n].cpu() for part, n in zip(parts, sizes, strict=True)]
+
+
 def gather_problems(rows: list[dict], ids: Iterable[str], key: str = "problem_id") -> list[dict]:
     """Rows of every rank in the order of their problems' `ids`: the same for any number of ranks.
 

@@ -66,6 +66,7 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
         "of groups stopped because the batch was full before them",
     ),
     "train/tokens_forwarded": ("tokens", "forwarded by the policy in training, all ranks"),
+    "train/rank_imbalance": ("", "largest number of tokens forwarded by a rank, over the mean"),
     "train/tokens_saved": (
         "share",
         "not forwarded: shared prompts, and completions without signal",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from r1fast import distributed
+from r1fast.balance import move, new_ranks
 from r1fast.batch import pack
 from r1fast.config import Config
 from r1fast.grpo import (
@@ -107,6 +108,11 @@ class PolicyUpdate(Trainer):
                     f"rollout.num_generations is {G}"
                 )
         sequences, plan = self._plan(groups)
+        split = f"{self.config.seed}/split/{step}/"
+        if self.world_size > 1 and g.balance_ranks:
+            with self.timer("balance"):
+                for part in plan.mini_batches(f"{split}0"):
+                    sequences = self._move(sequences, plan, part)
         own = [s for key, s in sequences.items() if key in plan.live]
         if self.reference is not None:
             with self.timer("reference"):
@@ -115,7 +121,7 @@ class PolicyUpdate(Trainer):
         norms, lr, mismatch, replaced = [], 0.0, {}, False
         num_parts = g.num_mini_batches * g.num_iterations
         for iteration in range(g.num_iterations):
-            for part in plan.mini_batches(f"{self.config.seed}/split/{step}/{iteration}"):
+            for part in plan.mini_batches(f"{split}{iteration}"):
                 if not part.live:  # on any rank: no gradient, so no step of AdamW
                     lr = self.next_learning_rate()
                     continue
@@ -134,7 +140,10 @@ class PolicyUpdate(Trainer):
                 norms.append(norm)
                 for key, value in mini.items():
                     sums[key] = sums.get(key, 0.0) + value
+        loads = distributed.gather_objects(sums["forwarded"])
         row = self._row(distributed.sum_dict(sums), plan, num_parts)
+        if self.world_size > 1 and sum(loads):
+            row["train/rank_imbalance"] = max(loads) * self.world_size / sum(loads)
         if self.reference is not None:
             row["reference/version"] = self.reference.version
         self._refresh_reference(num_parts)
@@ -162,6 +171,10 @@ class PolicyUpdate(Trainer):
         groups = list(placed.values())
         batch_std = self._batch_std(groups) if g.scale_rewards == "batch" else None
         advantages = rollout_advantages(groups, g, batch_std)
+
+        def is_masked(key: Key) -> bool:
+            return self._is_masked(placed[key[0]].completions[key[1]])
+
         sequences = {
             (position, i): Sequence(
                 group.prompt_ids, c.token_ids, old_logprobs=c.logprobs, advantage=advantage
@@ -170,19 +183,29 @@ class PolicyUpdate(Trainer):
             for i, (c, advantage) in enumerate(zip(group.completions, row, strict=True))
         }
         own = [
-            (
-                p,
-                i,
-                len(s.completion_ids),
-                s.advantage != 0,
-                self._is_masked(placed[p].completions[i]),
-            )
-            for (p, i), s in sequences.items()
+            (*key, len(s.prompt_ids), len(s.completion_ids), s.advantage != 0, is_masked(key))
+            for key, s in sequences.items()
         ]
-        rows = sum(distributed.gather_objects(own), [])
-        facts = {(p, i): Fact(*fact) for p, i, *fact in rows}
-        assert len(facts) == len(rows), "two groups at one position of the step"
+        facts, num_rows = {}, 0
+        for rank, rows in enumerate(distributed.gather_objects(own)):
+            facts |= {(p, i): Fact(rank, *fact) for p, i, *fact in rows}
+            num_rows += len(rows)
+        assert len(facts) == num_rows, "two groups at one position of the step"
         return sequences, StepPlan(facts, g, drops=self.drops)
+
+    def _move(
+        self, sequences: dict[Key, Sequence], plan: StepPlan, part: MiniBatch
+    ) -> dict[Key, Sequence]:
+        """This rank's sequences after those of a mini-batch are dealt out by their cost."""
+        ranks = new_ranks(
+            part,
+            plan.facts,
+            self.world_size,
+            token_budget=self.token_budget.num_tokens,
+            cost_per_token=cost_per_token(self.model),
+            share_prompts=self.config.grpo.shared_prompt,
+        )
+        return move(sequences, plan, ranks)
 
     def _is_masked(self, completion: Completion) -> bool:
         return self.config.grpo.mask_truncated and completion.finish_reason == "length"

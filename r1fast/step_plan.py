@@ -16,6 +16,8 @@ Key = tuple[int, int]  # (position of the group in the step, sample)
 class Fact(NamedTuple):
     """What all ranks know of a completion."""
 
+    rank: int  # that has it
+    num_prompt_tokens: int
     num_tokens: int
     has_advantage: bool
     is_masked: bool  # no part of the loss, so of no count of tokens either

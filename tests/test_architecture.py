@@ -15,7 +15,7 @@ LAYERS = {  # bottom first; a module may import from layers below its own
     "compute": "kernels _C",
     "model": "lora model peft_folder policy",
     "stages": "rollout rewards batch grpo step_plan optim checkpoint data templates",
-    "loop": "running_sum token_budget profiling training recording reference policy_update dynamic_sampling trainer sft evaluate rejection cold_start reward_model assemble preferences",
+    "loop": "running_sum token_budget profiling training recording reference balance policy_update dynamic_sampling trainer sft evaluate rejection cold_start reward_model assemble preferences",
     "entry": "__init__ __main__ commands replay pipeline recipe report generate serve integrations claims",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_evaluate import ParityScorer
+from test_invariance import record_gradients
 from tiny import random_groups, tiny_checkpoint, tiny_config, tiny_policy, tiny_problems
 
 from r1fast import cold_start, distributed
@@ -55,6 +56,15 @@ RUNS = {
     "sft_lora": ("--lora.rank=3", "--optim.lr=0.03"),
     "sft_sequence": ("--sft.loss=sequence", "--sft.batch_size=1"),
 }  # fmt: skip
+
+
+BALANCES = {
+    "off": ("--grpo.balance_ranks=false",),
+    "whole": (),
+    "split": ("--grpo.num_mini_batches=3",),
+    "unshared": ("--grpo.shared_prompt=false", "--grpo.kl_coef=0", "--grpo.loss_type=dapo"),
+    "halves": ("--grpo.token_budget=40", "--grpo.whole_groups=true", "--grpo.num_mini_batches=2"),
+}
 
 
 class SecondRankOff(ParityScorer):
@@ -126,6 +136,32 @@ def everything(out: Path) -> None:
     (out / f"evaluation-rank{distributed.rank()}.json").write_text(json.dumps([result, few]))
 
 
+def balance(out: Path) -> None:
+    """The first rank has what is long: gradients and loads with `balance_ranks` and without."""
+    facts = {}
+    for name, overrides in BALANCES.items():
+        options = ("--grpo.prompts_per_step=6", "--grpo.num_iterations=2", *overrides)
+        policy, config = tiny_policy(), tiny_config(*options)
+        trainer = GRPOTrainer(policy, config, out / "balance", tiny_problems(), ParityScorer())
+        groups = random_groups(6, 4, policy.model.spec.vocab_size, longest=30)
+        for position, group in enumerate(groups):
+            for i, c in enumerate(group.completions):
+                n = 1 if position % 2 else 20 + 2 * i
+                c.token_ids, c.logprobs = (c.token_ids * 30)[:n], (c.logprobs * 30)[:n]
+            for i, reward in enumerate(group.rewards):
+                reward.total = float((position + i) % 3)
+        seen, loads = record_gradients(trainer), []
+        policy.model.register_forward_pre_hook(
+            lambda _, args, loads=loads: loads.append(len(args[0]))
+        )
+        row = trainer.update(groups[distributed.rank() :: distributed.world_size()], 0)
+        gradients = {f"{n}.{key}": x for n, part in enumerate(seen) for key, x in part.items()}
+        save_file(gradients, out / f"balance-{name}-rank{distributed.rank()}.safetensors")
+        loss = {key: row[key] for key in ("loss", "ratio", "entropy", "logprob_mismatch/max")}
+        facts[name] = loss | {"load": sum(loads), "imbalance": row.get("train/rank_imbalance")}
+    (out / f"balance-rank{distributed.rank()}.json").write_text(json.dumps(facts))
+
+
 class Right(ParityScorer):
     """Calls every text right and well-formed, except that of every third problem."""
 
@@ -192,6 +228,7 @@ def main(out: Path) -> None:
     distributed.start()
     collectives(out)
     everything(out)
+    balance(out)
     collect(out)
     record(out)
     distributed.barrier()
@@ -212,6 +249,7 @@ def both(tmp_path_factory) -> tuple[Path, Path]:
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     everything(one)  # meanwhile
+    balance(one)
     collect(one)
     record(one)
     try:
@@ -239,7 +277,7 @@ def test_two_ranks_train_as_one(both, name):
     rows = [read_metrics(folder / name) for folder in both]
     assert len(rows[0]) == len(rows[1]) == 2
     for a, b in zip(*rows, strict=True):
-        assert a.keys() == b.keys()
+        assert a.keys() == b.keys() - {"train/rank_imbalance", "time/balance"}
         for key, value in a.items():
             if "time" in key or key in ("stage", "tokens_per_second"):
                 continue
@@ -248,6 +286,26 @@ def test_two_ranks_train_as_one(both, name):
                 continue
             atol = 2e-5 if key.startswith("logprob_mismatch") else 1e-6
             assert b[key] == pytest.approx(value, rel=1e-4, abs=atol), key
+
+
+@pytest.mark.parametrize("name", BALANCES)
+def test_completions_move_to_where_there_is_less_to_compute(both, name):
+    one, *two = (load_file(folder / f"balance-{name}-rank{r}.safetensors")
+                 for folder, r in zip((both[0], both[1], both[1]), (0, 0, 1), strict=True))  # fmt: skip
+    for key, x in one.items():
+        assert torch.equal(two[0][key], two[1][key]), key
+        assert (two[0][key] - x).norm() <= 2e-5 * x.norm() + 1e-7, key
+    alone = json.loads((both[0] / "balance-rank0.json").read_text())[name]
+    ranks = [json.loads((both[1] / f"balance-rank{r}.json").read_text())[name] for r in (0, 1)]
+    for key in ("loss", "ratio", "entropy", "logprob_mismatch/max"):
+        assert ranks[0][key] == ranks[1][key] == pytest.approx(alone[key], rel=1e-4, abs=1e-6)
+    loads = [facts["load"] for facts in ranks]
+    assert ranks[0]["imbalance"] == pytest.approx(max(loads) / (sum(loads) / 2))
+    assert alone["imbalance"] is None
+    if name == "off":
+        assert ranks[0]["imbalance"] > 1.7
+    else:
+        assert ranks[0]["imbalance"] < 1.15
 
 
 def test_the_ranks_left_out_the_same_steps(both):
@@ -312,7 +370,7 @@ def test_two_ranks_record_and_replay(both, capsys):
     assert "metrics differ by" in shown.out
     assert "processes: 2 -> 1" in shown.err  # of the weights before it, too
     for key, value in other["recorded"].items():
-        if key not in ("train/tokens_forwarded", "train/tokens_saved"):
+        if key not in ("train/tokens_forwarded", "train/tokens_saved", "train/rank_imbalance"):
             atol = 2e-5 if key.startswith("logprob_mismatch") else 1e-6
             assert other["replayed"][key] == pytest.approx(value, rel=1e-4, abs=atol), key
     name = "replay-step-000001-grpo.loss_type=gspo.json"

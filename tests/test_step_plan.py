@@ -11,7 +11,7 @@ G = 4
 def make_plan(num: int, *overrides, masked=(), silent=(), drops=True, reverse=False) -> StepPlan:
     """Four groups; completion (p, i) has 10 p + i + 1 tokens."""
     facts = {
-        (p, i): Fact(10 * p + i + 1, (p, i) not in silent, (p, i) in masked)
+        (p, i): Fact(0, 5, 10 * p + i + 1, (p, i) not in silent, (p, i) in masked)
         for p in range(4)
         for i in range(G)
     }
