@@ -377,8 +377,10 @@ def test_two_ranks_record_and_replay(both, capsys):
     diffs = [json.loads((folder / name).read_text())["comparison"] for folder in (one, two)]
     for key in ("gradient", "update"):
         assert diffs[0][key]["cosine"] == pytest.approx(diffs[1][key]["cosine"], abs=1e-4)
-    for key in ("tokens", "completions"):  # of both ranks
-        places = [{(r["position"], r["sample"], r.get("token")) for r in d[key]} for d in diffs]
+    for key in ("tokens", "completions"):  # of both ranks, but for what differs by rounding alone
+        places = [{(r["position"], r["sample"], r.get("token")) for r in d[key]
+                   if r["difference"] > 1e-4} for d in diffs]  # fmt: skip
+        assert places[0]
         assert places[0] == places[1]
         assert {position % 2 for position, *_ in places[1]} == {0, 1}
 

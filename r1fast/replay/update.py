@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from r1fast import distributed
 from r1fast.config import Config
 from r1fast.grpo import token_coefficients
 from r1fast.policy import Policy
@@ -117,4 +118,19 @@ def run_update(trainer: ReplayedUpdate, recording: Recording) -> Outcome:
     row = trainer.update(groups, recording.step - 1)
     moved = [after.sub_(x) for after, x in zip(trainer.weights(), before, strict=True)]
     found = digests(trainer.state_tensors())
-    return Outcome(row, found, trainer.first_gradient, moved, trainer.passes)
+    return Outcome(row, found, trainer.first_gradient, moved, _of_all_ranks(trainer.passes))
+
+
+def _of_all_ranks(passes: dict[Key, dict[int, Pass]]) -> dict[Key, dict[int, Pass]]:
+    """Of every completion, on whatever rank it was trained: a rank compares those that it sampled."""
+    own = [(key, n, x) for key, of_key in passes.items() for n, x in of_key.items()]
+    indices = distributed.gather_objects([(*key, n, len(x.ratios)) for key, n, x in own])
+    numbers = [t.float() for _, _, x in own for t in (x.coefficients, x.ratios)]
+    sizes = [2 * sum(length for *_, length in rows) for rows in indices]
+    flat = torch.cat(numbers) if numbers else torch.zeros(0)
+    found: dict[Key, dict[int, Pass]] = {}
+    for rows, part in zip(indices, distributed.gather_tensors(flat, sizes), strict=True):
+        pieces = iter(part.split([length for *_, length in rows for _ in range(2)]))
+        for position, sample, n, _ in rows:
+            found.setdefault((position, sample), {})[n] = Pass(next(pieces), next(pieces))
+    return found
