@@ -9,10 +9,12 @@ import pytest
 import torch
 from test_token_budget import Memory
 from test_trainer import Stopped
-from tiny import TokenScorer, tiny_checkpoint, tiny_config, tiny_problems
+from tiny import TokenScorer, random_groups, tiny_checkpoint, tiny_config, tiny_problems
 
 from r1fast import _C, provenance
 from r1fast.__main__ import main
+from r1fast.batch import pack
+from r1fast.grpo import token_coefficients
 from r1fast.metrics import read_metrics
 from r1fast.policy import load_policy
 from r1fast.recording import digests, read_recording
@@ -21,6 +23,7 @@ from r1fast.replay.start import prepare
 from r1fast.replay.update import run_update
 from r1fast.trainer import GRPOTrainer
 from r1fast.training import completion_logprobs
+from r1fast.types import Sequence
 
 TWICE = ("--grpo.num_mini_batches=2", "--grpo.num_iterations=2", "--optim.lr=0.01")
 NO_KL = "--grpo.kl_coef=0"
@@ -201,6 +204,22 @@ def test_the_gradient_is_the_sum_of_the_tokens_times_their_coefficients(tmp_path
     (-coefficients @ logprobs).backward()
     for (name, p), expected in zip(trainer.model.named_parameters(), outcome.gradient, strict=True):
         assert (p.grad - expected).norm() <= 1e-5 * expected.norm() + 1e-7, name
+
+
+def test_coefficients_are_taken_where_the_loss_is():
+    """Under batch_invariant that is at other log-probabilities than the forward's."""
+    (group,) = random_groups(1, 3, 97, seed=2)
+    given = [[-3.0] * len(c.token_ids) for c in group.completions]
+    sequences = [
+        Sequence(group.prompt_ids, c.token_ids, c.logprobs, advantage=i - 1.0, policy_logprobs=x)
+        for i, (c, x) in enumerate(zip(group.completions, given, strict=True))
+    ]
+    (batch,) = pack(sequences, 100, [0.1] * 3)
+    config, own = tiny_config("--grpo.entropy_coef=0.1", NO_KL).grpo, batch.policy_logprobs
+    coefficients = token_coefficients(own - 1, batch, config)
+    batch.policy_logprobs = None
+    assert torch.equal(coefficients, token_coefficients(own, batch, config))
+    assert not torch.equal(coefficients, token_coefficients(own - 1, batch, config))
 
 
 def test_what_differs_most_is_shown(tmp_path, base, capsys):

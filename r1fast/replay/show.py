@@ -70,17 +70,20 @@ def _comparison(result: dict[str, Any]) -> None:
         "coefficient: above 0 the token is made likelier, times the tokens of a mini-batch; ratio: of the "
         "policy's probability to the sampler's"
     )
+    twice = any(row["pass"] > 1 for row in diff["tokens"])
     tokens = [
-        [f"{row['problem_id']} #{row['sample']}", f"{row['token']}", _marked(row),
+        [f"{row['problem_id']} #{row['sample']}", f"{row['token']}",
+         *[str(row["pass"])] * twice, _marked(row),
          *map(_number, row["coefficient"]), *map(_number, row["ratio"])]
         for row in diff["tokens"] if row["difference"]
     ]  # fmt: skip
     if tokens:
-        columns = ["completion", "token", "text", "coefficient", "changed", "ratio", "changed"]
+        columns = ["completion", "token", *["pass"] * twice, "text"]
+        columns += ["coefficient", "changed", "ratio", "changed"]
         table("tokens whose coefficient differs most", columns, tokens, note, whole=columns[:1])
     completions = [
         [f"{row['problem_id']} #{row['sample']}", f"{row['num_tokens']}", row["verdict"] or "",
-         _number(row["reward"]), *map(_number, row["coefficient"]), _short(row["text"], 60)]
+         _number(row["reward"]), *map(_number, row["coefficient"]), _short(row["text"], 30)]
         for row in diff["completions"] if row["difference"]
     ]  # fmt: skip
     if completions:
