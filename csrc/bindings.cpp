@@ -86,6 +86,7 @@ PYBIND11_MODULE(_C, m) {
 
   r1fast::bind_head(m);
   r1fast::bind_rollout(m);
+  r1fast::bind_training(m);
 
   m.def(
       "pack",

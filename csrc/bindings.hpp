@@ -11,6 +11,7 @@ namespace py = pybind11;
 
 void bind_head(py::module_& m);     // the vocabulary's head: bindings_head.cpp
 void bind_rollout(py::module_& m);  // cache, attention, decoder, sampling: bindings_rollout.cpp
+void bind_training(py::module_& m);  // the layers' products, forward and backward: bindings_training.cpp
 
 // An address from Tensor.data_ptr(), or 0. The caller, kernels/cpu_head.py, has checked dtypes, shapes and strides.
 template <class T>

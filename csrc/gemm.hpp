@@ -176,15 +176,29 @@ inline Word word_of_row(const T* row, int64_t size, int64_t k) {
   }
 }
 
-// Rows [begin, end) of a row-major matrix, one a lane, as a panel [num_k][width]. What lies outside it is zero.
+// Rows [begin, end) of a row-major matrix, one a lane, as a panel [num_k][width], width a multiple of 16. What lies
+// outside it is zero. Turned 16 by 16 in a buffer: rows may be a power of two apart, all in one set of the cache.
 template <class T>
-void pack_lanes(const T* matrix, int64_t ld, int64_t begin, int64_t end, int64_t size, int64_t num_k, int64_t width,
-                Word* panel) {
-  const int64_t num_words = ceil_div(size, sizeof(Word) / sizeof(T));
-  for (int64_t lane = 0; lane < width; ++lane) {
-    for (int64_t k = 0; k < num_k; ++k) {
-      const bool inside = begin + lane < end && k < num_words;
-      panel[k * width + lane] = inside ? word_of_row(matrix + (begin + lane) * ld, size, k) : 0;
+R1FAST_AVX512 void pack_lanes(const T* matrix, int64_t ld, int64_t begin, int64_t end, int64_t size, int64_t num_k,
+                              int64_t width, Word* panel) {
+  const int64_t num_words = ceil_div(size, sizeof(Word) / sizeof(T)), num_whole = size * sizeof(T) / sizeof(Word);
+  const __m512i every_16th = _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);
+  alignas(64) float block[kLanes * kLanes];
+  for (int64_t lane = 0; lane < width; lane += kLanes) {
+    for (int64_t k = 0; k < num_k; k += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const int64_t row = begin + lane + i;
+        const __mmask16 mask = row < end ? column_mask(k, num_whole) : __mmask16{0};
+        const auto* const from = reinterpret_cast<const char*>(matrix + row * ld) + k * sizeof(Word);
+        _mm512_store_ps(block + i * kLanes, _mm512_maskz_loadu_ps(mask, from));
+      }
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, num_k - k); ++i) {
+        const __m512 turned = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, every_16th, block + i, sizeof(float));
+        _mm512_storeu_ps(panel + (k + i) * width + lane, turned);
+      }
+    }
+    for (int64_t i = 0; num_whole < num_words && i < std::min<int64_t>(kLanes, end - begin - lane); ++i) {
+      panel[num_whole * width + lane + i] = word_of_row(matrix + (begin + lane + i) * ld, size, num_whole);
     }
   }
 }

@@ -293,6 +293,43 @@ def sample(
     num_threads: int,
 ) -> None: ...
 
+# The products of kernels/linear.py in float32, on a CPU for which head_native says so; rows are contiguous, `ld` apart.
+
+def linear_forward(
+    x: Address,  # (T, D)
+    ld_x: int,
+    num_tokens: int,
+    weight: Address,  # (N, D)
+    ld_weight: int,
+    num_out: int,
+    num_in: int,
+    bias: Address,  # (N,) or 0
+    y: Address,  # (T, N)
+    num_threads: int,
+) -> None: ...
+def linear_dx(
+    dy: Address,  # (T, N)
+    ld_dy: int,
+    num_tokens: int,
+    weight: Address,
+    ld_weight: int,
+    num_out: int,
+    num_in: int,
+    dx: Address,  # (T, D)
+    num_threads: int,
+) -> None: ...
+def linear_dweight(
+    dy: Address,
+    ld_dy: int,
+    num_tokens: int,
+    x: Address,
+    ld_x: int,
+    num_out: int,
+    num_in: int,
+    dweight: Address,  # (N, D)
+    num_threads: int,
+) -> None: ...
+
 # What follows is called by rollout/native.py alone, on a CPU for which head_native says so. Rows of x are read in whole
 # tiles: up to 32 rows and 32 columns beyond what is there must be readable, and finite.
 

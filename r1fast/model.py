@@ -30,6 +30,7 @@ from r1fast.hf_folder import (
     write_json,
     write_tensors,
 )
+from r1fast.kernels.linear import linear
 from r1fast.kernels.rms_norm import rms_norm
 from r1fast.lora import merged_weights
 
@@ -282,7 +283,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear without the initialisation: Decoder fills it, the global RNG is left alone."""
+    """nn.Linear by `kernels.linear`. No initialisation: Decoder fills it, the global RNG is left alone."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -294,7 +295,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.adapter is not None and self.adapter.is_on:
             return self.adapter(x, self)
-        return super().forward(x)
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):

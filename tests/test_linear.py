@@ -1,0 +1,164 @@
+"""The products of a linear layer: C++ against PyTorch, in float32 around the sizes of its tiles and blocks."""
+
+import pytest
+import torch
+from numerics import assert_accurate
+from torch.utils.checkpoint import checkpoint
+
+from r1fast.kernels import cpu_head
+from r1fast.kernels import linear as op
+from r1fast.kernels.linear import LinearFunction, linear, linear_ref
+
+native = pytest.mark.skipif(not cpu_head.supported(torch.float32), reason="needs AVX-512")
+
+
+def problem(T, D, N, bias=True, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    sizes = {"x": (T, D), "weight": (N, D), "bias": (N,), "dy": (T, N)}
+    tensors = {k: torch.randn(*s, generator=g, dtype=torch.float64) for k, s in sizes.items()}
+    if not bias:
+        tensors["bias"] = None
+    return {k: t if t is None else t.float().double() for k, t in tensors.items()}
+
+
+def out_and_grads(f, p, dtype=torch.float32):
+    x, weight, bias = (
+        None if p[k] is None else p[k].detach().to(dtype).requires_grad_()
+        for k in ("x", "weight", "bias")
+    )
+    y = f(x, weight, bias)
+    y.backward(p["dy"].to(dtype))
+    found = {"y": y.detach(), "dx": x.grad, "dweight": weight.grad}
+    return found if bias is None else found | {"dbias": bias.grad}
+
+
+@native
+@pytest.mark.parametrize(
+    ("T", "D", "N"),
+    [(32, 1, 1), (33, 16, 17), (40, 64, 48), (127, 191, 64), (128, 192, 65), (129, 193, 31),
+     (191, 33, 129), (193, 400, 100), (1153, 50, 80), (1500, 48, 7), (200, 1000, 300)],
+)  # fmt: skip
+@pytest.mark.parametrize("bias", [True, False])
+def test_no_less_accurate_than_pytorch(T, D, N, bias):
+    p = problem(T, D, N, bias)
+    assert op.is_native(*(None if p[k] is None else p[k].float() for k in ("x", "weight", "bias")))
+    actual, baseline = out_and_grads(linear, p), out_and_grads(linear_ref, p)
+    exact = out_and_grads(linear_ref, p, torch.float64)
+    assert actual.keys() == exact.keys()
+    for name in exact:
+        assert_accurate(name, actual[name], baseline[name], exact[name])
+
+
+@native
+def test_fresh_memory_is_not_read(monkeypatch):
+    empty, torch_empty = cpu_head.empty, torch.empty
+    monkeypatch.setattr(cpu_head, "empty", lambda *a: empty(*a).fill_(torch.nan))
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: torch_empty(*a, **k).fill_(torch.nan))
+    for name, x in out_and_grads(linear, problem(197, 70, 51)).items():
+        assert x.isfinite().all(), name
+
+
+@native
+def test_rows_of_any_stride_and_shape():
+    """Slices, columns of a larger matrix, a transposed weight, leading dimensions, an expanded gradient."""
+    p = problem(120, 96, 40)
+    x, weight, bias, dy = (p[k].float() for k in ("x", "weight", "bias", "dy"))
+    expected = out_and_grads(linear, p)
+    wide = torch.full((120, 200), torch.nan)
+    wide[:, 7:103] = x
+    other = torch.full((120, 90), torch.nan)
+    other[:, 50:] = dy
+    spellings = {
+        "slice": (wide[:, 7:103], weight, other[:, 50:]),
+        "column-major": (x.t().contiguous().t(), weight.t().contiguous().t(), dy.t().contiguous().t()),
+        "3d": (x.view(4, 30, 96), weight, dy.view(4, 30, 40)),
+    }  # fmt: skip
+    for name, (a, w, d) in spellings.items():
+        a, w = a.detach().requires_grad_(), w.detach().requires_grad_()
+        assert op.is_native(a, w, bias), name
+        y = linear(a, w, bias)
+        assert y.shape == d.shape, name
+        y.backward(d)
+        assert torch.equal(y.view(120, 40), expected["y"]), name
+        assert torch.equal(a.grad.view(120, 96), expected["dx"]), name
+        assert torch.equal(w.grad, expected["dweight"]), name
+    weight.requires_grad_()
+    linear(x, weight, bias).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(40, 96), rtol=1e-5, atol=1e-5)
+
+
+@native
+def test_threads_and_other_rows_change_no_bit():
+    p = problem(1300, 200, 150)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(out_and_grads(linear, p))
+    finally:
+        torch.set_num_threads(threads)
+    for name in ("y", "dx", "dweight"):
+        assert torch.equal(found[0][name], found[1][name]), name
+        assert torch.equal(found[0][name], found[2][name]), name
+    part = out_and_grads(linear, {k: v[37:101] if k in ("x", "dy") else v for k, v in p.items()})
+    for name in ("y", "dx"):
+        assert torch.equal(part[name], found[0][name][37:101]), name
+
+
+@native
+def test_frozen_weights_checkpoints_and_no_grad(monkeypatch):
+    from r1fast import _C
+
+    p = problem(64, 32, 48)
+    x, weight, bias = (p[k].float().requires_grad_() for k in ("x", "weight", "bias"))
+    dy, expected = p["dy"].float(), out_and_grads(linear, p)
+    with torch.no_grad():
+        assert torch.equal(linear(x, weight, bias), expected["y"])
+    checkpoint(linear, x, weight, bias, use_reentrant=False).backward(dy)
+    for name, t in (("dx", x), ("dweight", weight), ("dbias", bias)):
+        assert torch.equal(t.grad, expected[name]), name
+        t.grad = None
+
+    def refuse(*_):
+        raise AssertionError("nobody asked for this product")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_C, "linear_dweight", refuse)
+        linear(x, weight.detach(), bias.detach()).backward(dy)
+    assert torch.equal(x.grad, expected["dx"])
+    with monkeypatch.context() as patched:
+        patched.setattr(_C, "linear_dx", refuse)
+        linear(x.detach(), weight, None).backward(dy)
+    assert torch.equal(weight.grad, expected["dweight"])
+
+
+@native
+def test_a_second_derivative_is_refused():
+    x, weight = torch.randn(40, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
+    y = linear(x, weight).square().sum()
+    (dx,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_everything_else_is_pytorch(monkeypatch):
+    monkeypatch.setattr(LinearFunction, "forward", None)
+    x, weight = torch.randn(64, 32), torch.randn(48, 32)
+    cases = [
+        (x[: op.MIN_TOKENS - 1], weight),
+        (x.double(), weight.double()),
+        (x.bfloat16(), weight.bfloat16()),
+        (x.new_empty(0, 32), weight),
+        (x, weight[:0]),
+        (x[:, :0], weight[:, :0]),
+    ]
+    for a, w in cases:
+        assert torch.equal(linear(a, w), linear_ref(a, w))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    for a, w in ((x, weight[:, :5]), (x[0, 0], weight)):
+        with pytest.raises(RuntimeError):
+            linear(a, w)
+    with pytest.raises(RuntimeError):
+        linear(x, weight, torch.zeros(3))
