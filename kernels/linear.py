@@ -23,21 +23,64 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether C++ computes these products."""
+    """Whether C++ computes the products of x (..., D), or of its gradient, with W."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
-        all(
-            type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype == torch.float32
-            for t in tensors
-        )
+        all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+        and all(t.is_cpu and t.dtype == torch.float32 for t in tensors)
         and weight.ndim == 2
         and weight.numel() > 0
         and x.shape[-1:] == weight.shape[1:]
         and x.numel() >= MIN_TOKENS * x.shape[-1]
         and (bias is None or bias.shape == weight.shape[:1])
-        and not torch.is_autocast_enabled("cpu")
         and cpu_head.supported(torch.float32)
     )
+
+
+def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y (..., N), without autograd, as what follows."""
+    if not is_native(x, weight, bias):
+        return F.linear(x, weight, bias)
+    from r1fast import _C
+
+    rows, weight = _rows(x), _rows(weight)
+    bias = None if bias is None else bias.contiguous()
+    y = cpu_head.empty((*x.shape[:-1], len(weight)), torch.float32)
+    _C.linear_forward(
+        *_matrix(rows), len(rows), *_matrix(weight), *weight.shape,
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
+    """dx (..., D)"""
+    if not is_native(dy, weight.t()):
+        return dy @ weight
+    from r1fast import _C
+
+    rows, weight = _rows(dy), _rows(weight)
+    dx = cpu_head.empty((*dy.shape[:-1], weight.shape[1]), torch.float32)
+    _C.linear_dx(
+        *_matrix(rows), len(rows), *_matrix(weight), *weight.shape, dx.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return dx
+
+
+def linear_dweight(dy: Tensor, x: Tensor) -> Tensor:
+    """dW (N, D), of dy (T, N) and x (T, D)."""
+    dweight = dy.new_empty(dy.shape[1], x.shape[1])
+    if not is_native(x, dweight) or dy.dtype != x.dtype:
+        return torch.mm(dy.t(), x, out=dweight)
+    from r1fast import _C
+
+    dy, x = _rows(dy), _rows(x)
+    _C.linear_dweight(
+        *_matrix(dy), len(dy), *_matrix(x), *dweight.shape, dweight.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return dweight
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -53,43 +96,22 @@ def _matrix(x: Tensor) -> tuple[int, int]:
 class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
-        from r1fast import _C
-
         ctx.save_for_backward(x, weight)
-        rows, w = _rows(x), _rows(weight)
-        b = None if bias is None else bias.contiguous()
-        y = cpu_head.empty((*x.shape[:-1], len(w)), torch.float32)
-        _C.linear_forward(
-            *_matrix(rows), len(rows), *_matrix(w), *w.shape, 0 if b is None else b.data_ptr(),
-            y.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-        return y
+        return linear_fwd(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        from r1fast import _C
-
         x, weight = ctx.saved_tensors
-        dy, dx, dweight, dbias = _rows(dy), None, None, None
-        if ctx.needs_input_grad[0]:
-            dx, w = cpu_head.empty(x.shape, torch.float32), _rows(weight)
-            _C.linear_dx(
-                *_matrix(dy), len(dy), *_matrix(w), *w.shape, dx.data_ptr(), torch.get_num_threads()
-            )
-        if ctx.needs_input_grad[1]:
-            dweight, rows = torch.empty(weight.shape, dtype=torch.float32), _rows(x)
-            _C.linear_dweight(
-                *_matrix(dy), len(dy), *_matrix(rows), *weight.shape, dweight.data_ptr(),
-                torch.get_num_threads(),
-            )  # fmt: skip
-        if ctx.needs_input_grad[2]:
-            dbias = dy.sum(0)
-        return dx, dweight, dbias
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        dx = linear_dx(dy, weight) if needs_x else None
+        dy = dy.flatten(0, -2)
+        dweight = linear_dweight(dy, x.flatten(0, -2)) if needs_weight else None
+        return dx, dweight, dy.sum(0) if needs_bias else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(..., D), (N, D), (N,) -> (..., N). Differentiable once where C++ computes it."""
-    if is_native(x, weight, bias):
+    if is_native(x, weight, bias) and not torch.is_autocast_enabled("cpu"):
         return LinearFunction.apply(x, weight, bias)
     return linear_ref(x, weight, bias)

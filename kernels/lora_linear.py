@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r1fast.kernels.linear import linear_dweight, linear_dx, linear_fwd
+
 
 def lora_linear_ref(
     x: Tensor,
@@ -40,7 +42,7 @@ class LoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, parts, scale):
         An, Bs = A.to(x.dtype), (B * scale).to(x.dtype)
-        y, h = F.linear(x, weight, bias), x @ An.t()
+        y, h = linear_fwd(x, weight, bias), linear_fwd(x, An, None)
         for hp, Bp, (start, end) in _parts(h, Bs, parts):
             y[:, start:end].addmm_(hp, Bp.t())
         ctx.save_for_backward(x, weight, An, Bs, h)
@@ -58,9 +60,9 @@ class LoraLinearFunction(torch.autograd.Function):
         ):
             torch.mm(dy[:, start:end], Bp, out=dhp)
             torch.mm(dy[:, start:end].t(), hp, out=dBp)
-        dA, dB = (dh.t() @ x).to(ctx.dtypes[0]), dB.to(ctx.dtypes[1]).mul_(ctx.scale)
-        dx = (dy @ weight).addmm_(dh, A) if needs_x else None
-        dweight = dy.t() @ x if needs_weight else None
+        dA, dB = linear_dweight(dh, x).to(ctx.dtypes[0]), dB.to(ctx.dtypes[1]).mul_(ctx.scale)
+        dx = linear_dx(dy, weight).addmm_(dh, A) if needs_x else None
+        dweight = linear_dweight(dy, x) if needs_weight else None
         return dx, dweight, dy.sum(0) if needs_bias else None, dA, dB, None, None
 
 

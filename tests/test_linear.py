@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from r1fast.kernels import cpu_head
 from r1fast.kernels import linear as op
 from r1fast.kernels.linear import LinearFunction, linear, linear_ref
+from r1fast.kernels.lora_linear import lora_linear
 
 native = pytest.mark.skipif(not cpu_head.supported(torch.float32), reason="needs AVX-512")
 
@@ -162,3 +163,24 @@ def test_everything_else_is_pytorch(monkeypatch):
             linear(a, w)
     with pytest.raises(RuntimeError):
         linear(x, weight, torch.zeros(3))
+
+
+@native
+def test_adapters_are_over_the_same_products(monkeypatch):
+    from r1fast import _C
+
+    p = problem(64, 32, 48)
+    x, weight, bias, dy = (p[k].float() for k in ("x", "weight", "bias", "dy"))
+    factors = torch.randn(4, 32), torch.zeros(48, 4)  # B = 0: nothing is added
+    calls = []
+    for name in ("linear_forward", "linear_dx", "linear_dweight"):
+        f = getattr(_C, name)
+        monkeypatch.setattr(_C, name, lambda *a, f=f, name=name: (calls.append(name), f(*a)))
+    expected = out_and_grads(linear, p)
+    x.requires_grad_()
+    y = lora_linear(x, weight, bias, *(t.requires_grad_() for t in factors), [(0, 48)], 2.0)
+    y.backward(dy)
+    assert torch.equal(y, expected["y"])
+    assert torch.equal(x.grad, expected["dx"])
+    # of W: y and dx; of A: h = x A^T and dA
+    assert calls[3:] == ["linear_forward"] * 2 + ["linear_dweight", "linear_dx"]
