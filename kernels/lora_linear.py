@@ -59,7 +59,7 @@ class LoraLinearFunction(torch.autograd.Function):
             _parts(h, Bs, ctx.parts), _parts(dh, dB, ctx.parts), strict=True
         ):
             torch.mm(dy[:, start:end], Bp, out=dhp)
-            torch.mm(dy[:, start:end].t(), hp, out=dBp)
+            dBp.copy_((hp.t() @ dy[:, start:end]).t())  # the faster order on CPUs
         dA, dB = linear_dweight(dh, x).to(ctx.dtypes[0]), dB.to(ctx.dtypes[1]).mul_(ctx.scale)
         dx = linear_dx(dy, weight).addmm_(dh, A) if needs_x else None
         dweight = linear_dweight(dy, x) if needs_weight else None
