@@ -58,8 +58,8 @@ class LoraLinearFunction(torch.autograd.Function):
         for (hp, Bp, (start, end)), (dhp, dBp, _) in zip(
             _parts(h, Bs, ctx.parts), _parts(dh, dB, ctx.parts), strict=True
         ):
-            torch.mm(dy[:, start:end], Bp, out=dhp)
-            dBp.copy_((hp.t() @ dy[:, start:end]).t())  # the faster order on CPUs
+            dhp.copy_(linear_dx(dy[:, start:end], Bp))
+            dBp.copy_(linear_dweight(dy[:, start:end], hp))
         dA, dB = linear_dweight(dh, x).to(ctx.dtypes[0]), dB.to(ctx.dtypes[1]).mul_(ctx.scale)
         dx = linear_dx(dy, weight).addmm_(dh, A) if needs_x else None
         dweight = linear_dweight(dy, x) if needs_weight else None

@@ -120,9 +120,7 @@ def record_gradients_of_trained(trainer):
     return seen
 
 
-@pytest.mark.parametrize(
-    "other", ["--grpo.shared_prompt=false", "--grpo.token_budget=15", "--grpo.kl_coef=0.05"]
-)
+@pytest.mark.parametrize("other", ["--grpo.shared_prompt=false", "--grpo.token_budget=15"])
 def test_the_gradient_does_not_depend_on_the_packing(tmp_path, other):
     runs = []
     for overrides in ((), (other,)):
@@ -303,7 +301,7 @@ def test_grpo_learns(tmp_path):
     """The reward is the share of tokens below 160, half of the vocabulary; the base stays."""
     scorer = TokenScorer(lambda ids: sum(t < 160 for t in ids) / len(ids))
     trainer = grpo(
-        tmp_path, "--lora.rank=8", "--grpo.num_steps=12", "--rollout.num_generations=8",
+        tmp_path, "--lora.rank=8", "--grpo.num_steps=12", "--rollout.num_generations=16",
         "--grpo.kl_coef=0", "--optim.lr=0.02", policy=tiny_policy(std=0.25), scorer=scorer,
     )  # fmt: skip
     before = base_of(trainer.model)
