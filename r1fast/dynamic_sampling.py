@@ -149,12 +149,14 @@ class DynamicSampler:
         self.draw_of[request], self.events[draw] = draw, {}
 
     def _decode(self) -> list[RolloutGroup]:
-        """Some steps of the engine. Returns the groups that have ended."""
+        """A round of the engine. Returns the groups that have ended."""
         ended = []
-        for _ in range(ROUND):
-            if not self.engine.has_work:
-                break
-            for event in self.engine.step():
+        left = ROUND
+        while left > 0 and self.engine.has_work:
+            before = self.engine.num_decode_steps
+            events = self.engine.step(left)  # may stop earlier by the clock, but not the round
+            left -= max(1, self.engine.num_decode_steps - before)
+            for event in events:
                 if (draw := self.draw_of.get(event.request_id)) is None:
                     continue
                 self.events[draw][event.sample] = event

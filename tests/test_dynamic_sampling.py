@@ -257,6 +257,19 @@ def test_resume_is_bitwise(tmp_path):
     assert samples[0] == samples[1]
 
 
+def test_the_clock_changes_no_count(tmp_path, monkeypatch):
+    """How many decode steps the native loop makes in a call goes by time; a round has as many for all that."""
+
+    def counts():
+        trainer = make_trainer(tmp_path, "--rollout.max_batch_size=10")
+        return [rollout_metrics(trainer, step)[1] for step in range(2)]
+
+    expected = counts()
+    monkeypatch.setattr("r1fast.rollout.native.MAX_SECONDS", 0.0)
+    assert counts() == expected
+    assert sum(row["tokens_aborted"] for row in expected) > 0
+
+
 def test_errors_leave_the_engine_idle(tmp_path):
     scorer = ByDraw(lambda draw: draw == 0, rewards=(0.0, math.nan))
     trainer = make_trainer(tmp_path, "--rollout.max_batch_size=4", scorer=scorer)
