@@ -26,7 +26,7 @@ of RL for replay; --profile N traces N steps of each training stage. On several 
   torchrun --nproc-per-node 2 -m r1fast grpo CONFIG.toml
 A run that was stopped continues from its newest checkpoint with the same command. Ctrl-C saves
 one at the end of the step. Exit codes: 1 failed, 2 wrong input, 130 stopped,
-141 nobody reads what generate prints.
+141 nobody reads what generate or replay prints.
 """
 
 import os
@@ -107,7 +107,10 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         return _fail(f"r1fast: {error}", EXIT_USAGE)
     except (RuntimeError, OSError, FloatingPointError) as error:
-        if isinstance(error, BrokenPipeError) and argv[0] == "generate":  # as in `| head`
+        if isinstance(error, BrokenPipeError) and argv[0] in (
+            "generate",
+            "replay",
+        ):  # as in `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
             return EXIT_PIPE
         hint = "(R1FAST_DEBUG=1 shows where)"
