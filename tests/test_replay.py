@@ -263,6 +263,13 @@ def test_what_differs_most_is_shown(tmp_path, base, capsys):
     assert "⟦" in shown
 
 
+def test_gradients_of_other_completions_are_not_compared(tmp_path, base):
+    train(tmp_path, base, "--grpo.num_steps=1", "--grpo.num_mini_batches=2")
+    diff = replay(tmp_path, 1, ["--grpo.num_mini_batches=4"])["comparison"]
+    assert diff["gradient"] is None
+    assert 0 < diff["update"]["cosine"] < 1
+
+
 def test_a_step_without_what_leads_to_it(tmp_path, base):
     train(tmp_path, base, '--log.record="3"', "--checkpoint.every_steps=1")
     with pytest.raises(ValueError, match=r"from the beginning on, the updates of steps 1-2 are not "

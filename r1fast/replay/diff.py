@@ -22,6 +22,7 @@ from r1fast.step_plan import Key
 from r1fast.types import Problem
 
 NUM_TOKENS, NUM_COMPLETIONS = 12, 6  # that are shown
+OF_SPLIT = ("num_mini_batches", "whole_groups", "denominator")  # what a mini-batch holds
 CONTEXT = (24, 12)  # tokens shown before and after one
 
 
@@ -82,12 +83,14 @@ def compare(trainer: ReplayedUpdate, a: Outcome, b: Outcome, other: Config) -> d
         completions.append(Place(sum(float(d.sum()) for d in differences), key))
     lit = distributed.sum_dict(lit)
     decode = trainer.policy.tokenizer.decode
-    same_parts = configs[0].num_mini_batches == configs[1].num_mini_batches
-    both = a.gradient is not None and b.gradient is not None
+    # else they are of other completions, or at other weights
+    are_comparable = a.gradient_at == b.gradient_at and all(
+        getattr(configs[0], name) == getattr(configs[1], name) for name in OF_SPLIT
+    )
+    both = are_comparable and a.gradient is not None and b.gradient is not None
     return {
         "metrics": {name: [a.row.get(name), b.row.get(name)] for name in a.row | b.row},
-        # of other completions where the first mini-batch holds others
-        "gradient": alike(a.gradient, b.gradient) if both and same_parts else None,
+        "gradient": alike(a.gradient, b.gradient) if both else None,
         "update": alike(a.moved, b.moved),
         "zero_coefficient": [
             1 - lit[side] / max(total * c.num_iterations, 1)

@@ -34,13 +34,14 @@ class ReplayedUpdate(PolicyUpdate):
         super().__init__(
             policy, config, folder, stage=state["stage"], data=state["data"], resume=False
         )
-        self.watching, self.began = False, 0
+        self.watching, self.began, self.first_at = False, 0, 0
         self.first_gradient: list[Tensor] | None = None
         self.passes: dict[Key, dict[int, Pass]] = {}  # by iteration
         self.owners: dict[Key, tuple[Problem, Completion, Reward]] = {}  # of this rank
 
     def on_gradient(self) -> None:
         if self.watching and self.first_gradient is None:
+            self.first_at = self.optimizer_step - self.began
             self.first_gradient = [
                 torch.zeros_like(m, device="cpu") if m.grad is None else m.grad.cpu().clone()
                 for m in self.optimizer.masters
@@ -100,7 +101,8 @@ class Outcome:
 
     row: dict[str, float]
     digests: dict[str, str]
-    gradient: list[Tensor] | None  # of the first optimizer step, before clipping
+    gradient: list[Tensor] | None  # of the first optimizer step that was made, before clipping
+    gradient_at: int  # which one that was
     moved: list[Tensor]  # the weights after less those before
     passes: dict[Key, dict[int, Pass]]
 
@@ -118,7 +120,8 @@ def run_update(trainer: ReplayedUpdate, recording: Recording) -> Outcome:
     row = trainer.update(groups, recording.step - 1)
     moved = [after.sub_(x) for after, x in zip(trainer.weights(), before, strict=True)]
     found = digests(trainer.state_tensors())
-    return Outcome(row, found, trainer.first_gradient, moved, _of_all_ranks(trainer.passes))
+    gradient, passes = trainer.first_gradient, _of_all_ranks(trainer.passes)
+    return Outcome(row, found, gradient, trainer.first_at, moved, passes)
 
 
 def _of_all_ranks(passes: dict[Key, dict[int, Pass]]) -> dict[Key, dict[int, Pass]]:
