@@ -85,6 +85,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU-side hot loops of r1fast. Signatures and shapes are in _C.pyi.";
 
   r1fast::bind_head(m);
+  r1fast::bind_attention(m);
   r1fast::bind_rollout(m);
   r1fast::bind_training(m);
 

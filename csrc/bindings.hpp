@@ -10,6 +10,7 @@ namespace r1fast {
 namespace py = pybind11;
 
 void bind_head(py::module_& m);     // the vocabulary's head: bindings_head.cpp
+void bind_attention(py::module_& m);  // attention of training: bindings_attention.cpp
 void bind_rollout(py::module_& m);  // cache, attention, decoder, sampling: bindings_rollout.cpp
 void bind_training(py::module_& m);  // the layers' products, forward and backward: bindings_training.cpp
 
