@@ -377,11 +377,24 @@ R1FAST_ATTENTION_TILES(avx512, R1FAST_AVX512, Eight)
 #endif
 #undef R1FAST_ATTENTION_TILES
 
+// What "auto" is on this machine: avx512, avx2 or baseline.
+inline std::string attention_level() {
+#if defined(__x86_64__)
+  if (native_supported(false)) return "avx512";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+#endif
+  return "baseline";
+}
+
 // `level` is auto, baseline, avx2 or avx512.
 template <class T>
-AttentionTiles<T> attention_tiles(const std::string& level) {
+AttentionTiles<T> attention_tiles(std::string level) {
+  const std::string best = attention_level();
+  if (level == "auto") level = best;
+  if (level == "baseline") return attention_tiles_baseline<T>();
 #if defined(__x86_64__)
-  if ((level == "auto" || level == "avx512") && native_supported(false)) {
+  if (level == "avx2" && best != "baseline") return attention_tiles_avx2<T>();
+  if (level == "avx512" && best == "avx512") {
     AttentionTiles<T> tiles = attention_tiles_avx512<T>();
     tiles.multiply = &avx512::multiply<false>;
     tiles.multiply_turned = &avx512::multiply<true>;
@@ -390,14 +403,8 @@ AttentionTiles<T> attention_tiles(const std::string& level) {
     tiles.turn_rows = &avx512::turn_rows<T>;
     return tiles;
   }
-  if ((level == "auto" || level == "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return attention_tiles_avx2<T>();
-  }
 #endif
-  if (level != "auto" && level != "baseline") {
-    throw std::invalid_argument("level must be auto, baseline, avx2 or avx512, one that this CPU has; got " + level);
-  }
-  return attention_tiles_baseline<T>();
+  throw std::invalid_argument("level must be auto, baseline, avx2 or avx512, one that this CPU has; got " + level);
 }
 
 }  // namespace r1fast

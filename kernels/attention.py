@@ -4,7 +4,8 @@
 
 About 2 * H * Dh * sum(L^2) FLOPs forward (causal), 3.5x that with the backward.
 
-Without flash attention, sequences of similar length share a right-padded bucket, and one causal
+On the CPU C++ computes it (cpu_attention.py). Elsewhere without flash attention, and in float64 or
+float16 on the CPU, sequences of similar length share a right-padded bucket, and one causal
 SDPA call runs the bucket. Padding is exact without a mask: it comes after every real query, so the
 causal rule already hides it. A padded slot repeats its sequence's last token, so that no other
 sequence's values, NaN included, can reach it.
@@ -20,6 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r1fast.kernels.cpu_attention import (
+    SegmentPlan,
+    native_attention,
+    plan_segments,
+    uses_native,
+)
+
 MAX_PADDING = 0.2  # a sequence joins a bucket if it fills 1 - MAX_PADDING of the longest one
 MAX_WASTE = 10_000  # and while the bucket's padding costs less than a call (in scores, L^2)
 
@@ -31,7 +39,7 @@ def varlen_attention_ref(
     cu_seqlens: Tensor,  # (S + 1,)
     max_seqlen: int,
     *,
-    buckets: "tuple[Bucket, ...] | None" = None,
+    plan: object = None,
     scale: float | None = None,
 ) -> Tensor:  # (T, H, Dh)
     """What `varlen_attention` computes, in plain PyTorch, one sequence at a time."""
@@ -208,6 +216,19 @@ def uses_flash(q: Tensor) -> bool:
     return q.is_cuda and is_half and flash_varlen() is not None
 
 
+# How one batch is computed: None is flash attention, which needs no plan
+VarlenPlan = SegmentPlan | tuple[Bucket, ...] | None
+
+
+def plan_varlen(q: Tensor, cu_seqlens: Tensor) -> VarlenPlan:
+    """The one rule of dispatch, and what is made once a batch: shared by every layer."""
+    if uses_flash(q):
+        return None
+    return (
+        plan_segments(cu_seqlens) if uses_native(q) else plan_buckets(cu_seqlens, device=q.device)
+    )
+
+
 def varlen_attention(
     q: Tensor,  # (T, H, Dh)
     k: Tensor,  # (T, K, Dh), K divides H
@@ -215,20 +236,21 @@ def varlen_attention(
     cu_seqlens: Tensor,  # (S + 1,) int32, from 0 to T
     max_seqlen: int,
     *,
-    buckets: tuple[Bucket, ...] | None = None,
+    plan: VarlenPlan = None,
     scale: float | None = None,  # default Dh ** -0.5
 ) -> Tensor:  # (T, H, Dh)
     """Exact causal attention within each sequence of a packed batch; differentiable.
 
-    `buckets` is `plan_buckets(cu_seqlens)`, to be shared by the calls on one batch.
-    Half-precision CUDA tensors go to flash attention, everything else to the buckets.
+    `plan` is `plan_varlen(q, cu_seqlens)`, to be shared by the calls on one batch. Half-precision
+    CUDA tensors go to flash attention, CPU ones to C++, everything else to the buckets.
     """
-    if uses_flash(q):
+    plan = plan_varlen(q, cu_seqlens) if plan is None else plan
+    if plan is None:
         cu_seqlens = cu_seqlens.to(q.device, torch.int32)
         return flash_varlen()(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale)
-    if buckets is None:
-        buckets = plan_buckets(cu_seqlens, device=q.device)
-    return bucketed_attention(q, k, v, buckets, scale)
+    if isinstance(plan, SegmentPlan):
+        return native_attention(q, k, v, plan, scale)
+    return bucketed_attention(q, k, v, plan, scale)
 
 
 class PackedAttention:
@@ -236,10 +258,10 @@ class PackedAttention:
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int):
         self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
-        self._buckets: tuple[Bucket, ...] | None = None  # made in the first layer
+        self._plan: VarlenPlan = None  # made in the first layer
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(T, H, Dh), (T, K, Dh), (T, K, Dh) -> (T, H, Dh)"""
-        if self._buckets is None and not uses_flash(q):
-            self._buckets = plan_buckets(self.cu_seqlens, device=q.device)
-        return varlen_attention(q, k, v, self.cu_seqlens, self.max_seqlen, buckets=self._buckets)
+        if self._plan is None:
+            self._plan = plan_varlen(q, self.cu_seqlens)
+        return varlen_attention(q, k, v, self.cu_seqlens, self.max_seqlen, plan=self._plan)

@@ -9,6 +9,7 @@ Shapes: T packed tokens, S segments, H query heads, K kv heads, Dh head width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -33,20 +34,28 @@ def plan_segments(
     prefix_of: Sequence[int] | None = None,  # (S,) as plan_prefixes takes it
 ) -> SegmentPlan:
     bounds = torch.as_tensor(bounds).to("cpu", torch.int64).contiguous()
-    assert bounds[0] == 0 and (bounds.diff() >= 0).all(), bounds
+    assert bounds[0] == 0, bounds
+    assert (bounds.diff() >= 0).all(), bounds
     if prefix_of is None:
         return SegmentPlan(bounds, None)
     prefixes = torch.tensor(prefix_of, dtype=torch.int64)
     assert len(bounds) == len(prefixes) + 1, (len(bounds), len(prefixes))
-    continued = prefixes[prefixes >= 0]
-    assert (prefixes < torch.arange(len(prefixes))).all() and (prefixes[continued] < 0).all(), (
-        prefix_of
-    )
+    assert (prefixes < torch.arange(len(prefixes))).all(), prefix_of
+    assert (prefixes[prefixes[prefixes >= 0]] < 0).all(), prefix_of  # a prefix has none itself
     return SegmentPlan(bounds, prefixes)
 
 
+@cache
+def level() -> str:
+    """avx512, avx2 or baseline: what this machine's C++ has."""
+    from r1fast import _C
+
+    return _C.attention_level()
+
+
 def uses_native(q: Tensor) -> bool:
-    return q.is_cpu and q.dtype in DTYPES
+    """Where it was measured to be faster than PyTorch: on every shape, but not without AVX2."""
+    return q.is_cpu and q.dtype in DTYPES and level() != "baseline"
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -109,8 +118,11 @@ def native_attention(
     level: str = "auto",  # auto, baseline, avx2 or avx512
 ) -> Tensor:  # (T, H, Dh)
     """Exact causal attention within each segment and to all of its prefix; differentiable once."""
-    assert uses_native(q) and q.dtype == k.dtype == v.dtype, (q.device, q.dtype, k.dtype, v.dtype)
-    assert k.shape == v.shape and k.shape[2] == q.shape[2], (q.shape, k.shape, v.shape)
+    assert q.dtype in DTYPES, q.dtype
+    for x in (q, k, v):
+        assert (x.device.type, x.dtype) == ("cpu", q.dtype), (x.device, x.dtype, q.dtype)
+    assert k.shape == v.shape, (k.shape, v.shape)
+    assert q.shape[2] == k.shape[2], (q.shape, k.shape)
     assert q.shape[1] % k.shape[1] == 0, (q.shape, k.shape)
     assert plan.num_tokens == len(q) == len(k), (plan.num_tokens, len(q), len(k))
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -4,7 +4,8 @@ Segment s with prefix p sees the whole of p, then itself causally:
 
     o_i = sum_{j in p} softmax_j(scale * q_i . k_j) v_j + sum_{j in s, j <= i} ...    one softmax
 
-On the CPU the two sums are two calls of PyTorch's flash attention, merged by their log-sum-exps:
+On the CPU C++ computes both in one softmax (cpu_attention.py). In float64 and float16, and where it
+is not the faster one, they are two calls of PyTorch's flash attention, merged by log-sum-exps:
 
     l = log(exp(l_p) + exp(l_s))        o = exp(l_p - l) o_p + exp(l_s - l) o_s
 
@@ -20,6 +21,7 @@ Shapes: T packed tokens, S segments, H query heads, K kv heads, Dh head width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -34,6 +36,12 @@ from r1fast.kernels.attention import (
     plan_buckets,
     scatter_buckets,
     uses_flash,
+)
+from r1fast.kernels.cpu_attention import (
+    SegmentPlan,
+    native_attention,
+    plan_segments,
+    uses_native,
 )
 from r1fast.kernels.gather_rows import RowGather, gather_rows, plan_gather
 
@@ -73,60 +81,81 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixPlan:
-    """Who sees whom in one packed batch; made once, shared by every layer."""
+class GatheredKeys:
+    """Of each segment its prefix and itself, one after the other."""
 
-    bounds: list[int]  # (S + 1,) rows of the segments
-    runs: list[Run]
-    buckets: tuple[Bucket, ...]  # of segments, for the CPU; empty elsewhere
-    keys: RowGather | None  # of each segment its prefix and itself; None on the CPU
-    key_bounds: list[int]  # (S + 1,) offsets into them
-    cu_seqlens: Tensor | None  # (S + 1,) int32, both bounds again on the device
-    cu_seqlens_k: Tensor | None
+    gather: RowGather
+    bounds: list[int]  # (S + 1,) offsets into what is gathered
+    cu_seqlens: Tensor  # (S + 1,) int32 on the device, of the queries
+    cu_seqlens_k: Tensor  # and of the keys
 
     @property
     def max_seqlen(self) -> int:
         return max((b - a for a, b in pairwise(self.bounds)), default=0)
 
+
+@dataclass(frozen=True)
+class PrefixPlan:
+    """Who sees whom in one packed batch, shared by every layer; made once, in the form that is asked for."""
+
+    bounds: list[int]  # (S + 1,) rows of the segments, increasing from 0
+    prefix_of: list[int]  # (S,) the segment before it, which has no prefix itself; -1: none
+    device: torch.device
+    gather: bool  # whether keys are gathered
+
     @property
-    def max_seqlen_k(self) -> int:
-        return max((b - a for a, b in pairwise(self.key_bounds)), default=0)
+    def max_seqlen(self) -> int:
+        return max((b - a for a, b in pairwise(self.bounds)), default=0)
+
+    @cached_property
+    def segments(self) -> SegmentPlan:
+        return plan_segments(self.bounds, self.prefix_of)
+
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        return plan_buckets(self.bounds)
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        runs: list[Run] = []
+        for s, p in enumerate(self.prefix_of):
+            if p < 0:
+                continue
+            prefix = slice(self.bounds[p], self.bounds[p + 1])
+            queries = slice(self.bounds[s], self.bounds[s + 1])
+            if runs and runs[-1].prefix == prefix and runs[-1].queries.stop == queries.start:
+                queries = slice(runs.pop().queries.start, queries.stop)
+            runs.append(Run(prefix, queries))
+        return runs
+
+    @cached_property
+    def keys(self) -> GatheredKeys:
+        rows, bounds = [], [0]
+        for s, p in enumerate(self.prefix_of):
+            if p >= 0:
+                rows += range(self.bounds[p], self.bounds[p + 1])
+            rows += range(self.bounds[s], self.bounds[s + 1])
+            bounds.append(len(rows))
+        cu_seqlens, cu_seqlens_k = (
+            torch.tensor(x, dtype=torch.int32).to(self.device, non_blocking=True)
+            for x in (self.bounds, bounds)
+        )
+        return GatheredKeys(plan_gather(rows, device=self.device), bounds, cu_seqlens, cu_seqlens_k)
 
 
 def plan_prefixes(
-    bounds: Sequence[int],  # (S + 1,) increasing from 0
-    prefix_of: Sequence[int],  # (S,) the segment before it, which has no prefix itself; -1: none
+    bounds: Sequence[int],
+    prefix_of: Sequence[int],
     *,
     device: torch.device | str = "cpu",
-    gather: bool | None = None,  # whether keys are gathered; default: everywhere but on the CPU
+    gather: bool | None = None,  # default: everywhere but on the CPU
 ) -> PrefixPlan:
     assert len(bounds) == len(prefix_of) + 1, (len(bounds), len(prefix_of))
-    runs: list[Run] = []
     for s, p in enumerate(prefix_of):
-        if p < 0:
-            continue
-        assert prefix_of[p] < 0, (s, p)
-        prefix = slice(bounds[p], bounds[p + 1])
-        if runs and runs[-1].prefix == prefix and runs[-1].queries.stop == bounds[s]:
-            runs[-1] = Run(prefix, slice(runs[-1].queries.start, bounds[s + 1]))
-        else:
-            runs.append(Run(prefix, slice(bounds[s], bounds[s + 1])))
-    if gather is None:
-        gather = torch.device(device).type != "cpu"
-    if not gather:
-        return PrefixPlan(list(bounds), runs, plan_buckets(bounds), None, [], None, None)
-    rows, key_bounds = [], [0]
-    for s, p in enumerate(prefix_of):
-        if p >= 0:
-            rows += range(bounds[p], bounds[p + 1])
-        rows += range(bounds[s], bounds[s + 1])
-        key_bounds.append(len(rows))
-    cu, cu_k = (
-        torch.tensor(x, dtype=torch.int32).to(device, non_blocking=True)
-        for x in (bounds, key_bounds)
-    )
-    keys = plan_gather(rows, device=device)
-    return PrefixPlan(list(bounds), runs, (), keys, key_bounds, cu, cu_k)
+        assert p < 0 or (p < s and prefix_of[p] < 0), (s, p)
+    device = torch.device(device)
+    gather = device.type != "cpu" if gather is None else gather
+    return PrefixPlan(list(bounds), list(prefix_of), device, gather)
 
 
 def _heads_first(x: Tensor, group: int) -> Tensor:
@@ -219,7 +248,7 @@ def _segment_sdpa(q: Tensor, k: Tensor, v: Tensor, plan: PrefixPlan, scale) -> T
     """Varlen attention by one SDPA call a segment; `k` and `v` are gathered."""
     group = q.shape[1] // k.shape[1]
     outputs = [q[:0]]
-    for queries, keys in zip(pairwise(plan.bounds), pairwise(plan.key_bounds), strict=True):
+    for queries, keys in zip(pairwise(plan.bounds), pairwise(plan.keys.bounds), strict=True):
         o = F.scaled_dot_product_attention(
             _heads_first(q[slice(*queries)], 1),
             *(_heads_first(x[slice(*keys)], group) for x in (k, v)),
@@ -232,12 +261,12 @@ def _segment_sdpa(q: Tensor, k: Tensor, v: Tensor, plan: PrefixPlan, scale) -> T
 
 def gathered_attention(q: Tensor, k: Tensor, v: Tensor, plan: PrefixPlan, scale) -> Tensor:
     """The GPU's way, with a plan made with `gather`; runs on every device."""
-    keys, values = (gather_rows(x, plan.keys) for x in (k, v))
+    keys, values = (gather_rows(x, plan.keys.gather) for x in (k, v))
     if not uses_flash(q):
         return _segment_sdpa(q, keys, values, plan, scale)
     return flash_varlen()(
-        q, keys, values, plan.cu_seqlens, plan.cu_seqlens_k,
-        plan.max_seqlen, plan.max_seqlen_k, scale,
+        q, keys, values, plan.keys.cu_seqlens, plan.keys.cu_seqlens_k,
+        plan.max_seqlen, plan.keys.max_seqlen, scale,
     )  # fmt: skip
 
 
@@ -251,9 +280,11 @@ def prefix_attention(
 ) -> Tensor:  # (T, H, Dh)
     """Exact attention within each segment and to its prefix; differentiable once."""
     assert plan.bounds[-1] == len(q) == len(k) == len(v), (plan.bounds[-1], len(q), len(k), len(v))
-    if plan.keys is None:
-        return PrefixAttentionFunction.apply(q, k, v, plan, scale)
-    return gathered_attention(q, k, v, plan, scale)
+    if plan.gather:
+        return gathered_attention(q, k, v, plan, scale)
+    if uses_native(q):
+        return native_attention(q, k, v, plan.segments, scale)
+    return PrefixAttentionFunction.apply(q, k, v, plan, scale)
 
 
 class PrefixAttention:

@@ -5,7 +5,9 @@ from numerics import assert_accurate
 from r1fast.kernels import attention
 from r1fast.kernels.attention import (
     PackedAttention,
+    bucketed_attention,
     plan_buckets,
+    plan_varlen,
     varlen_attention,
     varlen_attention_ref,
 )
@@ -26,6 +28,11 @@ def cumulative(lengths: list[int], device: str = "cpu") -> torch.Tensor:
     return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
 
 
+def by_buckets(q, k, v, cu_seqlens, max_seqlen, *, scale=None):
+    """PyTorch's, where the CPU takes C++ by itself."""
+    return bucketed_attention(q, k, v, plan_buckets(cu_seqlens, device=q.device), scale)
+
+
 def make_inputs(num_tokens: int, H: int, K: int, Dh: int, device: str) -> list[torch.Tensor]:
     """Random float64 q, k, v and the gradient of the output."""
     torch.manual_seed(0)
@@ -44,11 +51,12 @@ def out_and_grads(op, inputs, lengths, dtype, **kwargs) -> dict[str, torch.Tenso
     return {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
 
 
+@pytest.mark.parametrize("op", [varlen_attention, by_buckets])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize(("H", "K", "Dh"), [(4, 4, 32), (4, 2, 16), (6, 1, 64)])
-def test_varlen_attention_matches_reference(lengths, H, K, Dh, device):
+def test_varlen_attention_matches_reference(op, lengths, H, K, Dh, device):
     inputs = make_inputs(sum(lengths), H, K, Dh, device)
-    actual = out_and_grads(varlen_attention, inputs, lengths, torch.float32)
+    actual = out_and_grads(op, inputs, lengths, torch.float32)
     baseline = out_and_grads(varlen_attention_ref, inputs, lengths, torch.float32)
     exact = out_and_grads(varlen_attention_ref, inputs, lengths, torch.float64)
     for name in exact:
@@ -60,13 +68,14 @@ def test_varlen_attention_matches_reference(lengths, H, K, Dh, device):
         assert_accurate(name, actual[name], baseline[name], exact[name], slack, floor)
 
 
-def test_bfloat16_and_scale(device):
+@pytest.mark.parametrize("op", [varlen_attention, by_buckets])
+def test_bfloat16_and_scale(op, device):
     lengths = LENGTHS["bucket edges"]
     inputs = [x.bfloat16().double() for x in make_inputs(sum(lengths), 4, 2, 64, device)]
     results = [
-        out_and_grads(op, inputs, lengths, dtype, scale=0.3)
-        for op, dtype in (
-            (varlen_attention, torch.bfloat16),
+        out_and_grads(f, inputs, lengths, dtype, scale=0.3)
+        for f, dtype in (
+            (op, torch.bfloat16),
             (varlen_attention_ref, torch.bfloat16),
             (varlen_attention_ref, torch.float64),
         )
@@ -87,17 +96,18 @@ def test_reference_is_dense_attention_with_a_block_mask(device):
     torch.testing.assert_close(out, dense.transpose(0, 1))
 
 
+@pytest.mark.parametrize("op", [varlen_attention, by_buckets])
 @pytest.mark.parametrize("poisoned", [0, 2, 5])
-def test_nan_stays_in_its_sequence(poisoned, device):
+def test_nan_stays_in_its_sequence(op, poisoned, device):
     lengths = [9, 10, 8, 10, 9, 3]  # one bucket and a stray
     inputs = [x.float() for x in make_inputs(sum(lengths), 4, 2, 16, device)]
-    clean = out_and_grads(varlen_attention, inputs, lengths, torch.float32)
+    clean = out_and_grads(op, inputs, lengths, torch.float32)
     start = sum(lengths[:poisoned])
     own = torch.zeros(sum(lengths), dtype=torch.bool, device=device)
     own[start : start + lengths[poisoned]] = True
     for x in inputs:
         x[own] = float("nan")
-    dirty = out_and_grads(varlen_attention, inputs, lengths, torch.float32)
+    dirty = out_and_grads(op, inputs, lengths, torch.float32)
     for name in clean:
         assert dirty[name][own].isnan().any()
         torch.testing.assert_close(dirty[name][~own], clean[name][~own], rtol=0, atol=0)
@@ -153,7 +163,7 @@ def test_packed_attention_plans_once(device, monkeypatch):
     q, k, v, _ = (x.float() for x in make_inputs(21, 4, 2, 16, device))
     plans = []
     monkeypatch.setattr(
-        attention, "plan_buckets", lambda *a, **k: plans.append(plan_buckets(*a, **k)) or plans[-1]
+        attention, "plan_varlen", lambda *a: plans.append(plan_varlen(*a)) or plans[-1]
     )
     attend = PackedAttention(cumulative(lengths, device), 9)
     outputs = [attend(layer, q, k, v) for layer in range(3)]

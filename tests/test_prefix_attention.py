@@ -8,6 +8,7 @@ from numerics import assert_accurate
 
 from r1fast.kernels.prefix_attention import (
     PrefixAttention,
+    PrefixAttentionFunction,
     gathered_attention,
     plan_prefixes,
     prefix_attention,
@@ -37,6 +38,11 @@ def by_op(q, k, v, bounds, prefix_of, **options):
     return prefix_attention(q, k, v, plan_prefixes(bounds, prefix_of, device=q.device), **options)
 
 
+def by_flash(q, k, v, bounds, prefix_of, *, scale=None):
+    """PyTorch's flash attention, where the CPU takes C++ by itself."""
+    return PrefixAttentionFunction.apply(q, k, v, plan_prefixes(bounds, prefix_of), scale)
+
+
 def by_gather(q, k, v, bounds, prefix_of, *, scale=None):
     plan = plan_prefixes(bounds, prefix_of, device=q.device, gather=True)
     return gathered_attention(q, k, v, plan, scale)
@@ -58,10 +64,12 @@ def out_and_grads(op, inputs, pack, dtype, **options) -> dict[str, torch.Tensor]
     return {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
 
 
-@pytest.mark.parametrize("op", [by_op, by_gather])
+@pytest.mark.parametrize("op", [by_op, by_flash, by_gather])
 @pytest.mark.parametrize("pack", PACKS.values(), ids=PACKS)
 @pytest.mark.parametrize(("H", "K", "Dh"), HEADS)
 def test_matches_the_dense_mask(op, pack, H, K, Dh, device):
+    if op is by_flash and device != "cpu":
+        pytest.skip("of the CPU alone")
     inputs = make_inputs(pack[0], H, K, Dh, device)
     exact = out_and_grads(by_ref, inputs, pack, torch.float64)
     baseline = out_and_grads(by_ref, inputs, pack, torch.float32)
@@ -91,11 +99,12 @@ def test_far_apart_log_sum_exps(device):
         torch.testing.assert_close(actual[name], exact[name], rtol=1e-9, atol=1e-9)
 
 
-def test_bfloat16_is_computed_in_float32():
+@pytest.mark.parametrize("op", [by_op, by_flash])
+def test_bfloat16_is_computed_in_float32(op):
     """Rounded once, at the end: nearly every output is the nearest bfloat16."""
     pack = PACKS["ragged groups"]
     inputs = [x.bfloat16().double() for x in make_inputs(pack[0], 4, 2, 16, "cpu")]
-    actual = out_and_grads(by_op, inputs, pack, torch.bfloat16)
+    actual = out_and_grads(op, inputs, pack, torch.bfloat16)
     exact = out_and_grads(by_ref, inputs, pack, torch.float64)
     for name in exact:
         assert (actual[name] == exact[name].bfloat16()).double().mean() > 0.99, name
@@ -138,9 +147,9 @@ def test_one_call_for_all_completions_of_a_prompt():
 
 def test_the_gathered_keys_of_a_segment_begin_with_its_prefix():
     plan = plan_prefixes([0, 2, 4, 5], [-1, 0, 0], gather=True)
-    assert plan.keys.rows.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4]
-    assert plan.cu_seqlens_k.tolist() == plan.key_bounds == [0, 2, 6, 9]
-    assert (plan.max_seqlen, plan.max_seqlen_k) == (2, 4)
+    assert plan.keys.gather.rows.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4]
+    assert plan.keys.cu_seqlens_k.tolist() == plan.keys.bounds == [0, 2, 6, 9]
+    assert (plan.max_seqlen, plan.keys.max_seqlen) == (2, 4)
 
 
 def test_the_plan_is_made_once(device, monkeypatch):
