@@ -222,6 +222,59 @@ def native_compact(
     num_threads: int,
 ) -> None: ...
 
+# Called by kernels/cpu_attention.py, under the same rules. A token's heads lie side by side.
+def attention_level() -> str:
+    """What the level "auto" is on this machine: avx512, avx2 or baseline."""
+
+def attention_forward(
+    q: Address,  # (T, H, Dh)
+    ld_q: int,  # elements between two tokens
+    k: Address,  # (T, K, Dh)
+    ld_k: int,
+    v: Address,  # (T, K, Dh)
+    ld_v: int,
+    bf16: bool,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    bounds: Address,  # (S + 1,) int64
+    prefix_of: Address,  # (S,) int64, or 0: no segment continues another
+    num_segments: int,
+    out: Address,  # (T, H, Dh), written
+    wide_out: Address,  # (T, H, Dh) float32, written too, or 0
+    m: Address,  # (T, H) float32, written: the largest score of each row
+    share: Address,  # (T, H) float32, written: 1 over its sum of exp(score - m)
+    level: str,  # auto, baseline, avx2, avx512; ValueError for one that this CPU does not have
+    num_threads: int,
+) -> None: ...
+def attention_backward(
+    q: Address,
+    ld_q: int,
+    k: Address,
+    ld_k: int,
+    v: Address,
+    ld_v: int,
+    bf16: bool,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    bounds: Address,
+    prefix_of: Address,
+    num_segments: int,
+    wide_out: Address,  # the output in float32, contiguous
+    m: Address,
+    share: Address,
+    dout: Address,  # (T, H, Dh)
+    ld_dout: int,
+    dq: Address,  # (T, H, Dh), written
+    dk: Address,  # (T, K, Dh), written
+    dv: Address,  # (T, K, Dh), written
+    level: str,
+    num_threads: int,
+) -> None: ...
+
 # Called by kernels/paged_cache.py, paged_attention.py and sample.py, under the same rules.
 def write_kv(
     keys: Address,  # tiled storage, see kernels/paged_cache.py
