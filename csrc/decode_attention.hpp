@@ -117,24 +117,25 @@ class DecodeWorkspace {
   // Cuts the work, for any cache and queries of these shapes. Returns the multiply-adds, about.
   template <class T>
   double prepare(const DecodeProblem<T>& problem, int64_t kv_heads, int64_t head_dim, int64_t num_threads) {
-    const double steps = plan(problem, problem.num_heads / kv_heads, kv_heads, num_threads) * kv_heads * head_dim;
+    const double steps = plan(problem, problem.num_heads / kv_heads, kv_heads, num_threads);
     const int64_t num_units = static_cast<int64_t>(units_.size()) * kv_heads;
-    int64_t most_chunks = 1;
-    for (const Unit& unit : units_) most_chunks = std::max(most_chunks, unit.num_chunks);
-    const bool cut = num_threads > 1 && num_units < kUnitsPerThread * num_threads;
-    chunks_at_once_ = cut ? 1 : most_chunks;
-    const int64_t parts = cut ? most_chunks : 1;
+    num_parts_ = 1;
+    if (num_threads > 1 && num_units < kUnitsPerThread * num_threads) {
+      for (const Unit& unit : units_) num_parts_ = std::max(num_parts_, unit.num_chunks);
+    }
+    num_tasks_ = num_units * num_parts_;
     // of each thread q, and (m, l, a) twice: of all chunks so far and of one
     const int64_t ld = row_floats(head_dim), row = ld + 2;
     scratch_ = round_up(most_rows_ * (ld + 2 * row), kTile);
-    const int64_t of_threads = scratch_ * std::max<int64_t>(num_threads, 1);
-    reserve(of_threads + (parts > 1 ? num_partials_ * kv_heads * row : 0));
-    partials_ = floats_->data() + of_threads;
-    if (parts > 1 && finished_.size() < static_cast<size_t>(num_units)) {
-      finished_ = std::vector<std::atomic<int32_t>>(num_units);
-    }
-    num_tasks_.store(num_units * parts, std::memory_order_relaxed);
-    return steps;
+    reserve(scratch_ * std::max<int64_t>(num_threads, 1), kv_heads * row);
+    return steps * kv_heads * head_dim;
+  }
+
+  // The same sequences and queries some positions later. The number of tasks stays: who asks for it may be late.
+  template <class T>
+  void go_on(const DecodeProblem<T>& problem, int64_t kv_heads, int64_t head_dim, int64_t num_threads) {
+    plan(problem, problem.num_heads / kv_heads, kv_heads, num_threads);
+    reserve(scratch_ * std::max<int64_t>(num_threads, 1), kv_heads * (row_floats(head_dim) + 2));
   }
 
   // The problem that was prepared, in no more threads.
@@ -142,19 +143,23 @@ class DecodeWorkspace {
   void attend(const DecodeProblem<T>& problem, const PagedCache<T>& cache, const StripKernels<T>& kernels,
               Each&& each) {
     const int64_t kv_heads = cache.num_kv_heads;
-    each(num_tasks_.load(std::memory_order_relaxed), [&](int64_t task, int64_t thread) {
+    each(num_tasks_, [&](int64_t task, int64_t thread) {
       const Call<T> call{problem, cache, kernels, problem.num_heads / kv_heads, row_floats(cache.head_dim), partials_};
-      const int64_t num_units = static_cast<int64_t>(units_.size()) * kv_heads;
-      const int64_t parts = num_tasks_.load(std::memory_order_relaxed) / num_units;
-      const int64_t index = task / parts, head = index % kv_heads, chunk = task % parts;
+      const int64_t index = task / num_parts_, part = task % num_parts_, head = index % kv_heads;
       const Unit& unit = units_[static_cast<size_t>(index / kv_heads)];
-      if (chunk >= unit.num_chunks) return;
-      const int64_t end = std::min(chunk + chunks_at_once_, unit.num_chunks);
-      attend_unit(call, unit, head, chunk, end, floats_->data() + thread * scratch_);
-      if (end - chunk == unit.num_chunks) return;
+      float* const scratch = floats_->data() + thread * scratch_;
+      if (num_parts_ == 1 || unit.num_chunks == 1) {
+        if (part == 0) attend_unit(call, unit, head, 0, unit.num_chunks, scratch);
+        return;
+      }
+      const int64_t parts = std::min(num_parts_, unit.num_chunks);
+      if (part >= parts) return;
+      for (int64_t chunk = part; chunk < (part + 1 < parts ? part + 1 : unit.num_chunks); ++chunk) {
+        attend_unit(call, unit, head, chunk, chunk + 1, scratch);
+      }
       // the last one to finish merges them all
-      std::atomic<int32_t>& finished = finished_[static_cast<size_t>(index)];
-      if (finished.fetch_add(1, std::memory_order_acq_rel) + 1 == unit.num_chunks) {
+      std::atomic<int64_t>& finished = finished_[static_cast<size_t>(index)];
+      if (finished.fetch_add(1, std::memory_order_acq_rel) + 1 == parts) {
         finished.store(0, std::memory_order_relaxed);
         finish_unit(call, unit, head);
       }
@@ -237,10 +242,16 @@ class DecodeWorkspace {
     return steps;
   }
 
-  void reserve(int64_t num_floats) {
+  void reserve(int64_t of_threads, int64_t of_partial) {
+    const bool in_parts = num_parts_ > 1;
+    const int64_t num_floats = of_threads + (in_parts ? num_partials_ * of_partial : 0);
     if (floats_ == nullptr || num_floats > capacity_) {
-      floats_ = std::make_unique<AlignedBuffer<float>>(num_floats + num_floats / 2);
       capacity_ = num_floats + num_floats / 2;
+      floats_ = std::make_unique<AlignedBuffer<float>>(capacity_);
+    }
+    partials_ = floats_->data() + of_threads;
+    if (in_parts && static_cast<int64_t>(finished_.size()) < num_tasks_) {
+      finished_ = std::vector<std::atomic<int64_t>>(static_cast<size_t>(num_tasks_));
     }
   }
 
@@ -342,15 +353,15 @@ class DecodeWorkspace {
   }
 
   std::vector<Unit> units_;
-  std::vector<std::atomic<int32_t>> finished_;
+  std::vector<std::atomic<int64_t>> finished_;  // parts of a unit and a head
   std::unique_ptr<AlignedBuffer<float>> floats_;
   int64_t capacity_ = 0;
   float* partials_ = nullptr;
-  std::atomic<int64_t> num_tasks_{0};
-  int64_t scratch_ = 0;         // floats of a thread
-  int64_t chunks_at_once_ = 1;  // of a task
-  int64_t num_partials_ = 0;    // rows times chunks of all units
-  int64_t most_rows_ = 0;       // of a unit
+  int64_t num_tasks_ = 0;
+  int64_t num_parts_ = 1;     // that a unit is cut into
+  int64_t scratch_ = 0;       // floats of a thread
+  int64_t num_partials_ = 0;  // rows times chunks of all units
+  int64_t most_rows_ = 0;     // of a unit
 };
 
 }  // namespace r1fast

@@ -97,7 +97,7 @@ class DecodeLoop {
             return;
           }
           begin_step(rows, allocator.block_size());
-          decoder_.prepare(step, num_threads);
+          decoder_.go_on(step, num_threads);
         });
       }
     });

@@ -119,6 +119,11 @@ class Decoder {
     return steps * static_cast<double>(layers_.size());
   }
 
+  // The same rows, each at its next position.
+  void go_on(const Step& step, int64_t num_threads) {
+    attention_.go_on(attention_of(step), shape_.num_kv_heads, shape_.head_dim, num_threads);
+  }
+
   // What each member of a team does.
   void forward(const Step& step, T* hidden, int64_t ld_hidden, Member& each) {
     const int64_t n = step.num_tokens;

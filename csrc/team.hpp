@@ -2,73 +2,73 @@
 //
 //   run_team(num_threads, [&](Member& each) { each(n, body);  each(m, next_body); });
 //
-// Every member runs the same program; a loop's tasks go to whoever comes. A member that the system has taken its core
-// from holds up only the task it is in: when it comes back, it passes by the loops that the others have finished. So
-// what a loop writes must not depend on the thread, and what decides the order of loops may only change inside a loop.
+// Every member runs the same program. A member has a share of each loop's tasks, the same one in the same loop every time, so that
+// what it reads is in its own caches; when it is through it takes what is left of the others' shares. So a member that the
+// system has taken its core from holds up no more than the task it is in: when it comes back, it passes by the loops that
+// the others have finished meanwhile. Therefore the number of a loop's tasks must not depend on what a loop writes, nor
+// what a task writes on the thread.
 #pragma once
 
 #include "parallel.hpp"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#else
-#include <thread>
 #endif
 
 namespace r1fast {
 
-// One loop at a time, in a word: its number, its tasks, those handed out and those done.
 class Team {
  public:
-  explicit Team(int64_t num_threads) : num_threads_(num_threads) {}
-  int64_t num_threads() const { return num_threads_; }
+  explicit Team(int64_t num_threads) : shares_(static_cast<size_t>(num_threads)) {}
+  int64_t num_threads() const { return static_cast<int64_t>(shares_.size()); }
 
  private:
   friend class Member;
-  static constexpr int kBits = 14;
-  static constexpr uint64_t kMask = (uint64_t{1} << kBits) - 1, kDone = 1, kTaken = uint64_t{1} << kBits;
-  static uint64_t opened(uint64_t loop, uint64_t num_tasks) { return loop << 3 * kBits | num_tasks << 2 * kBits; }
-  static uint64_t loop_of(uint64_t state) { return state >> 3 * kBits; }
-  static uint64_t tasks_of(uint64_t state) { return state >> 2 * kBits & kMask; }
-  static uint64_t taken_of(uint64_t state) { return state >> kBits & kMask; }
-  static uint64_t done_of(uint64_t state) { return state & kMask; }
+  struct alignas(64) Share {
+    std::atomic<uint64_t> taken{0};  // the latest loop that a task was taken in, and how many of them: 32 bits each
+  };
 
-  alignas(64) std::atomic<uint64_t> state_{0};
-  alignas(64) int64_t num_threads_;
+  std::vector<Share> shares_;
+  alignas(64) std::atomic<int64_t> num_done_{0};  // tasks of all loops
 };
 
 class Member {
  public:
   Member(Team& team, int64_t thread) : team_(team), thread_(thread) {}
-  int64_t num_threads() const { return team_.num_threads(); }
 
   // body(task, thread) for each task. Returns when all of them are done, whoever has done them.
   template <class Body>
   void operator()(int64_t num_tasks, const Body& body) {
-    // more tasks than can be counted are handed out several at a time
-    const int64_t grain = std::max<int64_t>(ceil_div(num_tasks, static_cast<int64_t>(Team::kMask)), 1);
-    std::atomic<uint64_t>& state = team_.state_;
-    const uint64_t loop = ++loop_;
-    uint64_t now = state.load(std::memory_order_acquire);
-    if (Team::loop_of(now) < loop) {  // the one before is done: this member has waited for it
-      const uint64_t fresh = Team::opened(loop, static_cast<uint64_t>(ceil_div(num_tasks, grain)));
-      if (state.compare_exchange_strong(now, fresh, std::memory_order_acq_rel, std::memory_order_acquire)) now = fresh;
+    ++loop_;
+    due_ += num_tasks;
+    int64_t num_done = 0;
+    const int64_t size = team_.num_threads();
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t owner = (thread_ + i) % size;
+      num_done += take_share(num_tasks * owner / size, num_tasks * (owner + 1) / size,
+                             team_.shares_[static_cast<size_t>(owner)].taken, body);
     }
-    while (Team::loop_of(now) == loop && Team::taken_of(now) < Team::tasks_of(now)) {
-      const int64_t first = static_cast<int64_t>(Team::taken_of(now)) * grain;
-      if (!state.compare_exchange_weak(now, now + Team::kTaken, std::memory_order_acq_rel, std::memory_order_acquire)) {
-        continue;
-      }
-      for (int64_t task = first; task < std::min(first + grain, num_tasks); ++task) body(task, thread_);
-      now = state.fetch_add(Team::kDone, std::memory_order_acq_rel) + Team::kDone;
-    }
-    for (int64_t round = 0; Team::loop_of(now) == loop && Team::done_of(now) < Team::tasks_of(now); ++round) {
-      pause(round);
-      now = state.load(std::memory_order_acquire);
-    }
+    if (num_done > 0) team_.num_done_.fetch_add(num_done, std::memory_order_acq_rel);
+    for (int64_t round = 0; team_.num_done_.load(std::memory_order_acquire) < due_; ++round) pause(round);
   }
 
  private:
+  // What is left of tasks [begin, end). Returns how many that were.
+  template <class Body>
+  int64_t take_share(int64_t begin, int64_t end, std::atomic<uint64_t>& taken, const Body& body) {
+    int64_t num_done = 0;
+    if (begin == end) return 0;
+    uint64_t now = taken.load(std::memory_order_relaxed);
+    while (now < (loop_ << 32 | static_cast<uint64_t>(end - begin))) {
+      const uint64_t next = std::max(now, loop_ << 32);
+      if (!taken.compare_exchange_weak(now, next + 1, std::memory_order_relaxed)) continue;
+      now = next + 1;
+      body(begin + static_cast<int64_t>(next & 0xffffffffu), thread_);
+      ++num_done;
+    }
+    return num_done;
+  }
+
   // Spins while another core is likely to be at it; then its thread waits for a core, perhaps for this one.
   static void pause(int64_t round) {
     constexpr int64_t kSpins = 1000;
@@ -80,7 +80,8 @@ class Member {
 
   Team& team_;
   int64_t thread_;
-  uint64_t loop_ = 0;  // 22 bits
+  uint64_t loop_ = 0;
+  int64_t due_ = 0;  // tasks of the loops so far
 };
 
 template <class Program>
@@ -94,11 +95,10 @@ void run_team(int64_t num_threads, const Program& program) {
 
 // The same call for a loop that stands alone.
 struct Alone {
-  int64_t threads;
-  int64_t num_threads() const { return threads; }
+  int64_t num_threads;
   template <class Body>
   void operator()(int64_t num_tasks, const Body& body) const {
-    parallel_for(num_tasks, threads, body);
+    parallel_for(num_tasks, num_threads, body);
   }
 };
 

@@ -114,6 +114,22 @@ def test_more_threads_than_cores_change_nothing():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("length", [490, 1010])
+def test_a_context_that_grows_by_a_chunk_of_attention(length, monkeypatch):
+    """Few rows are cut into parts for the threads; how many is settled before a chunk of 512 begins."""
+    model = tiny_model(max_position_embeddings=1200)
+    prompts = [[4 + i * i % 90 for i in range(length)], [5, 6]]
+    options = {
+        "prompts": prompts,
+        "samples": 1,
+        "sampling": SamplingParams(ignore_eos=True, max_tokens=40),
+    }
+    many, _, _ = run(model, 64, **options)
+    assert many == run(model, 1, **options)[0]
+    monkeypatch.setattr(Runner, "can_decode_many", lambda runner, rows: False)
+    assert many == run(model, 1, **options)[0]
+
+
 def test_a_row_that_is_not_finite_ends_alone():
     """Its neighbours' call ends with it, and they go on."""
     model = tiny_model("qwen3")  # its head is untied: only who has drawn such a token meets it
