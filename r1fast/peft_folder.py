@@ -30,7 +30,7 @@ from r1fast.lora import adapters, add_lora, drop_lora, lora_of
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _PROJECTION = re.compile(r"\.(\w+)\.lora_[AB]\.weight$")
-# options that do not change what a loaded adapter computes, or that a table of their own switches on
+# options that change nothing of what a loaded adapter computes, or only beside another option
 IRRELEVANT = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "inference_mode",
     "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision",
