@@ -68,6 +68,16 @@ def test_a_freed_slot_is_refilled_at_once():
     assert engine.stats.decode_steps == stepped.stats.decode_steps
 
 
+def test_samples_that_wait_for_a_slot_do_not_make_steps_single():
+    """A group wider than the batch: what waits cannot start before a sample ends, which ends the call."""
+    sampling = SamplingParams(ignore_eos=True, max_tokens=40)
+    options = {"samples": 8, "max_batch_size": 4, "prompts": [[5, 6]], "sampling": sampling}
+    many, _, calls = run(tiny_model(), 64, **options)
+    single, _, single_calls = run(tiny_model(), 1, **options)
+    assert many == single
+    assert calls <= 4 < 70 < single_calls
+
+
 def test_a_full_cache_preempts_as_ever():
     model = tiny_model()
     whole, _, _ = run(model, 64)

@@ -214,6 +214,23 @@ def rollout(model, ban=None, first=(), **options):
     return engine, prompts, groups
 
 
+def test_an_engine_sees_what_counts_as_adapters():
+    """Off, or exchanged for others: neither is a change of a parameter."""
+    base, model, other = tiny_model(), with_lora(tiny_model()), with_lora(tiny_model(), std=0.5)
+    engine, prompts = Engine(model, [3]), [[4, 5, 6]]
+
+    def logprobs(engine):
+        (group,) = engine.generate(prompts, 4, SamplingParams(max_tokens=8), seed=1)
+        return [c.logprobs for c in group.completions]
+
+    own = logprobs(engine)
+    with adapters_off(model):
+        assert logprobs(engine) == logprobs(Engine(base, [3])) != own
+    with exchanged(model, lora_tensors(other)):
+        assert logprobs(engine) == logprobs(Engine(other, [3])) != own
+    assert logprobs(engine) == own
+
+
 @pytest.mark.parametrize(
     ("family", "name", "native"),
     [
@@ -303,9 +320,18 @@ def test_batch_invariant_bits_with_adapters(dtype, width):
 
 
 @needs_native
-def test_a_broken_row_leaves_its_neighbours():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraConfig(rank=5),
+        # a word of bfloat16 that q's product reads is half of it another product's
+        LoraConfig(rank=1, targets=["q_proj", "gate_proj", "up_proj"]),
+    ],
+)
+def test_a_broken_row_leaves_its_neighbours(lora, dtype):
     """A NaN in one row's x A^T stays in that row, and is gone when another sample takes its place."""
-    model = with_lora(tiny_model("qwen3", hidden_size=34), LoraConfig(rank=5), std=0.1)
+    model = with_lora(tiny_model("qwen3", hidden_size=34).to(dtype), lora, std=0.1)
     _, _, groups = rollout(model, ban=96)
     with torch.no_grad():
         model.embed.weight[96] = torch.nan

@@ -35,7 +35,7 @@ from r1fast.rollout.scheduler import Scheduler
 from r1fast.rollout.score import Scoring, make_jobs
 from r1fast.rollout.speculation import Speculation
 from r1fast.rollout.text import TextStream
-from r1fast.rollout.weights import checksums, versions
+from r1fast.rollout.weights import checksums, versions, weights
 from r1fast.types import TokenEvent
 
 
@@ -218,7 +218,7 @@ class Engine(Loops, Decoding):
                     "let them end or abort them before training, then add more"
                 )
             return
-        weight, content = self.model.head_weight, checksums(self.model.parameters())
+        weight, content = self.model.head_weight, checksums(weights(self.model))
         if (now, content) != (self._versions, self._checksums):
             self.reset_prefix_cache()
         if self.scheduler is None or not self.scheduler.cache.fits(weight):

@@ -9,6 +9,7 @@ Shapes: N tokens, D width, H query heads, K kv heads, Dh head width, V vocabular
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from r1fast import _C
@@ -148,13 +149,14 @@ class NativeForward:
         max_steps = min(max_steps, int(left.min()))
         longest = int(rows.length[batch.slots].max()) + max_steps
         rows.reserve(longest)
+        rotations = self.model.rope.table(longest)  # held: another thread may let it grow
         return self.loop.run(
             rows.tokens, rows.logprobs, rows.truncated,
             rows.entropies if batch.return_entropy else None, rows.blocks, rows.length,
             rows.num_blocks, rows.prompt_length, rows.limit, rows.seed, rows.temperature, rows.top_k,
             rows.top_p, rows.min_p, rows.ignore_eos, rows.stop_ids, rows.is_eos, batch.slots,
             batch.group_starts, batch.shared_blocks, self.cache.allocator,
-            self.model.rope.table(longest).data_ptr(), max_steps, MAX_SECONDS,
+            rotations.data_ptr(), max_steps, MAX_SECONDS,
             torch.get_num_threads(),
         )  # fmt: skip
 
@@ -176,7 +178,10 @@ def _pack(linear: Linear, *, halved: bool = False) -> tuple[PackedWeight, Packed
     weight, low_rank = linear.weight.detach(), None
     factors = linear.adapter and linear.adapter.stacked(len(weight), weight.dtype)
     if factors is not None:
+        # whole tiles: a product must not read what another layer's left behind its own columns
         A, B = factors
+        unused = -len(A) % MULTIPLE
+        A, B = F.pad(A, (0, 0, 0, unused)), F.pad(B, (0, unused))
         gap = weight.new_zeros(len(weight), -weight.shape[1] % MULTIPLE)
         weight, low_rank = torch.cat((weight, gap, B), 1), PackedWeight(A)
     return PackedWeight(weight, linear.bias, halved=halved), low_rank

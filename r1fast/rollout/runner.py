@@ -89,7 +89,8 @@ class Runner:
         return self._decode(*step.to(self._tensor), cache)
 
     def can_decode_many(self, rows: Rows) -> bool:
-        return self.is_native and draws_alone(rows.batch())
+        """Whether steps are C++ from forward to draw; graphs are of single steps."""
+        return self.is_native and self.graphs is None and draws_alone(rows.batch())
 
     def decode_many(self, rows: Rows, cache: KVCache, max_steps: int) -> tuple[int, np.ndarray]:
         """NativeForward.decode"""

@@ -47,7 +47,7 @@ class Scheduler:
     @property
     def could_start(self) -> bool:
         """Whether anything might be prefilled or started while no sample ends."""
-        return bool(self.prefilling or self.ready or (self.waiting and self.rows.free))
+        return bool(self.prefilling or ((self.ready or self.waiting) and self.rows.free))
 
     @property
     def num_waiting(self) -> int:

@@ -5,21 +5,33 @@ to say so: optimizers and users write parameters in place.
 """
 
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor
 
+from r1fast.lora import adapters
 from r1fast.model import Decoder
 
 MIX = -7046029254386353131  # odd, so that multiplying by it loses nothing: 0x9E3779B97F4A7C15
 
 
+def weights(model: Decoder) -> list[Tensor]:
+    """What a forward reads now: the parameters, and what stands in for adapters' own."""
+    instead = (adapter.instead or () for _, adapter in adapters(model))
+    return [*model.parameters(), *chain.from_iterable(instead)]
+
+
 def versions(model: Decoder) -> tuple:
-    """Addresses and version counters of the parameters. Fused optimizers and `.data` do not count."""
-    parameters = list(model.parameters())
+    """Addresses and version counters of the weights, and which adapters are off.
+
+    Fused optimizers and `.data` do not count.
+    """
+    found = weights(model)
     # an inference tensor has no counter
-    counters = (0 if p.is_inference() else p._version for p in parameters)
-    return tuple(p.data_ptr() for p in parameters), tuple(counters)
+    counters = tuple(0 if p.is_inference() else p._version for p in found)
+    are_on = tuple(adapter.is_on for _, adapter in adapters(model))
+    return tuple(p.data_ptr() for p in found), counters, are_on
 
 
 @torch.no_grad()
