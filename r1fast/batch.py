@@ -34,20 +34,35 @@ def pack(
     if longer_alone:
         alone = [i for i in within if sequences[i].num_tokens - 1 > token_budget]
         within = sorted(set(within) - set(alone))
-    groups = group_by_prompt(sequences, within) if share_prompts else []
-    if 0 < len(groups) < len(within):
-        (packed,) = _C.pack_groups(
-            [len(sequences[group[0]].prompt_ids) for group in groups],
-            [[len(sequences[i].completion_ids) - 1 for i in group] for group in groups],
-            token_budget,
-            cost_per_token,
-        )
-        bins = [[[groups[g][m] for m in members] for g, members in b] for b in packed]
-    else:
-        lengths = [sequences[i].num_tokens - 1 for i in within]
-        bins = [[[within[i]] for i in b] for b in _C.pack(lengths, token_budget)]
+    groups = group_by_prompt(sequences, within) if share_prompts else [[i] for i in within]
+    lengths = [
+        (len(sequences[g[0]].prompt_ids), [len(sequences[i].completion_ids) for i in g])
+        for g in groups
+    ]
+    bins = [
+        [[groups[g][m] for m in members] for g, members in b]
+        for b in lay_out(lengths, token_budget, cost_per_token)
+    ]
     bins += [[[i]] for i in alone]
     return [collate(sequences, token_weights, b, device) for b in bins]
+
+
+def lay_out(
+    groups: Seq[tuple[int, Seq[int]]],  # tokens of a prompt, and of each completion that shares it
+    token_budget: int,
+    cost_per_token: float = 0.0,
+) -> list[list[tuple[int, list[int]]]]:
+    """What each micro-batch holds: groups, and which of their completions."""
+    if all(len(completions) == 1 for _, completions in groups):
+        lengths = [prompt + completions[0] - 1 for prompt, completions in groups]
+        return [[(g, [0]) for g in b] for b in _C.pack(lengths, token_budget)]
+    (bins,) = _C.pack_groups(
+        [prompt for prompt, _ in groups],
+        [[n - 1 for n in completions] for _, completions in groups],
+        token_budget,
+        cost_per_token,
+    )
+    return bins
 
 
 def group_by_prompt(

@@ -9,7 +9,8 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from r1fast.config_check import STAGES, check
 
@@ -118,7 +119,8 @@ class GRPOConfig:
     scale_rewards: Literal["group", "batch", "none"] = "group"
     std: Literal["population", "sample"] = "population"  # divide by G (numpy) or G - 1 (TRL)
     std_eps: float = 1e-4
-    token_budget: int = 16384  # tokens forwarded in one micro-batch
+    # tokens forwarded in one micro-batch; "auto" is what memory allows and the device likes
+    token_budget: int | Literal["auto"] = 16384
     shared_prompt: bool = True  # a group's prompt is forwarded once a micro-batch; exact
     balance_ranks: bool = True  # completions move to where there is less to compute; exact
     # without KL and entropy_coef a completion of advantage 0 is not forwarded; exact
@@ -167,7 +169,7 @@ class SFTConfig:
     max_steps: int = 0  # 0 = by epochs
     batch_size: int = 32  # sequences a step, over all ranks
     max_seq_tokens: int = 32768  # longer examples are dropped, counted and reported
-    token_budget: int = 32768  # tokens in one micro-batch
+    token_budget: int | Literal["auto"] = 32768  # tokens in one micro-batch, as in [grpo]
     loss: Literal["token", "sequence"] = "token"  # what the mean is over
 
 
@@ -347,22 +349,29 @@ def _build(default: Any, values: dict, prefix: str = "") -> Any:
                 raise ValueError(f"{key} is a section, got the value {value!r}")
             changes[name] = _build(old, value, key + ".")
             continue
-        hint = hints[name]
-        choices = get_args(hint) if get_origin(hint) is Literal else ()
-        value = float(value) if isinstance(old, float) and type(value) is int else value
-        if type(value) is not type(old):
-            raise ValueError(f"{key} must be {_kind(old, choices)}, got {value!r}")
+        types, choices = _allowed(hints[name])
+        value = float(value) if types == (float,) and type(value) is int else value
+        is_other_word = type(value) is str and choices and value not in choices
+        if type(value) not in types or is_other_word:
+            raise ValueError(f"{key} must be {_kind(types, choices)}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{key} must be a number, got {value}")
-        if choices and value not in choices:
-            shown = ", ".join(repr(c) for c in choices)
-            raise ValueError(f"{key} must be one of {shown}, got {value!r}")
         changes[name] = value
     return replace(default, **changes)
 
 
-def _kind(old: Any, choices: tuple) -> str:
-    if choices:
-        return "one of " + ", ".join(repr(c) for c in choices)
-    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-    return kinds.get(type(old), "a " + {list: "list", dict: "table"}.get(type(old), "value"))
+def _allowed(hint: Any) -> tuple[tuple[type, ...], tuple[str, ...]]:
+    """Types that a value of this annotation may have, and the words where it is one of some."""
+    if get_origin(hint) in (Union, UnionType):  # `int | Literal[...]` is the former
+        parts = [_allowed(part) for part in get_args(hint)]
+        return tuple(t for types, _ in parts for t in types), sum((c for _, c in parts), ())
+    if get_origin(hint) is Literal:
+        return (str,), get_args(hint)
+    return (get_origin(hint) or hint,), ()
+
+
+def _kind(types: tuple[type, ...], choices: tuple[str, ...]) -> str:
+    words = ", ".join(repr(c) for c in choices)
+    kinds = {int: "a whole number", float: "a number", bool: "true or false", list: "a list",
+             dict: "a table", str: "one of " * (len(choices) > 1) + words or "a string"}  # fmt: skip
+    return " or ".join(kinds.get(t, "a value") for t in types)

@@ -65,9 +65,13 @@ def check(c: Config) -> None:
     ):
         need(0 < value <= 1, key, value, "in (0, 1]")
     need(r.top_k >= 0, "rollout.top_k", r.top_k, "at least 0 (0 is off)")
-    for name in ("prompts_per_step", "num_mini_batches", "num_iterations", "token_budget",
-                 "max_rollout_factor"):  # fmt: skip
+    for name in ("prompts_per_step", "num_mini_batches", "num_iterations", "max_rollout_factor"):
         need(getattr(g, name) >= 1, f"grpo.{name}", getattr(g, name), "at least 1")
+    for key, budget in (
+        ("grpo.token_budget", g.token_budget),
+        ("sft.token_budget", s.token_budget),
+    ):
+        need(budget == "auto" or budget >= 1, key, budget, "at least 1")
     for name in ("num_steps", "clip_eps_low", "clip_eps_high", "kl_coef", "ref_refresh_steps",
                  "max_logprob_mismatch"):  # fmt: skip
         need(getattr(g, name) >= 0, f"grpo.{name}", getattr(g, name), "at least 0")
@@ -85,7 +89,7 @@ def check(c: Config) -> None:
         need(0 <= getattr(o, name) < 1, f"optim.{name}", getattr(o, name), "in [0, 1)")
     need(s.max_steps >= 0, "sft.max_steps", s.max_steps, "at least 0 (0 is by epochs)")
     need(s.epochs > 0 or s.max_steps > 0, "sft.epochs", s.epochs, "above 0 where max_steps is 0")
-    for name in ("batch_size", "max_seq_tokens", "token_budget"):
+    for name in ("batch_size", "max_seq_tokens"):
         need(getattr(s, name) >= 1, f"sft.{name}", getattr(s, name), "at least 1")
     for name in ("num_samples", "every_num_problems", "every_num_samples"):
         need(getattr(e, name) >= 1, f"eval.{name}", getattr(e, name), "at least 1")

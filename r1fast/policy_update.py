@@ -13,6 +13,7 @@ from r1fast import distributed
 from r1fast.balance import move, new_ranks
 from r1fast.batch import pack
 from r1fast.config import Config
+from r1fast.costs import Size
 from r1fast.grpo import (
     groups_with_signal,
     grpo_objective,
@@ -23,6 +24,9 @@ from r1fast.grpo import (
 from r1fast.kernels.loss_rows import NonFiniteError
 from r1fast.kernels.policy_loss_options import PolicyLossOptions
 from r1fast.metrics import warn
+from r1fast.plan import PlanWatch
+from r1fast.planner import Job, Work
+from r1fast.planning import auto_budget, grpo_groups, make_job, watch
 from r1fast.policy import Policy
 from r1fast.reference import engine_logprobs, make_reference
 from r1fast.rollout.engine import Engine
@@ -113,6 +117,7 @@ class PolicyUpdate(Trainer):
             with self.timer("balance"):
                 for part in plan.mini_batches(f"{split}0"):
                     sequences = self._move(sequences, plan, part)
+        self.work = self._work(groups, sequences, plan)
         own = [s for key, s in sequences.items() if key in plan.live]
         if self.reference is not None:
             with self.timer("reference"):
@@ -206,6 +211,43 @@ class PolicyUpdate(Trainer):
             share_prompts=self.config.grpo.shared_prompt,
         )
         return move(sequences, plan, ranks)
+
+    @staticmethod
+    def _work(groups: list[RolloutGroup], sequences: dict[Key, Sequence], plan: StepPlan) -> Work:
+        """What this rank has sampled, and what of it is trained, as a plan counts it."""
+        trained: dict[int, tuple[int, list[int]]] = {}
+        for (position, i), s in sequences.items():
+            if (position, i) in plan.live:
+                _, lengths = trained.setdefault(position, (len(s.prompt_ids), []))
+                lengths.append(len(s.completion_ids))
+        sampled = [(len(g.prompt_ids), [len(c.token_ids) for c in g.completions]) for g in groups]
+        return Work(sampled, list(trained.values()))
+
+    def prompt_lengths(self) -> list[int]:
+        """Of the prompts that may come."""
+        return [self.config.rollout.max_prompt_tokens]
+
+    def job(self) -> Job:
+        """What one rank has to do in a step, at the longest completions."""
+        prompts, cut = self.prompt_lengths(), self.config.rollout.max_completion_tokens
+        spec = self.model.spec
+        return make_job(
+            "grpo",
+            spec,
+            Size.of(self.model),
+            self.config,
+            self.policy.device,
+            grpo_groups(self.config, prompts, cut, self.world_size),
+            min(max(prompts) + cut, spec.max_position_embeddings),
+            self.world_size,
+        )
+
+    def auto_token_budget(self) -> int:
+        return auto_budget(self, self.job())
+
+    def watch(self) -> PlanWatch | None:
+        longest = f"completions of {self.config.rollout.max_completion_tokens} tokens, the longest"
+        return watch(self, self.job(), longest)
 
     def _is_masked(self, completion: Completion) -> bool:
         return self.config.grpo.mask_truncated and completion.finish_reason == "length"

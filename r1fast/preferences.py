@@ -14,6 +14,7 @@ from r1fast.metrics import say
 from r1fast.model import load_tokenizer
 from r1fast.policy import Policy, pick_device
 from r1fast.reward_model import (
+    TOKEN_BUDGET,
     load_labelled,
     load_pairs,
     load_reward_model,
@@ -71,7 +72,7 @@ def train_reward_models(config: Config, base: str, folder: Path) -> None:
             batch_size=s.batch_size,
             optim=config.optim,
             seed=config.seed,
-            token_budget=s.token_budget,
+            token_budget=_token_budget(s.token_budget, rows),
             out_dir=folder / f"{name}_training",
             title=f"{name} model",
             eval_data=rows[:num_eval],
@@ -85,6 +86,13 @@ def train_reward_models(config: Config, base: str, folder: Path) -> None:
     if distributed.is_main():
         write_json(folder / "accounting.json", accounting)
     distributed.barrier()
+
+
+def _token_budget(asked: int | str, rows: list) -> int:
+    """ "auto" is what a reward model takes by default, and enough for both sequences of any pair."""
+    if asked != "auto":
+        return int(asked)
+    return max(TOKEN_BUDGET, *(sum(map(len, row.sequences())) for row in rows))
 
 
 def score_general(

@@ -8,10 +8,14 @@ from pathlib import Path
 from r1fast import distributed
 from r1fast.batch import pack
 from r1fast.config import Config
+from r1fast.costs import Size
 from r1fast.data import Example, batch_indices
 from r1fast.kernels.linear_cross_entropy import linear_cross_entropy
 from r1fast.kernels.loss_rows import NonFiniteError
 from r1fast.metrics import warn
+from r1fast.plan import PlanWatch
+from r1fast.planner import Job, Work
+from r1fast.planning import auto_budget, make_job, sft_groups, watch
 from r1fast.policy import Policy
 from r1fast.protocol import rest_of_completion
 from r1fast.templates import encode_text, render_prompt, with_system
@@ -22,7 +26,8 @@ from r1fast.types import Sequence
 def encode_examples(examples: list[Example], policy: Policy, config: Config) -> list[Sequence]:
     """Prompt and completion ids of the kept examples; too long ones are counted and reported."""
     room = min(config.sft.max_seq_tokens, policy.model.spec.max_position_embeddings)
-    room = min(room, config.sft.token_budget)
+    if config.sft.token_budget != "auto":
+        room = min(room, config.sft.token_budget)
     tokenizer, sequences, dropped = policy.tokenizer, [], []
     unknown = 0
     for example in examples:
@@ -50,6 +55,10 @@ def encode_examples(examples: list[Example], policy: Policy, config: Config) -> 
     if not sequences:
         raise ValueError("no training example is left: none was given, or all are too long")
     return sequences
+
+
+def _lengths(s: Sequence) -> tuple[int, int]:
+    return len(s.prompt_ids), len(s.completion_ids)
 
 
 class SFTTrainer(Trainer):
@@ -83,6 +92,27 @@ class SFTTrainer(Trainer):
             force=force,
         )
 
+    def job(self) -> Job:
+        """What one rank has to do in a step."""
+        lengths = [_lengths(s) for s in self.sequences]
+        return make_job(
+            "sft",
+            self.model.spec,
+            Size.of(self.model),
+            self.config,
+            self.policy.device,
+            sft_groups(self.config, lengths, self.world_size),
+            max(map(sum, lengths)),
+            self.world_size,
+        )
+
+    def auto_token_budget(self) -> int:
+        return auto_budget(self, self.job())
+
+    def watch(self) -> PlanWatch | None:
+        mean = sum(s.num_tokens for s in self.sequences) / len(self.sequences)
+        return watch(self, self.job(), f"examples of {mean:.0f} tokens in the mean")
+
     def line_every(self) -> int:
         return max(1, self.num_steps // 20)
 
@@ -100,6 +130,7 @@ class SFTTrainer(Trainer):
             weights = [1.0 / num_tokens] * len(owned)
         else:
             weights = [1.0 / (len(batch_of) * len(x.completion_ids)) for x in owned]
+        self.work = Work.of([(p, [n]) for p, n in map(_lengths, owned)])
         with self.timer("train"):
             sums = self.token_budget.fitting(lambda: self._backward(owned, weights))
             with self.timer.part("optimizer"):

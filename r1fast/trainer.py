@@ -77,15 +77,20 @@ class GRPOTrainer(PolicyUpdate):
     def _check_budget(self, policy: Policy, config: Config) -> None:
         """A sequence that no micro-batch can hold is an error now, not after the first rollout."""
         budget, cut = config.grpo.token_budget, config.rollout.max_completion_tokens
+        if budget == "auto":
+            return
         longest = max(map(len, [*self.prompt_ids, *self.general_ids]))
         num_tokens = min(longest + cut, policy.model.spec.max_position_embeddings)
         if num_tokens > budget:
             raise ValueError(
                 f"grpo.token_budget = {budget} is less than the longest prompt ({longest} tokens) "
                 f"with a completion of rollout.max_completion_tokens = {cut}: {num_tokens} tokens. "
-                f"Set grpo.token_budget to {num_tokens} or more, or lower "
+                f'Set grpo.token_budget to {num_tokens} or more (or "auto"), or lower '
                 "rollout.max_prompt_tokens or rollout.max_completion_tokens"
             )
+
+    def prompt_lengths(self) -> list[int]:
+        return list(map(len, [*self.prompt_ids, *self.general_ids]))
 
     @staticmethod
     def _encode(problems: list[Problem], policy: Policy, config: Config) -> list[list[int]]:

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -122,11 +123,17 @@ def base_digest(model: Decoder) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+class Watch(Protocol):
+    def after_step(self, row: dict, work: Any, last: bool) -> None:
+        """`row` has the seconds of the step's phases, `work` is the trainer's."""
+
+
 class Trainer:
     """State, checkpoints and metrics of one training stage in `folder`."""
 
     section = ""  # of the config that has the token_budget
     shorter = ""  # the keys that bound a sequence's length
+    work: Any = None  # of the last step, as a plan counts it
 
     def __init__(
         self,
@@ -209,7 +216,7 @@ class Trainer:
         if stored and state["config"][self.section]["token_budget"] == asked:
             num_tokens, was_halved = stored["num_tokens"], stored["was_halved"]
         else:
-            num_tokens = asked
+            num_tokens = self.auto_token_budget() if asked == "auto" else asked
         budget = TokenBudget(
             num_tokens,
             discard=self.optimizer.zero_grad,
@@ -218,6 +225,13 @@ class Trainer:
         )
         budget.agree(self.policy.device)
         return budget
+
+    def auto_token_budget(self) -> int:
+        raise NotImplementedError
+
+    def watch(self) -> Watch | None:
+        """For subclasses: what is to see the first steps."""
+        return None
 
     def state(self) -> dict:
         """What `restore` takes beside the tensors, as plain data."""
@@ -332,6 +346,7 @@ class Trainer:
         every = self.config.checkpoint.every_steps
         if distributed.is_main():
             drop_rows(self.folder / "completions.jsonl", self.step)  # of steps done again
+        watch = self.watch() if distributed.is_main() else None
         notice = "stopping after this step, with a checkpoint; once more stops at once"
         with (
             (
@@ -374,6 +389,8 @@ class Trainer:
                 row |= self.after_step()
                 row |= self.timer.take()
                 bar.update(writer.write(self.step, row))
+                if watch is not None:
+                    watch.after_step(row, self.work, self.step == self.num_steps)
                 stopping = self._any_rank(stop.received)
                 # the last step too: what follows may be stopped, and is not to train again
                 if stopping or self.step == self.num_steps or (every and self.step % every == 0):

@@ -1,0 +1,222 @@
+"""Makes plans: of a stage that is about to train, or of a config alone; measures once a process and shape."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from r1fast.config import Config, LoraConfig, OptimConfig, RolloutConfig
+from r1fast.costs import Groups, Size
+from r1fast.machine import GPU, GPUS, available_memory, device_name, measure_bandwidth
+from r1fast.metrics import warn
+from r1fast.model import DTYPES, ModelSpec
+from r1fast.plan import Plan, PlanWatch, number
+from r1fast.planner import Job, Work, choose_budget, memory_of
+from r1fast.probe import Footprint, Speed, measure_footprint, measure_gemm, measure_speed
+from r1fast.rollout.sampler import SamplingParams
+from r1fast.roofline import SHARE, roofline
+from r1fast.training import Trainer
+
+MAX_LAYER = 32 << 20  # parameters of a layer that is timed itself
+CPU_BYTES = "activations are counted of the CPU's operations"
+ROUND = 16  # tokens: lengths this close are one measurement
+
+
+def grpo_groups(config: Config, prompts: Sequence[int], completion: int, num_ranks: int) -> Groups:
+    """A rank's share of a step: prompts of the mean length, all completions of one."""
+    prompt = max(1, round(sum(prompts) / len(prompts)))
+    num = -(-config.grpo.prompts_per_step // num_ranks)
+    return [(prompt, [completion] * config.rollout.num_generations)] * num
+
+
+def sft_groups(config: Config, lengths: Sequence[tuple[int, int]], num_ranks: int) -> Groups:
+    """(prompt, completion) of examples -> a rank's share of a step, from short to long ones."""
+    num = -(-config.sft.batch_size // num_ranks)
+    ordered = sorted(lengths, key=sum)
+    picks = [ordered[(2 * i + 1) * len(ordered) // (2 * num)] for i in range(num)]
+    return [(p, [n]) for p, n in picks]
+
+
+def make_job(
+    kind: str,
+    spec: ModelSpec,
+    size: Size,
+    config: Config,
+    device: torch.device,
+    groups: Groups,
+    longest: int,
+    num_ranks: int,
+) -> Job:
+    shares = kind == "grpo" and config.grpo.shared_prompt
+    footprint = _footprint(_plain(spec), DTYPES[config.model.dtype], shares, _key(config.lora))
+    return Job(kind, spec, size, config, device, num_ranks, footprint, groups, longest)
+
+
+def make_plan(
+    job: Job,
+    stage: str,
+    lengths: str,
+    *,
+    known_bytes: int = 0,  # of the run's tensors that are there already
+    token_budget: int | None = None,  # what the run has, or found
+    gpu: GPU | None = None,  # to assume
+) -> Plan:
+    available = gpu.memory if gpu else available_memory(job.device) + known_bytes
+    budget, reason = job.budget, "as configured"
+    if budget == "auto":
+        budget, reason = choose_budget(job, available)
+        reason = f"auto: {reason}"
+    if token_budget not in (None, budget):
+        budget, reason = token_budget, "as it was before"
+    notes: list[str] = []
+    if gpu is None:
+        name = device_name(job.device)
+        peak_flops, speed = _speed_here(job, max(budget, job.longest - 1))
+        if job.device.type == "cuda":
+            notes = [
+                f"seconds: {SHARE:.0%} of what a large product and a copy reach here is assumed",
+                CPU_BYTES,
+            ]
+    else:
+        name, notes = gpu.name, assumptions(gpu)
+        peak_flops = gpu.fp32_flops if job.dtype == torch.float32 else gpu.bf16_flops
+        speed = roofline(job, peak_flops, gpu.bandwidth)
+    longest = Work.of(job.at_longest())
+    phases = memory_of(job, longest, max(budget, job.longest - 1), available)
+    return Plan(
+        job, stage, name, available, budget, reason, phases, Work.of(job.groups), lengths,
+        speed, peak_flops, notes,
+    )  # fmt: skip
+
+
+def assumptions(gpu: GPU) -> list[str]:
+    return [
+        f"not measured: {gpu.name} by its data sheet, {number(gpu.bf16_flops)}FLOP/s in bfloat16, "
+        f"{number(gpu.fp32_flops)}FLOP/s in float32, {number(gpu.bandwidth)}B/s; {SHARE:.0%} of them is assumed",
+        CPU_BYTES,
+    ]
+
+
+def assumed_gpu(name: str) -> GPU:
+    if name not in GPUS:
+        raise ValueError(f"--gpu must be one of {', '.join(GPUS)}, got {name!r}")
+    return GPUS[name]
+
+
+def _speed_here(job: Job, budget: int) -> tuple[float, Speed]:
+    """(FLOP/s of a large product, what the parts of a step take)."""
+    largest_layer = job.size.linears // job.spec.num_layers
+    if job.device.type == "cuda" or largest_layer > MAX_LAYER:
+        gemm, bandwidth = _rates(job.dtype, job.device)
+        return gemm, roofline(job, gemm, bandwidth)
+    r, lengths = job.config.rollout, [n for _, ns in job.groups for n in ns]
+    speed = _speed(
+        _plain(job.spec),
+        job.dtype,
+        job.device,
+        _rounded(sum(p for p, _ in job.groups) / len(job.groups)),
+        _rounded(sum(lengths) / len(lengths)),
+        len(job.groups),
+        len(lengths) // len(job.groups),
+        job.shares,
+        _rounded(budget),
+        r if job.kind == "grpo" else None,
+        job.config.optim,
+        _key(job.config.lora),
+        torch.get_num_threads(),
+    )
+    return speed.gemm, speed
+
+
+def _plain(spec: ModelSpec) -> ModelSpec:
+    return replace(spec, rope_scaling=None)  # which changes no cost, and has no hash
+
+
+def _key(lora: LoraConfig) -> tuple:
+    """With a hash; nothing of adapters that are off."""
+    return (lora.rank, lora.alpha, lora.rslora, *lora.targets) if lora.rank else (0,)
+
+
+def _lora(key: tuple) -> LoraConfig:
+    return LoraConfig(key[0], key[1], key[2], list(key[3:])) if key[0] else LoraConfig()
+
+
+def _rounded(length: float) -> int:
+    return max(1, round(length) if length < ROUND else round(length / ROUND) * ROUND)
+
+
+@functools.cache
+def _footprint(spec: ModelSpec, dtype: torch.dtype, shares: bool, lora: tuple) -> Footprint:
+    return measure_footprint(spec, dtype, share_prompts=shares, lora=_lora(lora))
+
+
+@functools.cache
+def _rates(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    return measure_gemm(dtype, device), measure_bandwidth(device)
+
+
+@functools.cache
+def _speed(
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    prompt: int,
+    completion: int,
+    num_groups: int,
+    num_completions: int,
+    shares: bool,
+    budget: int,
+    rollout: RolloutConfig | None,
+    optim: OptimConfig,
+    lora: tuple,
+    num_threads: int,
+) -> Speed:
+    sampling = rollout and SamplingParams(
+        rollout.temperature, rollout.top_p, rollout.top_k, min_p=rollout.min_p
+    )
+    return measure_speed(
+        spec,
+        dtype,
+        device,
+        [(prompt, [completion] * num_completions)] * num_groups,
+        share_prompts=shares,
+        token_budget=budget,
+        max_batch_size=rollout.max_batch_size if rollout else 1,
+        sampling=sampling,
+        optim=optim,
+        lora=_lora(lora),
+    )
+
+
+def watch(trainer: Trainer, job: Job, lengths: str) -> PlanWatch | None:
+    """The plan of a stage that begins now, said and written down; None where it cannot be made."""
+    known = held_bytes(trainer)
+    try:
+        plan = make_plan(
+            job,
+            trainer.stage,
+            lengths,
+            known_bytes=known,
+            token_budget=trainer.token_budget.num_tokens,
+        )
+    except (RuntimeError, OSError) as error:  # a probe that fails is no reason not to train
+        warn(f"{trainer.stage}: no plan, as a measurement failed: {error}")
+        return None
+    trainer.folder.mkdir(parents=True, exist_ok=True)
+    return PlanWatch(plan, trainer.folder, known)
+
+
+def auto_budget(trainer: Trainer, job: Job) -> int:
+    return choose_budget(job, available_memory(job.device) + held_bytes(trainer))[0]
+
+
+def held_bytes(trainer: Trainer) -> int:
+    """Of the tensors that training holds on its device between steps."""
+    tensors = [*trainer.model.parameters(), *trainer.optimizer.state_tensors().values()]
+    tensors += [x for named in trainer.extra_tensors().values() for x in named.values()]
+    device = trainer.policy.device.type
+    unique = {x.data_ptr(): x.nbytes for x in tensors if x.device.type == device}
+    return sum(unique.values())
