@@ -7,6 +7,8 @@ commands
   distill    the same, of a smaller model on the kept samples of a larger one
   sample     rejection sampling: correct and readable completions as JSONL
   evaluate   pass@1 over k samples, cons@k, format, language, length
+  plan       memory, token budget, FLOPs and seconds of a step, from config.json alone
+             [--stage NAME] [--gpu a100|l40s|h100|h200] [--ranks N] [--completion-tokens N]
   report     RUN: one self-contained HTML page of a run folder
   replay     RUN --step N [--json] [--section.key=value ...]: a recorded update again, to the
              last bit; with other values of grpo, optim: both losses on the same rollouts
@@ -32,10 +34,11 @@ one at the end of the step. Exit codes: 1 failed, 2 wrong input, 130 stopped,
 import os
 import sys
 
-CONFIG_COMMANDS = ("pipeline", "grpo", "sft", "distill", "sample", "evaluate")
+CONFIG_COMMANDS = ("pipeline", "grpo", "sft", "distill", "sample", "evaluate", "plan")
 COMMANDS = (*CONFIG_COMMANDS, "report", "replay", "generate", "merge", "serve")
 _SAMPLING = "temperature top-p top-k min-p repetition-penalty max-tokens min-tokens seed"
 OPTIONS = {
+    "plan": ["stage", "gpu", "ranks", "completion-tokens"],
     "pipeline": ["from", "only"],
     "replay": ["step", "json"],
     "generate": f"prompt num {_SAMPLING} stop stop-token-id json top-logprobs".split(),

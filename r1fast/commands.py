@@ -13,6 +13,7 @@ from r1fast.generate import Options, generate, model_config
 from r1fast.hf_folder import read_json, resolve_model_path, write_json
 from r1fast.metrics import say, table
 from r1fast.pipeline import Pipeline
+from r1fast.plan_config import plan_config
 from r1fast.policy import Policy, load_policy, policy_of
 from r1fast.provenance import provenance
 from r1fast.rejection import rejection_sample
@@ -31,6 +32,8 @@ def run(command: str, target: Config | str, overrides: list[str], options: Optio
                 Pipeline(target, force=force).run(
                     start=options.get("from", ""), only=options.get("only", "")
                 )
+            elif command == "plan":
+                plan_config(target, options)
             else:
                 _COMMANDS[command](target, force)
         elif command == "report":

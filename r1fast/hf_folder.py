@@ -46,6 +46,23 @@ def resolve_model_path(name_or_path: str | os.PathLike) -> Path:
         ) from error
 
 
+def read_model_config(name_or_path: str | os.PathLike) -> dict:
+    """The config.json of a model folder or, alone of its files, of a model on the Hub."""
+    path = Path(name_or_path).expanduser()
+    name = os.fspath(name_or_path)
+    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        return read_json(resolve_model_path(name) / "config.json")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return read_json(Path(hf_hub_download(name, "config.json")))
+    except Exception as error:  # as in resolve_model_path
+        raise ValueError(
+            f"{name!r} is not a local folder, and its config.json could not be fetched from the "
+            f"Hugging Face Hub (HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', '0')}): {error}"
+        ) from error
+
+
 def read_json(path: Path, default: dict | None = None) -> dict:
     """The JSON object in `path`; `default` where the file is absent, ValueError without one."""
     if not path.is_file():

@@ -31,6 +31,7 @@ class Stage:
     accounting: dict = field(default_factory=dict)
     profile: dict = field(default_factory=dict)
     folder: str = ""  # under the run's
+    plan: dict = field(default_factory=dict)
 
     @property
     def is_sft(self) -> bool:
@@ -90,6 +91,7 @@ def _load_stage(root: Path, entry: Mapping) -> Stage:
         accounting=_read_json(folder / "accounting.json"),
         profile=_read_json(folder / "profile" / "profile.json"),
         folder=str(folder.relative_to(root)),
+        plan=_read_json(folder / "plan.json"),
     )
 
 

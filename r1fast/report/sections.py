@@ -11,6 +11,7 @@ from typing import Any
 from r1fast.metrics import duration, metric_help
 from r1fast.report.charts import Series, curve_chart
 from r1fast.report.page import cell, details, keys, section, table, text
+from r1fast.report.plan import plans
 from r1fast.report.run import Run, Stage, claim_rows, number, samples_note, shown
 from r1fast.rollout_metrics import reflection_pattern
 
@@ -52,6 +53,7 @@ def body(run: Run, title: str) -> str:
         section("The same problems, before and after", *_problems(run)),
         section("What sampling kept, and why the rest went", *map(_accounting, run.stages)),
         section("Where the time went", *_time(run), *map(_profile, run.stages)),
+        section("Planned and measured", *plans(run)),
         section("Provenance", _provenance(run), _config(run)),
     )
     return "\n".join(part for part in parts if part)
