@@ -8,23 +8,6 @@
 #if defined(__x86_64__)
 namespace r1fast {
 
-// y = x / rms(x) * weight over `dim` elements; y may be x.
-template <class T>
-R1FAST_AVX512_INLINE void norm_row(const T* x, const T* weight, float eps, int64_t dim, T* y) {
-  float lanes[16] = {};
-  int64_t i = 0;
-  for (; i + 16 <= dim; i += 16) {
-    for (int l = 0; l < 16; ++l) lanes[l] += to_float(x[i + l]) * to_float(x[i + l]);
-  }
-  float sum = 0;
-  for (; i < dim; ++i) sum += to_float(x[i]) * to_float(x[i]);
-  for (int step = 8; step > 0; step /= 2) {
-    for (int l = 0; l < step; ++l) lanes[l] += lanes[l + step];
-  }
-  const float scale = 1 / std::sqrt((sum + lanes[0]) / static_cast<float>(dim) + eps);
-  for (i = 0; i < dim; ++i) store(y + i, to_float(x[i]) * scale * to_float(weight[i]));
-}
-
 template <class T>
 R1FAST_AVX512 void norm_rows(const T* x, int64_t ld_x, const T* weight, float eps, int64_t dim, T* y, int64_t ld_y,
                              int64_t begin, int64_t end) {
@@ -54,20 +37,6 @@ struct HeadsCall {
   int64_t num_heads;
   T* q;  // (N, H, Dh), written
 };
-
-// out = x cos + (x2, x1) sin
-template <class T>
-R1FAST_AVX512_INLINE void rotate_head(const T* x, const float* rotation, int64_t dim, T* out) {
-  const float *const cos = rotation, *const sin = rotation + dim;
-  const int64_t half = dim / 2;
-  for (int64_t d = 0; d < half; ++d) {
-    const float a = to_float(x[d]), b = to_float(x[d + half]);
-    const float c0 = rounded(cos[d], T{}), c1 = rounded(cos[d + half], T{});
-    const float s0 = rounded(sin[d], T{}), s1 = rounded(sin[d + half], T{});
-    store(out + d, rounded(a * c0, T{}) + b * s0);
-    store(out + d + half, rounded(b * c1, T{}) + a * s1);
-  }
-}
 
 template <class T>
 R1FAST_AVX512 void make_heads(const HeadsCall<T>& call, int64_t num_kv_heads, int64_t dim, int64_t begin, int64_t end,

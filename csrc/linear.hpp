@@ -8,15 +8,13 @@
 #pragma once
 
 #include "amx.hpp"
+#include "rows.hpp"
 #include "team.hpp"
 
 #if defined(__x86_64__)
 namespace r1fast {
 
 enum class After { kStore, kAdd, kSilu };
-
-R1FAST_INLINE float rounded(float x, float) { return x; }
-R1FAST_INLINE float rounded(float x, Bf16) { return float_of(bf16_bits(x) << 16); }
 
 // 16 elements from and to memory, where the mask says so, and rounded as if they had been there.
 R1FAST_AVX512_INLINE __m512 load_lanes(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1fast.kernels import cpu_head
+from r1fast.kernels.rows import as_rows, matrix
 
 MIN_TOKENS = 32  # below, packing W costs more than it saves
 
@@ -43,11 +44,11 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     from r1fast import _C
 
-    rows, weight = _rows(x), _rows(weight)
+    rows, weight = as_rows(x), as_rows(weight)
     bias = None if bias is None else bias.contiguous()
     y = cpu_head.empty((*x.shape[:-1], len(weight)), torch.float32)
     _C.linear_forward(
-        *_matrix(rows), len(rows), *_matrix(weight), *weight.shape,
+        *matrix(rows), len(rows), *matrix(weight), *weight.shape,
         0 if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -59,10 +60,10 @@ def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
         return dy @ weight
     from r1fast import _C
 
-    rows, weight = _rows(dy), _rows(weight)
+    rows, weight = as_rows(dy), as_rows(weight)
     dx = cpu_head.empty((*dy.shape[:-1], weight.shape[1]), torch.float32)
     _C.linear_dx(
-        *_matrix(rows), len(rows), *_matrix(weight), *weight.shape, dx.data_ptr(),
+        *matrix(rows), len(rows), *matrix(weight), *weight.shape, dx.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return dx
@@ -75,22 +76,12 @@ def linear_dweight(dy: Tensor, x: Tensor) -> Tensor:
         return torch.mm(dy.t(), x, out=dweight)
     from r1fast import _C
 
-    dy, x = _rows(dy), _rows(x)
+    dy, x = as_rows(dy), as_rows(x)
     _C.linear_dweight(
-        *_matrix(dy), len(dy), *_matrix(x), *dweight.shape, dweight.data_ptr(),
+        *matrix(dy), len(dy), *matrix(x), *dweight.shape, dweight.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return dweight
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(..., D) -> (T, D), contiguous within a row."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def _matrix(x: Tensor) -> tuple[int, int]:
-    return x.data_ptr(), x.stride(0)
 
 
 class LinearFunction(torch.autograd.Function):

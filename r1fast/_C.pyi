@@ -383,6 +383,100 @@ def linear_dweight(
     num_threads: int,
 ) -> None: ...
 
+# The blocks between a layer's products, in float32 or bfloat16: kernels/rms_norm.py, rope.py, swiglu.py. Rows are contiguous.
+
+def norm_forward(
+    x: Address,  # (T, D)
+    ld_x: int,
+    delta: Address,  # (T, D) or 0: no sum
+    ld_delta: int,
+    weight: Address,
+    eps: float,
+    num_rows: int,
+    dim: int,
+    bf16: bool,
+    sum: Address,  # (T, D), written if there is a delta
+    y: Address,  # (T, D)
+    level: str,  # auto, or baseline, avx2, avx512: the CPU must have it
+    num_threads: int,
+) -> None: ...
+def norm_backward(
+    dy: Address,  # (T, D)
+    ld_dy: int,
+    residual: Address,  # (T, D) or 0: the gradient of the sum by itself
+    ld_residual: int,
+    x: Address,  # (T, D), the sum
+    ld_x: int,
+    weight: Address,
+    eps: float,
+    num_rows: int,
+    dim: int,
+    bf16: bool,
+    dx: Address,  # (T, D)
+    dweight: Address,  # (D,)
+    level: str,  # auto, or baseline, avx2, avx512: the CPU must have it
+    num_threads: int,
+) -> None: ...
+def rope_forward(
+    qkv: Address,  # (T, (H + 2 K) Dh)
+    ld: int,
+    rotations: Address,  # (T, 2 Dh) float32
+    q_weight: Address,  # (Dh,) or 0: no norms
+    k_weight: Address,
+    eps: float,
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,  # at most 1024
+    bf16: bool,
+    q: Address,  # (T, H, Dh)
+    k: Address,  # (T, K, Dh)
+    level: str,  # auto, or baseline, avx2, avx512: the CPU must have it
+    num_threads: int,
+) -> None: ...
+def rope_backward(
+    dq: tuple[Address, int, int],  # elements from token to token, from head to head
+    dk: tuple[Address, int, int],
+    dv: tuple[Address, int, int],
+    qkv: Address,  # 0 where there are no norms
+    ld: int,
+    rotations: Address,
+    q_weight: Address,
+    k_weight: Address,
+    eps: float,
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,  # at most 1024
+    bf16: bool,
+    dqkv: Address,  # (T, (H + 2 K) Dh)
+    dweight: Address,  # (2, Dh) or 0
+    level: str,  # auto, or baseline, avx2, avx512: the CPU must have it
+    num_threads: int,
+) -> None: ...
+def swiglu_forward(
+    gate_up: Address,  # (T, 2 F)
+    ld: int,
+    num_rows: int,
+    width: int,  # F
+    bf16: bool,
+    y: Address,  # (T, F)
+    level: str,  # auto, or baseline, avx2, avx512: the CPU must have it
+    num_threads: int,
+) -> None: ...
+def swiglu_backward(
+    dy: Address,  # (T, F)
+    ld_dy: int,
+    gate_up: Address,
+    ld: int,
+    num_rows: int,
+    width: int,
+    bf16: bool,
+    dgate_up: Address,  # (T, 2 F)
+    level: str,  # auto, or baseline, avx2, avx512: the CPU must have it
+    num_threads: int,
+) -> None: ...
+
 # What follows is called by rollout/native.py alone, on a CPU for which head_native says so. Rows of x are read in whole
 # tiles: up to 32 rows and 32 columns beyond what is there must be readable, and finite.
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,7 +30,9 @@ from r1fast.hf_folder import (
     write_tensors,
 )
 from r1fast.kernels.linear import linear
-from r1fast.kernels.rms_norm import rms_norm
+from r1fast.kernels.rms_norm import add_rms_norm, rms_norm
+from r1fast.kernels.rope import rope
+from r1fast.kernels.swiglu import swiglu
 from r1fast.lora import merged_weights
 
 __all__ = [
@@ -264,22 +265,12 @@ class RopeTable:
             self._table = self._rotations(torch.arange(1 << (num_positions - 1).bit_length()))
         return self._table
 
-    def __call__(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(T,) -> (T, 1, Dh) cos and sin, the first half of sin negated."""
+    def __call__(self, position_ids: Tensor) -> Tensor:  # (T,) -> (T, 2 * Dh)
         if position_ids.is_cpu:
             needed = int(position_ids.max()) + 1 if position_ids.numel() else 0
-            rotations = self.table(needed)[position_ids]
-        else:
-            # a few kernels a forward; a table would need the largest position, which is a sync
-            rotations = self._rotations(position_ids)
-        cos, sin = rotations.to(dtype)[:, None].chunk(2, dim=-1)
-        return cos, sin
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(T, H, Dh), (T, 1, Dh), (T, 1, Dh) -> (T, H, Dh); `sin` has its first half negated."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((x2, x1), dim=-1), sin)
+            return self.table(needed)[position_ids]
+        # a few kernels a forward; a table would need the largest position, which is a sync
+        return self._rotations(position_ids)
 
 
 class Linear(nn.Linear):
@@ -309,6 +300,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
+    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + delta, and x + delta."""
+        return add_rms_norm(x, delta, self.weight, self.eps)
+
 
 class DecoderLayer(nn.Module):
     def __init__(self, spec: ModelSpec, index: int, **factory):
@@ -328,20 +323,14 @@ class DecoderLayer(nn.Module):
         self.gate_up = Linear(D, 2 * F_, bias=spec.mlp_bias, **factory)
         self.down = Linear(F_, D, bias=spec.mlp_bias, **factory)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """(T, D) -> (T, D)"""
+    def forward(self, x: Tensor, rotations: Tensor, attend: Attend) -> Tensor:
+        """(T, D), (T, 2 Dh) -> (T, D)"""
         spec = self.spec
-        H, K = spec.num_heads, spec.num_kv_heads
-        qkv = self.qkv(self.attn_norm(x)).unflatten(-1, (H + 2 * K, spec.head_dim))
-        if spec.qk_norm:
-            q, k, v = qkv.split((H, K, K), dim=1)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)  # (T, H + K, Dh)
-        else:
-            qk, v = qkv.split((H + K, K), dim=1)
-        q, k = apply_rope(qk, cos, sin).split((H, K), dim=1)
-        x = x + self.o(attend(self.index, q, k, v).flatten(1))
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        norms = (self.q_norm.weight, self.k_norm.weight, spec.rms_norm_eps) if spec.qk_norm else ()
+        qkv = self.qkv(self.attn_norm(x))
+        q, k, v = rope(qkv, rotations, spec.num_heads, spec.num_kv_heads, *norms)
+        h, x = self.mlp_norm.add(x, self.o(attend(self.index, q, k, v).flatten(1)))
+        return x + self.down(swiglu(self.gate_up(h)))
 
     def projections(self) -> list[tuple[Linear, str, dict[str, int]]]:
         """Every linear, with its block in Hugging Face's names and the widths of its parts there."""
@@ -421,13 +410,13 @@ class Decoder(nn.Module):
         `attend(layer, q, k, v)` maps (T, H, Dh), (T, K, Dh), (T, K, Dh) to (T, H, Dh).
         """
         x = self.embed(input_ids)
-        cos, sin = self.rope(position_ids, x.dtype)
+        rotations = self.rope(position_ids)
         recompute = self.checkpoint_layers and torch.is_grad_enabled()
         for layer in self.layers:
             if recompute:
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+                x = checkpoint(layer, x, rotations, attend, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, attend)
+                x = layer(x, rotations, attend)
         return self.norm(x)
 
     @property

@@ -47,7 +47,7 @@ def on_every_chip(*args, **kwargs) -> list[Case]:
 def cases() -> list[Case]:
     return [
         *head_cases(), *head_helper_cases(), *advantages_cases(), *loss_cases(),
-        *decode_cases(), *sample_cases(),
+        *decode_cases(), *sample_cases(), *block_cases(),
     ]  # fmt: skip
 
 
@@ -204,6 +204,58 @@ def sample_cases() -> list[Case]:
         sums | double | {"bad_ptr": "*i32", "inv_temperature_ptr": "*fp64", "is_bad_ptr": "*i8"},
         {"BLOCKS": 256},
     )  # fmt: skip
+
+
+def block_cases() -> list[Case]:
+    """The blocks between a layer's products, at the widths of 1.5B to 70B models and of odd ones."""
+    from r1fast.kernels import rms_norm, rope, swiglu
+
+    found = []
+    for dtype, width, flag in (("bf16", 1536, False), ("bf16", 8192, True), ("fp32", 8192, True)):
+        x, block = f"*{dtype}", 1 << (width - 1).bit_length()
+        options = {"num_warps": rms_norm._num_warps(block)}
+        variant = f"{dtype}-{width}-{'sum' if flag else 'alone'}"
+        names = ("x_ptr", "delta_ptr", "weight_ptr", "sum_ptr", "y_ptr")
+        found += on_every_chip(
+            "rms_norm", "_norm_fwd_kernel", variant, dict.fromkeys(names, x) | {"eps": "fp32"},
+            {"HAS_DELTA": flag, "BLOCK_D": block}, ("stride_x", "stride_delta", "D"), options,
+        )  # fmt: skip
+        names = ("dy_ptr", "ds_ptr", "s_ptr", "weight_ptr", "dx_ptr")
+        found += on_every_chip(
+            "rms_norm", "_norm_bwd_kernel", variant,
+            dict.fromkeys(names, x) | {"dweight_ptr": "*fp32", "eps": "fp32"},
+            {"HAS_DS": flag, "BLOCK_D": block}, ("stride_dy", "stride_ds", "stride_s", "D"), options,
+        )  # fmt: skip
+    for dtype, head_dim, norm in (("bf16", 128, False), ("bf16", 128, True), ("fp32", 256, True)):
+        x, blocks = f"*{dtype}", rope._blocks(head_dim)
+        options = {"num_warps": blocks.pop("num_warps")}
+        variant = f"{dtype}-{head_dim}{'-norm' * norm}"
+        inputs = dict.fromkeys(("qkv_ptr", "q_weight_ptr", "k_weight_ptr"), x)
+        inputs |= {"rotations_ptr": "*fp32", "eps": "fp32"}
+        multiples = ("half", "stride")
+        found += on_every_chip(
+            "rope", "_rope_fwd_kernel", variant, inputs | dict.fromkeys(("q_ptr", "k_ptr"), x),
+            {"NORM": norm, **blocks}, multiples, options,
+        )  # fmt: skip
+        names = ("dq_ptr", "dk_ptr", "dv_ptr", "dqkv_ptr")
+        strides = tuple(f"stride_{of}{n}" for of in "qkv" for n in "th")
+        found += on_every_chip(
+            "rope", "_rope_bwd_kernel", variant,
+            inputs | dict.fromkeys(names, x) | {"dweight_ptr": "*fp32"},
+            {"NORM": norm, **blocks}, multiples + strides, options,
+        )  # fmt: skip
+    for dtype in ("bf16", "fp32"):
+        x, block = f"*{dtype}", {"BLOCK_F": swiglu.BLOCK_F}
+        found += on_every_chip(
+            "swiglu", "_swiglu_fwd_kernel", dtype, dict.fromkeys(("gate_up_ptr", "y_ptr"), x),
+            block, ("stride", "width"),
+        )  # fmt: skip
+        found += on_every_chip(
+            "swiglu", "_swiglu_bwd_kernel", dtype,
+            dict.fromkeys(("dy_ptr", "gate_up_ptr", "dgate_up_ptr"), x), block,
+            ("stride_dy", "stride", "width"),
+        )  # fmt: skip
+    return found
 
 
 def shipped_kernels(folder: Path = KERNELS) -> set[tuple[str, str]]:

@@ -157,3 +157,39 @@ def random_groups(
         prompt_ids = integers(0, vocab_size, prompt_length)
         groups.append(RolloutGroup(Problem("?", "0", f"g{n}"), prompt_ids, completions, rewards))
     return groups
+
+
+def each_backend(shapes):
+    """Parametrizes `backend`, `dtype`, `shape`, `slack`: C++, Triton (interpreted without a GPU) and PyTorch.
+
+    Triton's interpreter is slow, and cuts off what a GPU rounds to bfloat16.
+    """
+    import pytest
+
+    half, cases = torch.bfloat16, []
+    for shape in shapes:
+        cases += [("auto", torch.float32, shape, 2), ("auto", half, shape, 2)]
+        cases += [("triton", torch.float32, shape, 2)]
+    cases += [
+        ("triton", half, shape, 2 if torch.cuda.is_available() else 6) for shape in shapes[::3]
+    ]
+    cases += [("torch", dtype, shapes[-1], 2) for dtype in (torch.float32, half)]
+    ids = [f"{b}-{str(d)[6:]}-{'x'.join(map(str, s))}" for b, d, s, _ in cases]
+    return pytest.mark.parametrize(("backend", "dtype", "shape", "slack"), cases, ids=ids)
+
+
+def at_level(monkeypatch, level: str, *functions: str) -> None:
+    """Functions of r1fast._C whose last arguments are (level, threads) run at `level`, or the test is skipped."""
+    import pytest
+
+    from r1fast import _C
+
+    def wrap(f):
+        return lambda *args: f(*args[:-2], level, args[-1])
+
+    try:
+        _C.swiglu_forward(0, 0, 0, 0, False, 0, level, 1)
+    except ValueError as error:
+        pytest.skip(str(error))
+    for name in functions:
+        monkeypatch.setattr(_C, name, wrap(getattr(_C, name)))
