@@ -1,7 +1,7 @@
 """A step of GRPO training: r1fast against TRL's GRPOTrainer, on one checkpoint, float32.
 
     python benchmarks/bench_step.py [--shapes a b c] [--parts training step] [--variants NAME ...]
-        [--rounds N] [--kl COEF] [--micro-batches N ...] [--no-append]
+        [--rounds N] [--kl COEF] [--micro-batches N ...] [--budgets N ...] [--no-append]
 
 Qwen2-shaped random weights, heads of 64, two key-value heads, tied embeddings:
 
@@ -16,11 +16,12 @@ optimizer step of DAPO's loss without a reference (--kl: with one), AdamW, the s
     step      each samples for itself, lengths differ by chance; TRL by transformers' `generate`
 
 Every trainer is a process of its own (step_peers.py); each round runs every one once, in turns, from the same
-weights. Quoted are medians of the seconds and the peak resident memory of a step. TRL's chunked fused head is always on in
-1.16. `TRL` is its fastest setting here: no recomputation, micro-batches of 8 or 16; `TRL defaults` recomputes
-layers in micro-batches of 8; `TRL Liger` adds Liger's layers, Triton kernels that no CPU runs, and is skipped
-with the reason; `TRL + r1fast` has r1fast.integrations.trl in it; `plain PyTorch` is a loop with all logits in memory. What the mathematics needs to forward is each
-live group's prompt once and each completion but its last token.
+weights; what is slow runs in the first one only. Quoted are medians of the seconds and the largest peak of resident
+memory. `TRL` is its fastest setting here, without recomputation; its chunked fused head is always on in 1.16. `TRL
+defaults` recomputes layers, in micro-batches of 8. `TRL Liger` adds Liger's layers, Triton kernels that no CPU
+runs: skipped with the reason. `TRL + r1fast` has r1fast.integrations.trl in it; `plain PyTorch` is a loop
+with all logits in memory. What the mathematics needs to forward is each live group's prompt once, and each
+completion but its last token.
 """
 
 import argparse
@@ -71,6 +72,7 @@ VARIANTS = {  # name -> engine, options; TRL's micro-batch is its fastest
     PATCHED: ("TRL", {"patch": True}),
     PLAIN: ("plain", {}),
 }
+EXTRA = [name for name in VARIANTS if name not in (OURS, PEER)]
 MICRO_BATCH = {"3.5M": 16, "25M": 8}
 SPEED_BARS = {("a", "training"): 1.7, ("b", "training"): 4, ("c", "training"): 7, ("b", "step"): 4}
 MEMORY_BARS = {("b", "training"): 0.5, ("b", "step"): 0.5}
@@ -238,12 +240,14 @@ class Bench:
                             self._step(number, label, part, name)
 
     def _is_due(self, number: int, label: str, part: str, name: str) -> bool:
-        """What buys no bar, or is much slower than the rest, comes once or not at all."""
-        is_main = name in (OURS, PEER) and label != "c"
-        if part == "step" and (name == PLAIN or (not self.args.all and not is_main)):
+        """What buys no bar comes with --all, what is slow in the first round only."""
+        if part == "step" and name == PLAIN:
+            return False
+        wanted = name not in EXTRA or (part, label) in (("training", "a"), ("training", "b"))
+        if not self.args.all and (not wanted or (part, label) == ("step", "c")):
             return False
         done = self.results.get((label, part, name))
-        return not done or is_main or done[0]["seconds"] < self.args.slow
+        return not done or done[0]["seconds"] < self.args.slow * (1 if name in EXTRA else 4)
 
     def _step(self, number: int, label: str, part: str, name: str) -> None:
         groups, order = self.rollouts[label], {}
@@ -313,9 +317,9 @@ def summary(label: str, part: str, bench: Bench) -> tuple[list, list[str]]:
         "above loaded", "runs",
     ], table)  # fmt: skip
     if OURS in seconds:
-        peers = [name for name in seconds if name not in (OURS, PATCHED, PLAIN)]
+        peers = [n for n in seconds if n.startswith(PEER) and n != PATCHED]
         best = min(peers, key=seconds.get, default=None)
-        for name in seconds.keys() - {OURS}:
+        for name in (n for n in seconds if n != OURS):
             is_best = name == best and not kl_coef
             faster = SPEED_BARS.get((label, part)) if is_best else None
             smaller = MEMORY_BARS.get((label, part)) if is_best else None
@@ -342,18 +346,24 @@ def main() -> None:
     parser.add_argument(
         "--micro-batches", nargs="+", type=int, default=[], help="of TRL, as variants"
     )
+    parser.add_argument("--budgets", nargs="+", type=int, default=[], help="of r1fast, as variants")
     parser.add_argument("--kl", type=float, default=0.0, help="coefficient; no bars then")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
-        "--slow", type=float, default=10, help="seconds: what no bar needs comes once"
+        "--slow",
+        type=float,
+        default=15,
+        help="seconds: longer steps come once, TRL's over 4 times that",
     )
-    parser.add_argument("--all", action="store_true", help="whole steps of every variant and shape")
+    parser.add_argument("--all", action="store_true", help="also what no bar needs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-append", action="store_true", help="leave results.csv alone")
     args = parser.parse_args()
     args.chosen = {name: VARIANTS[name] for name in args.variants}
     for n in args.micro_batches:
         args.chosen[f"TRL, micro-batches of {n}"] = ("TRL", {"micro_batch": n})
+    for n in args.budgets:
+        args.chosen[f"r1fast, budget {n}"] = ("r1fast", {"grpo.token_budget": n})
     began, all_lines = time.monotonic(), []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no trainer is left behind
     for model in dict.fromkeys(SHAPES[label].model for label in args.shapes):

@@ -135,7 +135,7 @@ def run_shape(
     lines = []
     if OURS in shares:
         lines.append(bar(f"{label}: MFU", shares[OURS], MFU_BAR if shape == "7B" else None))
-        for name in shares.keys() - {OURS}:
+        for name in (n for n in shares if n != OURS):
             ratio = shares[OURS] / shares[name]
             lines.append(bar(f"{label}: forward and backward, times {name}", ratio, None))
     if OURS in rates and PEER in rates:
