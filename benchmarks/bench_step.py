@@ -371,10 +371,9 @@ def main() -> None:
         args.chosen[f"r1fast, budget {n}"] = ("r1fast", {"grpo.token_budget": n})
     began, all_lines = time.monotonic(), []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no trainer is left behind
-    for model in dict.fromkeys(SHAPES[label].model for label in args.shapes):
-        labels = [label for label in args.shapes if SHAPES[label].model == model]
+    for label in args.shapes:  # TRL keeps to the prompts that it began with
         with tempfile.TemporaryDirectory() as folder:
-            rows, lines = measure(model, labels, args, Path(folder))
+            rows, lines = measure(SHAPES[label].model, [label], args, Path(folder))
         all_lines += lines
         if not args.no_append:
             append_rows("step", rows)
