@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +42,15 @@ def device_name(device: torch.device) -> str:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that a run may still take, with what PyTorch holds on a GPU and does not use."""
+    """Bytes that a process may still take, with what PyTorch holds on a GPU and does not use.
+
+    On a CPU the processes of one machine have equal shares.
+    """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free_memory(device) + cached
-    return free_memory(device)
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # set by torchrun
+    return free_memory(device) // (int(processes) if processes.isdigit() else 1)
 
 
 class PeakMemory:

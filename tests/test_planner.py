@@ -16,7 +16,7 @@ from r1fast.costs import Size, apart, cache_bytes, count, forward_flops, rollout
 from r1fast.data import Example
 from r1fast.kernels.linear_cross_entropy import linear_cross_entropy
 from r1fast.lora import add_lora
-from r1fast.machine import GIB, GPUS, PeakMemory
+from r1fast.machine import GIB, GPUS, PeakMemory, available_memory
 from r1fast.metrics import read_metrics
 from r1fast.model import Decoder, ModelSpec
 from r1fast.planner import Work, choose_budget, flops, memory, peak, seconds, training_counts
@@ -315,6 +315,14 @@ def test_what_is_cut_is_about_as_long_as_asked():
     assert cut([(10, [5] * 4)] * 9, 50) == [(10, [5] * 4), (10, [5] * 4)]
     assert cut([(10**6, [10**6] * 64)] * 64, 1000) == [(500, [501])]
     assert cut([(1, [1])], 1000) == [(1, [1])]
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr("r1fast.machine.free_memory", lambda device: 600)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert available_memory(CPU) == 600
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert available_memory(CPU) == 200
 
 
 def test_peak_memory_is_what_is_added_to_the_known():
