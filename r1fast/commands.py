@@ -18,7 +18,7 @@ from r1fast.policy import Policy, load_policy, policy_of
 from r1fast.provenance import provenance
 from r1fast.rejection import rejection_sample
 from r1fast.replay import replay
-from r1fast.report import write_report
+from r1fast.report import report_on, write_report
 from r1fast.sft import SFTTrainer, encode_examples
 from r1fast.trainer import GRPOTrainer
 
@@ -193,7 +193,7 @@ def _show_eval(result: dict) -> None:
 
 def _finish(folder: Path) -> None:
     if distributed.is_main():
-        say(f"\nreport: {write_report(folder)}")
+        report_on(folder)
     distributed.barrier()
 
 

@@ -25,7 +25,7 @@ from r1fast.metrics import duration, rule, say
 from r1fast.policy import Policy, load_policy
 from r1fast.provenance import provenance
 from r1fast.recipe import RECIPE, asks_r1_zero, evaluate_general
-from r1fast.report import print_stage_table, write_report
+from r1fast.report import print_stage_table, report_on
 
 ALL_STAGES = ("seed", "model", "data", "template")
 OF_EVALUATION = (
@@ -99,9 +99,8 @@ class Pipeline:
             self._run_stage(name)
             self._write_manifest(began)
         if distributed.is_main():
-            report = write_report(self.folder)
             print_stage_table(self.folder)
-            say(f"\nreport: {report}")
+            report_on(self.folder)
             spent = [m["seconds"] for name in self.order if (m := self._manifest(name))]
             stages = f"{len(spent)} stage{'s' * (len(spent) != 1)}"
             say(f"{stages} in {duration(sum(spent))}; this call {duration(time.time() - began)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from r1fast import metrics
-from r1fast.report import print_stage_table, write_report
+from r1fast.report import print_stage_table, report_on, write_report
 from r1fast.report.charts import (
     MAX_POINTS,
     Series,
@@ -463,6 +464,31 @@ def test_ticks_are_round_and_enclose():
     assert nice_ticks(1.43, 1.99)[0] <= 1.43
     assert nice_ticks(1.43, 1.99)[-1] >= 1.99
     assert nice_ticks(0.0, 0.0) == [-1.0, -0.5, 0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    "ys", [[2.8e-14, 5.5e-14], [1e-300, 3e-300], [1.0, 1.0 + 2e-16], [0.0, 7e-13], [3.0, 3.0]]
+)
+def test_curves_of_rounding_errors_are_drawn(ys):
+    for from_zero in (True, False):
+        svg = curve_chart("kl", [Series("s", 0, [1.0, 2.0], ys)], from_zero=from_zero)
+        assert svg.endswith("</svg>")
+        assert "nan" not in svg.lower()
+        ticks = nice_ticks(0.0 if from_zero else min(ys), max(ys))
+        assert all(a < b for a, b in itertools.pairwise(ticks))
+        assert ticks[0] <= min(ys)
+        assert max(ys) <= ticks[-1] * (1 + 1e-9)
+
+
+def test_a_report_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def fails(_):
+        raise ZeroDivisionError("float division by zero")
+
+    monkeypatch.setattr("r1fast.report.write_report", fails)
+    report_on(tmp_path)
+    printed = "".join(capsys.readouterr())
+    assert "ZeroDivisionError" in printed
+    assert f"r1fast report {tmp_path}" in " ".join(printed.split())
 
 
 def test_segments_keep_room_for_short_stages():

@@ -27,6 +27,17 @@ def write_report(run_folder: str | Path) -> Path:
     return path
 
 
+def report_on(run_folder: str | Path) -> None:
+    """Write the report of a run that has ended and say where it is; no failure of it ends the run."""
+    try:
+        metrics.say(f"\nreport: {write_report(run_folder)}")
+    except Exception as error:
+        metrics.warn(
+            f"the run is complete, but its report could not be written: {type(error).__name__}: "
+            f"{error}; `r1fast report {run_folder}` tries again"
+        )
+
+
 def print_stage_table(run_folder: str | Path) -> None:
     """The stage table and the claims on the terminal, in at most 100 columns.
 

@@ -198,14 +198,15 @@ def shorten(
 
 def nice_ticks(low: float, high: float, num: int = 4) -> list[float]:
     """Round numbers that enclose low ... high."""
-    if not high > low:
+    if not high - low > 1e-9 * max(abs(low), abs(high)):  # flat, but for rounding
         room = abs(low) / 2 or 1.0
         low, high = low - room, high + room
     raw = (high - low) / num
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    digits = 12 - math.floor(math.log10(step))
+    return [round(i * step, digits) for i in range(first, last + 1)]
 
 
 def decades(low: float, high: float) -> list[float]:
@@ -223,9 +224,9 @@ def tick_label(value: float) -> str:
 
 
 def value_label(value: float, step: float) -> str:
-    """One digit finer than the ticks; two where they are whole; by its size on a log scale (0)."""
-    if step == 0:
-        return f"{value:.2g}"
+    """One digit finer than the ticks; two where they are whole; by its size where `step` is tiny or 0."""
+    if step < 1e-4:
+        return f"{value:.2g}".replace("e-0", "e-")
     digits = 2 if step == 1 else max(1 - math.floor(math.log10(step) + 1e-9), 0)
     return f"{value:.{digits}f}"
 
