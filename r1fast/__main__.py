@@ -23,6 +23,7 @@ commands
              --max-body-mib 16 --drain 30]
 
 Every value of the config can be set on the command line: --grpo.kl_coef=0 --data.train=gsm8k.jsonl
+(`r1fast grpo --help` lists them).
 --force goes on with a run whose config has changed. --record (or --record=12,20-30) keeps the steps
 of RL for replay; --profile N traces N steps of each training stage. On several processes:
   torchrun --nproc-per-node 2 -m r1fast grpo CONFIG.toml
@@ -95,6 +96,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help") or "--help" in argv or "-h" in argv:
         sys.stdout.write(__doc__)
+        if argv and argv[0] in CONFIG_COMMANDS:
+            from r1fast.config_keys import describe_keys
+
+            sys.stdout.write(f"\nThe config, with its defaults:\n\n{describe_keys()}\n")
         return 0 if argv else EXIT_USAGE
     # before torch: idle threads that spin for long take the core another program is using
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

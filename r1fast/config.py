@@ -360,6 +360,11 @@ def _build(default: Any, values: dict, prefix: str = "") -> Any:
     return replace(default, **changes)
 
 
+def choices_of(hint: Any) -> tuple[str, ...]:
+    """The words that a value of this annotation may be; none where it is free."""
+    return _allowed(hint)[1]
+
+
 def _allowed(hint: Any) -> tuple[tuple[type, ...], tuple[str, ...]]:
     """Types that a value of this annotation may have, and the words where it is one of some."""
     if get_origin(hint) in (Union, UnionType):  # `int | Literal[...]` is the former

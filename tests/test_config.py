@@ -1,8 +1,10 @@
-from dataclasses import fields, replace
+import re
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from r1fast.__main__ import main
 from r1fast.config import STAGES, Config, load_config, stage_config, to_dict
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -202,3 +204,21 @@ def test_every_section_is_checked_and_frozen():
     with pytest.raises(ValueError, match=r"optim\.lr must be above 0"):
         replace(config, optim=replace(config.optim, lr=0.0))
     assert {f.name for f in fields(Config)} == set(to_dict(config))
+
+
+def test_help_names_every_key_with_its_default_and_comment(capsys):
+    assert main(["grpo", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 100
+    config = Config()
+    for section in fields(Config):
+        if is_dataclass(value := getattr(config, section.name)):
+            block = shown.partition(f"\n[{section.name}]\n")[2].partition("\n\n")[0]
+            named = re.findall(r"^  (\w+) =", block, flags=re.MULTILINE)
+            assert named == [f.name for f in fields(value)]
+    text = " ".join(shown.split())
+    assert 'task = "" "" | running_sum; an embedded task that makes its own data' in text
+    assert 'token_budget = 16384 or auto; tokens forwarded in one micro-batch; "auto"' in text
+    assert "max_logprob_mismatch = 0.0 mean |sampler - trainer| in nats above which" in text
+    assert main(["report", "--help"]) == 0
+    assert "[grpo]" not in capsys.readouterr().out
