@@ -200,7 +200,7 @@ def _finish(folder: Path) -> None:
 def _replay(target: str, overrides: list[str], options: Options) -> None:
     text = options.get("step", "")
     if not (text.isdecimal() and int(text)):
-        raise ValueError(f"replay needs --step N, a step counted from 1, got {text!r}")
+        raise ValueError(f"replay needs --step N, a step counted from 1, got {text or 'none'}")
     replay(target, int(text), overrides, as_json=bool(options.get("json")))
 
 

@@ -389,6 +389,10 @@ def test_the_command(tmp_path, base, capsys):
     assert main(["replay", folder, "--step=1", "--json", "--grpo.loss_type=sapo"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["overrides"] == ["grpo.loss_type: 'grpo' -> 'sapo'"]
+    assert main(["replay", folder, "--step=1", "--grpo.importance_sampling_level=sequence"]) == 0
+    shown = capsys.readouterr().out  # every ratio is 1 at the first step
+    assert "every token's coefficient is equal up to rounding" in shown
+    assert "most" not in shown
     assert main(["replay", str(tmp_path / "run"), "--step", "1"]) == 2
     assert "is a run of several stages: name one of" in capsys.readouterr().err
     for words in ([], ["--step", "0"], ["--step", "x"]):

@@ -6,6 +6,8 @@ from typing import Any
 
 from r1fast.metrics import printable, say, table
 
+ROUNDING = 1e-5  # of the largest coefficient: float32 on its way through a forward
+
 
 def show(result: dict[str, Any]) -> None:
     say(
@@ -70,12 +72,20 @@ def _comparison(result: dict[str, Any]) -> None:
         "coefficient: above 0 the token is made likelier, times the tokens of a mini-batch; ratio: of the "
         "policy's probability to the sampler's"
     )
+    largest = max((abs(c) for row in diff["tokens"] for c in row["coefficient"]), default=0.0)
+    rounding = ROUNDING * largest
+    if diff["tokens"] and all(row["difference"] <= rounding for row in diff["tokens"]):
+        say(
+            "every token's coefficient is equal up to rounding: where the weights are still those that "
+            "sampled, each ratio is 1, and clips and the level of the ratio change nothing"
+        )
+        return
     twice = any(row["pass"] > 1 for row in diff["tokens"])
     tokens = [
         [f"{row['problem_id']} #{row['sample']}", f"{row['token']}",
          *[str(row["pass"])] * twice, _marked(row),
          *map(_number, row["coefficient"]), *map(_number, row["ratio"])]
-        for row in diff["tokens"] if row["difference"]
+        for row in diff["tokens"] if row["difference"] > rounding
     ]  # fmt: skip
     if tokens:
         columns = ["completion", "token", *["pass"] * twice, "text"]
