@@ -67,7 +67,8 @@ def needed_flops(groups: Groups, config: dict) -> float:
 def variants_of(shape: str, args: argparse.Namespace) -> dict[str, tuple[str, dict]]:
     recompute = shape == "7B"
     micro_batch = {"7B": 8, "1.5B": 8, "toy": 4}[shape]
-    ours = {"grpo.token_budget": args.pack, "layers.checkpoint": recompute}
+    kept = "full" if recompute else "none"
+    ours = {"grpo.token_budget": args.pack, "model.activation_checkpointing": kept}
     peer = {"micro_batch": micro_batch, "checkpointing": recompute}
     variants = {OURS: ("r1fast", ours), PLAIN: ("plain", peer), PEER: ("TRL", peer)}
     return {name: variants[name] for name in args.variants}

@@ -26,7 +26,7 @@ from step_orders import CLIP, LEARNING_RATE, MAX_GRAD_NORM, Meter, Settings, rew
 
 
 def run_r1fast(s: Settings, orders: Iterator[dict], answer: Callable, folder: str) -> None:
-    """Options: overrides of the config; and layers.checkpoint, which recomputes every layer."""
+    """Options: overrides of the config."""
     import torch
 
     from r1fast.batch import pack
@@ -78,7 +78,6 @@ def run_r1fast(s: Settings, orders: Iterator[dict], answer: Callable, folder: st
         trainer.optimizer.zero_grad()
         return 0.0, True
 
-    recompute = s.options.pop("layers.checkpoint", False)
     config = load_config(None, [
         "--template.name=raw", f"--rollout.num_generations={s.group}",
         f"--rollout.max_completion_tokens={s.max_tokens}", f"--grpo.prompts_per_step={len(s.prompts)}",
@@ -89,7 +88,6 @@ def run_r1fast(s: Settings, orders: Iterator[dict], answer: Callable, folder: st
         *(f"--{key}={value}" for key, value in s.options.items()),
     ])  # fmt: skip
     policy = load_policy(s.path, dtype=s.dtype, device=s.device)
-    policy.model.checkpoint_layers = recompute
     problems = [Problem(prompt, "", str(n)) for n, prompt in enumerate(s.prompts)]
     trainer = GRPOTrainer(policy, config, folder, problems, Scorer())
     sampling, prompt_tokens = trainer.sampling, s.group * sum(map(len, trainer.prompt_ids))

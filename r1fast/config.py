@@ -21,6 +21,9 @@ class ModelConfig:
     adapter: str = ""  # PEFT folder of LoRA: merged, or with lora.rank what training goes on from
     dtype: Literal["bfloat16", "float32"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # what layers make again in the backward instead of keeping it (recompute.py), with the same
+    # gradient; "auto": nothing, as long as the memory is there
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from r1fast.kernels.rms_norm import add_rms_norm, rms_norm
 from r1fast.kernels.rope import rope
 from r1fast.kernels.swiglu import swiglu
 from r1fast.lora import merged_weights
+from r1fast.recompute import MODES, Keep, keep_all, keep_source
 
 __all__ = [
     "Decoder", "ModelSpec", "load_model", "load_tokenizer", "resolve_model_path", "save_model",
@@ -323,14 +325,29 @@ class DecoderLayer(nn.Module):
         self.gate_up = Linear(D, 2 * F_, bias=spec.mlp_bias, **factory)
         self.down = Linear(F_, D, bias=spec.mlp_bias, **factory)
 
-    def forward(self, x: Tensor, rotations: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, rotations: Tensor, attend: Attend, keep: Keep = keep_all
+    ) -> Tensor:
         """(T, D), (T, 2 Dh) -> (T, D)"""
+        h = self.attn_norm(x)
+        with keep(self.attn_norm, x, h):
+            qkv = self.qkv(h)
+        heads = partial(self._heads, rotations=rotations)
+        q, k, v = heads(qkv)
+        with keep(heads, qkv, q, k):
+            mixed = attend(self.index, q, k, v)
+        h, x = self.mlp_norm.add(x, self.o(mixed.flatten(1)))
+        with keep(self.mlp_norm, x, h):
+            gate_up = self.gate_up(h)
+        y = swiglu(gate_up)
+        with keep(swiglu, gate_up, y):
+            return x + self.down(y)
+
+    def _heads(self, qkv: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, (H + 2 K) Dh) -> q, k, v as `attend` takes them."""
         spec = self.spec
         norms = (self.q_norm.weight, self.k_norm.weight, spec.rms_norm_eps) if spec.qk_norm else ()
-        qkv = self.qkv(self.attn_norm(x))
-        q, k, v = rope(qkv, rotations, spec.num_heads, spec.num_kv_heads, *norms)
-        h, x = self.mlp_norm.add(x, self.o(attend(self.index, q, k, v).flatten(1)))
-        return x + self.down(swiglu(self.gate_up(h)))
+        return rope(qkv, rotations, spec.num_heads, spec.num_kv_heads, *norms)
 
     def projections(self) -> list[tuple[Linear, str, dict[str, int]]]:
         """Every linear, with its block in Hugging Face's names and the widths of its parts there."""
@@ -364,7 +381,7 @@ class Decoder(nn.Module):
 
     With a `seed` the weights are random (normal `init_std`, residual outputs scaled by 1/sqrt(2 layers))
     and the global RNG is untouched; without one they are uninitialised, for `load_model` to fill.
-    `checkpoint_layers = True` recomputes each layer in the backward pass instead of storing it.
+    `checkpointing` is what layers keep for the backward, one of recompute.MODES.
     """
 
     def __init__(
@@ -382,7 +399,7 @@ class Decoder(nn.Module):
         self.spec = spec
         self.hf_config: dict[str, Any] = {}  # config.json of the source folder, kept by save_model
         self.generation_config: dict[str, Any] = {}  # and its generation_config.json
-        self.checkpoint_layers = False
+        self.checkpointing = "none"
         self.embed = nn.Embedding(V, D, _weight=torch.empty(V, D, **factory))
         self.layers = nn.ModuleList(
             DecoderLayer(spec, index, **factory) for index in range(spec.num_layers)
@@ -411,12 +428,16 @@ class Decoder(nn.Module):
         """
         x = self.embed(input_ids)
         rotations = self.rope(position_ids)
-        recompute = self.checkpoint_layers and torch.is_grad_enabled()
+        assert self.checkpointing in MODES, self.checkpointing
+        mode = self.checkpointing if torch.is_grad_enabled() else "none"
+        keep = keep_source if mode == "selective" else keep_all
         for layer in self.layers:
-            if recompute:
-                x = checkpoint(layer, x, rotations, attend, use_reentrant=False)
+            if mode == "full":  # nothing in a layer is drawn
+                x = checkpoint(
+                    layer, x, rotations, attend, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x = layer(x, rotations, attend)
+                x = layer(x, rotations, attend, keep)
         return self.norm(x)
 
     @property

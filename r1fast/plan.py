@@ -63,6 +63,10 @@ class Plan:
     def too_much(self) -> str:
         return " (the peak is more than is there)" * (peak(self.memory)[1] > self.available)
 
+    def recomputed(self) -> str:
+        mode = self.job.checkpointing
+        return "" if mode == "none" else f"; activation checkpointing: {mode}"
+
     def lines(self) -> list[str]:
         """For the head of a run."""
         size, (phase, most) = self.job.size, peak(self.memory)
@@ -70,7 +74,8 @@ class Plan:
         trained = "all" if size.trained == size.total else billions(size.trained)
         found = [
             f"plan: {billions(size.total)} parameters, {trained} trained, "
-            f"{self.job.config.model.dtype}; {self.token_budget:,} tokens a micro-batch ({self.reason})",
+            f"{self.job.config.model.dtype}; {self.token_budget:,} tokens a micro-batch "
+            f"({self.reason}){self.recomputed()}",
             f"      peak memory {mib(most)} of {mib(self.available)}{self.too_much()}, in {phase}: "
             + ", ".join(f"{kind} {mib(n)}" for kind, n in kinds),
         ]
@@ -97,6 +102,10 @@ class Plan:
                 "num_tokens": self.token_budget,
                 "asked": self.job.budget,
                 "reason": self.reason,
+            },
+            "activation_checkpointing": {
+                "mode": self.job.checkpointing,
+                "asked": self.job.config.model.activation_checkpointing,
             },
             "lengths": self.lengths,
             "tokens_forwarded": sum(c.tokens for c in counts) * self.job.passes,
@@ -131,7 +140,7 @@ class Plan:
             rows,
             [
                 f"{mib(self.available)} there{self.too_much()}; {self.token_budget:,} tokens a micro-batch "
-                f"({self.reason})",
+                f"({self.reason}){self.recomputed()}",
                 *self.assumptions,
             ],
         )

@@ -37,6 +37,9 @@ PROMPT_SHARE = 20  # a prompt that is forwarded again is at most a twentieth of 
 HEAP_SHARE = 0.25
 FILLED = 0.9  # of the memory that is there, the most that is planned for
 MAX_TOKENS = 1 << 17  # nothing is gained above
+# tokens of a micro-batch below which keeping less is cheaper than more micro-batches: each adds its gradients to
+# the float32 sums, which at 8,192 tokens is a few hundredths of its time, as `selective` is; `full` is a quarter
+ENOUGH = {"none": 8192, "selective": 2048, "full": 1}
 NOTHING = Counts(0, 0, 0, 0, 0, 0)
 Memory = dict[str, dict[str, int]]  # phase -> kind -> bytes
 
@@ -51,7 +54,8 @@ class Job:
     config: Config
     device: torch.device
     world_size: int
-    footprint: Footprint
+    checkpointing: str  # one of recompute.MODES
+    footprint: Footprint  # with it
     groups: Groups  # as many as one rank has in a step, of lengths that are expected
     longest: int  # tokens of the longest sequence that may come, its last one included
 
@@ -226,12 +230,43 @@ def choose_budget(job: Job, available: int) -> tuple[int, str]:
 
     Enough for the longest sequence, whether or not that is thought to fit.
     """
-    most_of_step = max(
+    most, reason = _most_tokens(job)
+    longest = job.longest - 1
+    sizes = [n for n in _round_sizes() if longest < n < most]
+    for tokens in (max(most, longest), *reversed(sizes), longest):
+        if fits(job, tokens, available):
+            return tokens, reason
+        reason = "memory"
+    return longest, "the longest sequence, which may not fit into memory"
+
+
+def has_room(job: Job, budget: int | str, available: int) -> bool:
+    """Whether micro-batches of `budget`, or with "auto" of as many tokens as pay, fit with the job's checkpointing."""
+    if budget == "auto":
+        budget = min(_most_tokens(job)[0], ENOUGH[job.checkpointing])
+    return fits(job, max(int(budget), job.longest - 1), available)
+
+
+def fits(job: Job, tokens: int, available: int) -> bool:
+    """Micro-batches of so many tokens, of the longest sequences."""
+    whole = _tokens_of_step(job)
+    size, several = min(tokens, max(whole, job.longest - 1)), tokens < whole
+    phases = memory(job, job.at_longest(), size, size, several=several, available=available)
+    return peak(phases)[1] <= FILLED * available
+
+
+def _tokens_of_step(job: Job) -> int:
+    """Forwarded in the largest mini-batch, at the longest."""
+    return max(
         sum(p + sum(n - 1 for n in ns) for p, ns in job.packed(part))
         for part in job.mini_batches(job.at_longest())
     )
+
+
+def _most_tokens(job: Job) -> tuple[int, str]:
+    """Of a micro-batch, whatever memory there is; and why."""
     limits = {
-        "a micro-batch holds a whole mini-batch": most_of_step,
+        "a micro-batch holds a whole mini-batch": _tokens_of_step(job),
         "no more is faster": MAX_TOKENS,
     }
     if job.device.type == "cpu":
@@ -243,16 +278,7 @@ def choose_budget(job: Job, available: int) -> tuple[int, str]:
             CPU_TOKENS, min(PROMPT_SHARE * prompt, group)
         )
     reason = min(limits, key=limits.__getitem__)
-    longest = job.longest - 1
-    sizes = [n for n in _round_sizes() if longest < n < limits[reason]]
-    for tokens in (max(limits[reason], longest), *reversed(sizes), longest):
-        several = tokens < most_of_step
-        groups = job.at_longest()
-        phases = memory(job, groups, tokens, tokens, several=several, available=available)
-        if peak(phases)[1] <= FILLED * available:
-            return tokens, reason
-        reason = "memory"
-    return longest, "the longest sequence, which may not fit into memory"
+    return limits[reason], reason
 
 
 def _round_sizes() -> Iterable[int]:

@@ -14,8 +14,9 @@ from r1fast.machine import GPU, GPUS, available_memory, device_name, measure_ban
 from r1fast.metrics import warn
 from r1fast.model import DTYPES, ModelSpec
 from r1fast.plan import Plan, PlanWatch, number
-from r1fast.planner import Job, Work, choose_budget, memory_of
+from r1fast.planner import Job, Work, choose_budget, has_room, memory_of
 from r1fast.probe import Footprint, Speed, measure_footprint, measure_gemm, measure_speed
+from r1fast.recompute import MODES
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.roofline import SHARE, roofline
 from r1fast.training import Trainer
@@ -50,9 +51,39 @@ def make_job(
     longest: int,
     num_ranks: int,
 ) -> Job:
+    asked = config.model.activation_checkpointing
+    mode = "none" if asked == "auto" else asked
     shares = kind == "grpo" and config.grpo.shared_prompt
-    footprint = _footprint(_plain(spec), DTYPES[config.model.dtype], shares, _key(config.lora))
-    return Job(kind, spec, size, config, device, num_ranks, footprint, groups, longest)
+    footprint = _footprint_of(spec, config, shares, mode)
+    return Job(kind, spec, size, config, device, num_ranks, mode, footprint, groups, longest)
+
+
+def _footprint_of(spec: ModelSpec, config: Config, shares: bool, mode: str) -> Footprint:
+    dtype = DTYPES[config.model.dtype]
+    return _footprint(_plain(spec), dtype, shares, _key(config.lora), mode)
+
+
+def with_checkpointing(job: Job, mode: str) -> Job:
+    if mode == job.checkpointing:
+        return job
+    footprint = _footprint_of(job.spec, job.config, job.shares, mode)
+    return replace(job, checkpointing=mode, footprint=footprint)
+
+
+def _layer_bytes(job: Job) -> float:
+    return with_checkpointing(job, "none").footprint.layer
+
+
+def choose_checkpointing(job: Job, available: int, budget: int | str) -> Job:
+    """The job with what the config asks for; with "auto" the first mode that memory allows."""
+    asked = job.config.model.activation_checkpointing
+    if asked != "auto":
+        return with_checkpointing(job, asked)
+    for mode in MODES:
+        job = with_checkpointing(job, mode)
+        if has_room(job, budget, available):
+            break
+    return job
 
 
 def make_plan(
@@ -62,9 +93,14 @@ def make_plan(
     *,
     known_bytes: int = 0,  # of the run's tensors that are there already
     token_budget: int | None = None,  # what the run has, or found
+    checkpointing: str = "",  # likewise
     gpu: GPU | None = None,  # to assume
 ) -> Plan:
     available = gpu.memory if gpu else available_memory(job.device) + known_bytes
+    if checkpointing:
+        job = with_checkpointing(job, checkpointing)
+    else:
+        job = choose_checkpointing(job, available, token_budget or job.budget)
     budget, reason = job.budget, "as configured"
     if budget == "auto":
         budget, reason = choose_budget(job, available)
@@ -83,7 +119,7 @@ def make_plan(
     else:
         name, notes = gpu.name, assumptions(gpu)
         peak_flops = gpu.fp32_flops if job.dtype == torch.float32 else gpu.bf16_flops
-        speed = roofline(job, peak_flops, gpu.bandwidth)
+        speed = roofline(job, _layer_bytes(job), peak_flops, gpu.bandwidth)
     longest = Work.of(job.at_longest())
     phases = memory_of(job, longest, max(budget, job.longest - 1), available)
     return Plan(
@@ -111,7 +147,7 @@ def _speed_here(job: Job, budget: int) -> tuple[float, Speed]:
     largest_layer = job.size.linears // job.spec.num_layers
     if job.device.type == "cuda" or largest_layer > MAX_LAYER:
         gemm, bandwidth = _rates(job.dtype, job.device)
-        return gemm, roofline(job, gemm, bandwidth)
+        return gemm, roofline(job, _layer_bytes(job), gemm, bandwidth)
     r, lengths = job.config.rollout, [n for _, ns in job.groups for n in ns]
     speed = _speed(
         _plain(job.spec),
@@ -126,6 +162,7 @@ def _speed_here(job: Job, budget: int) -> tuple[float, Speed]:
         r if job.kind == "grpo" else None,
         job.config.optim,
         _key(job.config.lora),
+        job.checkpointing,
         torch.get_num_threads(),
     )
     return speed.gemm, speed
@@ -149,8 +186,12 @@ def _rounded(length: float) -> int:
 
 
 @functools.cache
-def _footprint(spec: ModelSpec, dtype: torch.dtype, shares: bool, lora: tuple) -> Footprint:
-    return measure_footprint(spec, dtype, share_prompts=shares, lora=_lora(lora))
+def _footprint(
+    spec: ModelSpec, dtype: torch.dtype, shares: bool, lora: tuple, mode: str
+) -> Footprint:
+    return measure_footprint(
+        spec, dtype, share_prompts=shares, lora=_lora(lora), checkpointing=mode
+    )
 
 
 @functools.cache
@@ -172,6 +213,7 @@ def _speed(
     rollout: RolloutConfig | None,
     optim: OptimConfig,
     lora: tuple,
+    checkpointing: str,
     num_threads: int,
 ) -> Speed:
     sampling = rollout and SamplingParams(
@@ -188,6 +230,7 @@ def _speed(
         sampling=sampling,
         optim=optim,
         lora=_lora(lora),
+        checkpointing=checkpointing,
     )
 
 
@@ -201,6 +244,7 @@ def watch(trainer: Trainer, job: Job, lengths: str) -> PlanWatch | None:
             lengths,
             known_bytes=known,
             token_budget=trainer.token_budget.num_tokens,
+            checkpointing=trainer.model.checkpointing,
         )
     except (RuntimeError, OSError) as error:  # a probe that fails is no reason not to train
         warn(f"{trainer.stage}: no plan, as a measurement failed: {error}")
@@ -209,8 +253,12 @@ def watch(trainer: Trainer, job: Job, lengths: str) -> PlanWatch | None:
     return PlanWatch(plan, trainer.folder, known)
 
 
-def auto_budget(trainer: Trainer, job: Job) -> int:
-    return choose_budget(job, available_memory(job.device) + held_bytes(trainer))[0]
+def settle(trainer: Trainer, job: Job, budget: int | str) -> tuple[int, str]:
+    """(tokens of a micro-batch, what layers keep), where either is left to the memory that is there."""
+    available = available_memory(job.device) + held_bytes(trainer)
+    job = choose_checkpointing(job, available, budget)
+    tokens = choose_budget(job, available)[0] if budget == "auto" else int(budget)
+    return tokens, job.checkpointing
 
 
 def held_bytes(trainer: Trainer) -> int:

@@ -26,7 +26,7 @@ from r1fast.kernels.policy_loss_options import PolicyLossOptions
 from r1fast.metrics import warn
 from r1fast.plan import PlanWatch
 from r1fast.planner import Job, Work
-from r1fast.planning import auto_budget, grpo_groups, make_job, watch
+from r1fast.planning import grpo_groups, make_job, settle, watch
 from r1fast.policy import Policy
 from r1fast.reference import engine_logprobs, make_reference
 from r1fast.rollout.engine import Engine
@@ -242,8 +242,8 @@ class PolicyUpdate(Trainer):
             self.world_size,
         )
 
-    def auto_token_budget(self) -> int:
-        return auto_budget(self, self.job())
+    def settle(self, token_budget: int | str) -> tuple[int, str]:
+        return settle(self, self.job(), token_budget)
 
     def watch(self) -> PlanWatch | None:
         longest = f"completions of {self.config.rollout.max_completion_tokens} tokens, the longest"

@@ -82,7 +82,12 @@ class LiveBytes(TorchDispatchMode):
 
 
 def measure_footprint(
-    spec: ModelSpec, dtype: torch.dtype, *, share_prompts: bool, lora: LoraConfig
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    *,
+    share_prompts: bool,
+    lora: LoraConfig,
+    checkpointing: str = "none",
 ) -> Footprint:
     """Counted on the CPU in a tenth of a second; no weights of the model's size are made."""
     # widths go with the head's, of which there are as many
@@ -97,7 +102,10 @@ def measure_footprint(
     )
     lora = replace(lora, rank=-(-lora.rank // times))
     one, two = (
-        [_live(replace(narrow, num_layers=L), dtype, lora, n, share_prompts) for n in (1, 3)]
+        [
+            _live(replace(narrow, num_layers=L), dtype, lora, n, share_prompts, checkpointing)
+            for n in (1, 3)
+        ]
         for L in (1, 2)
     )
     tokens = one[1]["tokens"] - one[0]["tokens"]
@@ -113,12 +121,21 @@ def _widths(spec: ModelSpec) -> tuple[int, int, int]:
 
 
 def _live(
-    spec: ModelSpec, dtype: torch.dtype, lora: LoraConfig, num_groups: int, share: bool
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    lora: LoraConfig,
+    num_groups: int,
+    share: bool,
+    checkpointing: str,
 ) -> dict[str, int]:
     """The most memory in each part of a training pass over some tokens."""
     model = Decoder(spec, dtype=dtype, seed=0)
+    model.checkpointing = checkpointing
     if lora.rank:
         add_lora(model, lora)
+    for p in model.parameters():
+        if p.requires_grad:  # beside so few tokens the gradients of all weights would be the peak
+            p.register_post_accumulate_grad_hook(_drop_gradient)
     # prompts are told apart by their first token, so that each is a group
     groups = [(16, [17] * 4)] * num_groups
     batch = _batch(groups, spec.vocab_size, 10**6, share)
@@ -134,6 +151,10 @@ def _live(
         loss.backward()
         most["backward"] = live.most
     return most
+
+
+def _drop_gradient(p: Tensor) -> None:
+    p.grad = None
 
 
 def _loss(model: Decoder, batch: PackedBatch) -> Tensor:
@@ -213,10 +234,11 @@ def measure_speed(
     sampling: SamplingParams | None,  # None: no rollout
     optim: OptimConfig,
     lora: LoraConfig,
+    checkpointing: str = "none",
     clock: Callable[[], float] = time.perf_counter,
 ) -> Speed:
     """In about a second, a few layers' worth of memory, and no draw from a global generator."""
-    bench = _Bench(spec, dtype, device, optim, lora, clock)
+    bench = _Bench(spec, dtype, device, optim, lora, checkpointing, clock)
     gemm = measure_gemm(dtype, device, clock)
     per_token = 6 * sum(p.numel() for p in bench.two.layers[0].parameters())
     sample = cut(groups, min(int(PASS_SECONDS * gemm / per_token), token_budget))
@@ -268,7 +290,7 @@ def cut(groups: Groups, most: int) -> Groups:
 class _Bench:
     """A decoder of two layers and one of the first alone, and what is timed on them."""
 
-    def __init__(self, spec, dtype, device, optim: OptimConfig, lora: LoraConfig, clock):
+    def __init__(self, spec, dtype, device, optim: OptimConfig, lora: LoraConfig, mode: str, clock):
         self.spec, self.device, self.optim, self.clock = spec, device, optim, clock
         self.vocab_size = min(spec.vocab_size, MAX_VOCAB)
         self.stretch = spec.vocab_size / self.vocab_size
@@ -289,6 +311,7 @@ class _Bench:
         self.one = Decoder(replace(small, num_layers=1), dtype=dtype, device="meta")
         self.one.embed, self.one.norm = self.two.embed, self.two.norm
         self.one.lm_head, self.one.layers = self.two.lm_head, self.two.layers[:1]
+        self.one.checkpointing = self.two.checkpointing = mode
 
     def best(self, run: Callable[[], object], repeats: int = 2) -> float:
         return _best(run, self.clock, self.device, repeats)
@@ -326,6 +349,8 @@ class _Bench:
         pair = self.best(lambda: attend(0, q, k, v).backward(do)) / counts.pairs
         with torch.no_grad():
             pair_forward = self.best(lambda: attend(0, q, k, v)) / counts.pairs
+        if self.two.checkpointing == "full":
+            pair += pair_forward
         found = []
         for run, attention, target in zip(
             (train, forward), (pair, pair_forward), self.head(counts), strict=True

@@ -10,22 +10,24 @@ ATTENTION_SHARE = 0.5  # of the FLOP/s that attention reaches, of those
 HOST_SECONDS = 1e-3  # a decoding step takes on the host
 
 
-def roofline(job: Job, gemm: float, bandwidth: float) -> Speed:
+def roofline(job: Job, layer_bytes: float, gemm: float, bandwidth: float) -> Speed:
+    """`layer_bytes`: what a layer's forward writes for each token, kept or not."""
     flop, byte = 1 / (SHARE * gemm), 1 / (SHARE * bandwidth)
     spec, size, item = job.spec, job.size, job.dtype.itemsize
     linear, head = 2.0 * size.linears * flop, 2.0 * size.table * flop
     pair = 4.0 * spec.num_heads * spec.head_dim * spec.num_layers * flop / ATTENTION_SHARE
-    kept = job.footprint.layer * spec.num_layers * byte  # what a forward leaves is written once
+    written = layer_bytes * spec.num_layers * byte
     weights = (size.linears + size.table) * item * byte
+    again = job.checkpointing == "full"  # the forward, in the backward
     positions = 2 * spec.num_kv_heads * spec.head_dim * spec.num_layers * item
     return Speed(
         gemm=gemm,
-        # the backward reads what was kept and writes gradients of the same size
-        train=Pass(3 * linear + 3 * kept, 3.5 * pair, 3 * head),
-        forward=Pass(linear + kept, pair, head),
+        # the backward reads what was written and writes gradients of the same size
+        train=Pass((3 + again) * (linear + written), (3.5 + again) * pair, 3 * head),
+        forward=Pass(linear + written, pair, head),
         update=28 * size.trained * byte,  # weight, gradient and moments: four read, three written
         begin=weights,
-        prefill=linear + kept,
+        prefill=linear + written,
         step=weights + HOST_SECONDS,
         row=linear + head,
         position=positions * byte,

@@ -15,7 +15,7 @@ from r1fast.kernels.loss_rows import NonFiniteError
 from r1fast.metrics import warn
 from r1fast.plan import PlanWatch
 from r1fast.planner import Job, Work
-from r1fast.planning import auto_budget, make_job, sft_groups, watch
+from r1fast.planning import make_job, settle, sft_groups, watch
 from r1fast.policy import Policy
 from r1fast.protocol import rest_of_completion
 from r1fast.templates import encode_text, render_prompt, with_system
@@ -106,8 +106,8 @@ class SFTTrainer(Trainer):
             self.world_size,
         )
 
-    def auto_token_budget(self) -> int:
-        return auto_budget(self, self.job())
+    def settle(self, token_budget: int | str) -> tuple[int, str]:
+        return settle(self, self.job(), token_budget)
 
     def watch(self) -> PlanWatch | None:
         mean = sum(s.num_tokens for s in self.sequences) / len(self.sequences)

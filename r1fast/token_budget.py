@@ -28,19 +28,24 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class TokenBudget:
-    """`discard` drops the gradients that were added up; `advice` is for a sequence too long to run alone."""
+    """`discard` drops the gradients that were added up.
+
+    Where a sequence alone does not fit, `relieve` makes room and says how; where it says nothing, it could
+    not, and `advice` is in the error.
+    """
 
     def __init__(
         self,
         num_tokens: int,
         *,
         discard: Callable[[], None],
+        relieve: Callable[[], str] = str,
         advice: str,
         was_halved: bool = False,
     ):
         assert num_tokens >= 1, num_tokens
         self.num_tokens, self.was_halved = num_tokens, was_halved
-        self.discard, self.advice = discard, advice
+        self.discard, self.relieve, self.advice = discard, relieve, advice
         self._size: tuple[int, int] | None = None  # tokens and sequences of what runs
 
     def each(self, batches: Iterable[PackedBatch]) -> Iterator[PackedBatch]:
@@ -72,6 +77,12 @@ class TokenBudget:
 
     def _halve(self, num_tokens: int, num_sequences: int, said: str) -> None:
         if num_sequences == 1:
+            if relief := self.relieve():
+                warn(
+                    f"out of memory in a micro-batch of one sequence of {num_tokens} tokens ({said}); "
+                    f"from now on {relief}, with the same gradient"
+                )
+                return
             raise RuntimeError(
                 f"out of memory in a micro-batch of one sequence of {num_tokens} tokens, which cannot "
                 f"be divided ({said}). {self.advice}"

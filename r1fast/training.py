@@ -216,18 +216,33 @@ class Trainer:
         if stored and state["config"][self.section]["token_budget"] == asked:
             num_tokens, was_halved = stored["num_tokens"], stored["was_halved"]
         else:
-            num_tokens = self.auto_token_budget() if asked == "auto" else asked
+            num_tokens = asked
+        checkpointing = self.config.model.activation_checkpointing
+        if "auto" in (num_tokens, checkpointing):
+            num_tokens, checkpointing = self.settle(num_tokens)
+        self.model.checkpointing = checkpointing
         budget = TokenBudget(
             num_tokens,
             discard=self.optimizer.zero_grad,
-            advice=f"Lower {self.shorter}, take model.dtype = bfloat16, or a smaller model",
+            relieve=self._keep_less,
+            advice=f"Lower {self.shorter}, take model.activation_checkpointing = full, "
+            "model.dtype = bfloat16, or a smaller model",
             was_halved=was_halved,
         )
         budget.agree(self.policy.device)
         return budget
 
-    def auto_token_budget(self) -> int:
+    def settle(self, token_budget: int | str) -> tuple[int, str]:
+        """(token budget, what layers keep): what is "auto" of them, by the memory that is there."""
         raise NotImplementedError
+
+    def _keep_less(self) -> str:
+        """Where it was left to us, layers keep their inputs alone from now on. Says so; empty: no more can be done."""
+        asked = self.config.model.activation_checkpointing
+        if asked != "auto" or self.model.checkpointing == "full":
+            return ""
+        self.model.checkpointing = "full"
+        return "layers are computed again in the backward (model.activation_checkpointing = full)"
 
     def watch(self) -> Watch | None:
         """For subclasses: what is to see the first steps."""
@@ -282,6 +297,7 @@ class Trainer:
             del config[key]
         for key in ("eval", "max_eval_problems"):
             del config["data"][key]
+        del config["model"]["activation_checkpointing"]  # the same gradient
         return json.loads(json.dumps(config))
 
     def save(self) -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {  # bottom first; a module may import from layers below its own
     "leaves": "types config config_check metrics rollout_metrics distributed protocol hf_folder interrupt provenance",
     "compute": "kernels _C",
-    "model": "lora model peft_folder policy",
+    "model": "lora recompute model peft_folder policy",
     "stages": "rollout rewards batch grpo step_plan optim checkpoint data templates",
     "loop": "running_sum token_budget machine costs probe planner roofline plan planning profiling training recording reference balance policy_update dynamic_sampling trainer sft evaluate rejection cold_start reward_model assemble preferences",
     "entry": "__init__ __main__ config_keys commands plan_config replay pipeline recipe report generate serve integrations claims",

@@ -132,12 +132,13 @@ def test_the_gradient_does_not_depend_on_the_packing(tmp_path, other):
     assert_same(*runs)
 
 
-def test_layers_may_be_recomputed(tmp_path):
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_layers_may_be_recomputed(tmp_path, mode):
     gradients = []
-    for recompute in (False, True):
-        trainer = grpo(tmp_path)
+    for checkpointing in ("none", mode):
+        trainer = grpo(tmp_path, f"--model.activation_checkpointing={checkpointing}")
         nudge(trainer.model)
-        trainer.model.checkpoint_layers = recompute
+        assert trainer.model.checkpointing == checkpointing
         seen = record_gradients_of_trained(trainer)
         trainer.update(random_groups(4, 4, trainer.model.spec.vocab_size), 0)
         gradients.append(seen[0])

@@ -134,12 +134,13 @@ def test_the_same_prompt_twice_in_a_step_is_forwarded_once(tmp_path):
     assert step_row(tmp_path, groups)["train/tokens_forwarded"] == 3 + 8 + 4
 
 
-def test_recomputed_layers_give_the_same_gradient():
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputed_layers_give_the_same_gradient(mode):
     model, sequences = tiny_model(), make_sequences(97)
     (batch,) = pack(sequences, 1000, [1.0] * len(sequences), share_prompts=True)
     gradients = []
-    for recompute in (False, True):
-        model.checkpoint_layers = recompute
+    for checkpointing in ("none", mode):
+        model.checkpointing = checkpointing
         model.zero_grad()
         hidden_states(model, batch).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])

@@ -77,6 +77,27 @@ def sft_run(folder, *overrides, dtype=torch.float32):
     return trainer, trainer.train_step(0), seen
 
 
+def test_layers_are_recomputed_before_a_single_sequence_is_given_up(tmp_path, monkeypatch, capsys):
+    """And not where the config has said what they keep."""
+    forward = sft.hidden_states
+
+    def hidden_states(model, batch):
+        if model.checkpointing != "full" and batch.num_tokens == 20:
+            raise ERRORS[0]
+        return forward(model, batch)
+
+    _, _, (expected,) = sft_run(tmp_path / "a", "--sft.token_budget=100")
+    monkeypatch.setattr(sft, "hidden_states", hidden_states)
+    trainer, _, (gradient,) = sft_run(tmp_path / "b", "--sft.token_budget=21")
+    assert trainer.model.checkpointing == "full"
+    assert "layers are computed again" in " ".join(capsys.readouterr().err.split())
+    for a, b in zip(gradient, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    asked = "--model.activation_checkpointing=none"
+    with pytest.raises(RuntimeError, match="cannot be divided"):
+        sft_run(tmp_path / "c", "--sft.token_budget=21", asked)
+
+
 def budgets(capsys) -> list[str]:
     err = " ".join(capsys.readouterr().err.split())
     return [part.split(" tokens instead")[0] for part in err.split("has at most ")[1:]]
