@@ -115,7 +115,7 @@ def own_gradients(trainer: GRPOTrainer, groups: list, step: int) -> dict[str, to
                 for key, x in zip("AB", whole.of_part(part), strict=True):
                     found[f"base_model.model.{at}{part}.lora_{key}.weight"] = x
         trainer.optimizer.zero_grad()
-        return 1.0, True
+        return torch.tensor(1.0)
 
     trainer.optimizer.step = keep
     trainer.update(groups, step)
@@ -140,7 +140,7 @@ def mismatch(trainer: GRPOTrainer, prompts: list[list[int]], merged: bool) -> fl
     groups = engine.generate(prompts, 8, sampling, seed=99)
     for group in groups:
         group.rewards = [Reward(float(i % 2), {}, None) for i in range(len(group.completions))]
-    take, trainer.optimizer.step = trainer.optimizer.step, lambda lr: (1.0, True)
+    take, trainer.optimizer.step = trainer.optimizer.step, lambda lr: torch.tensor(1.0)
     row = trainer.update(groups, 0)
     trainer.optimizer.step = take
     trainer.optimizer.zero_grad()

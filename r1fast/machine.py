@@ -49,8 +49,8 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free_memory(device) + cached
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # set by torchrun
-    return free_memory(device) // (int(processes) if processes.isdigit() else 1)
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")  # set by torchrun
+    return free_memory(device) // max(int(processes) if processes.isdigit() else 1, 1)
 
 
 class PeakMemory:

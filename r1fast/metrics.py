@@ -75,6 +75,7 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
     "train/tokens_masked": ("share", "completion tokens without loss: cut off, mask_truncated"),
     "train/old_logprobs_recomputed": ("", "1 where the sampler's were too far from the trainer's"),
     "train/steps_without_signal": ("", "optimizer steps left out: nothing in them had signal"),
+    "train/updates_skipped": ("", "optimizer steps not applied: their gradient was not finite"),
     "reference/version": ("", "optimizer step whose weights the reference had in this step's KL"),
     "ratio": ("", "mean of policy probability over sampler probability, per token; 1 on policy"),
     "loss": ("", "training loss"),

@@ -63,24 +63,26 @@ class Optimizer:
         p = self.named[0][1]
         p.grad = torch.full_like(p, math.nan)
 
-    def step(self, lr: float) -> tuple[float, bool]:
-        """Clip, update, clear. Returns (gradient norm before clipping, whether it was applied).
+    @torch.no_grad()
+    def step(self, lr: float) -> Tensor:  # () float32
+        """Clip, update, clear. Returns the gradient's norm before clipping, on its device.
 
-        A non-finite gradient is not applied: the weights stay as they were.
+        A gradient that is not finite is not applied: weights and moments stay as they were. Nothing here
+        waits for the device: the fused kernel reads there what to divide by and whether to do anything.
         """
         self.accumulate()
         grads = [m.grad for m in self.masters if m.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
-        applied = math.isfinite(norm)
-        if applied:
-            limit = self.config.max_grad_norm
-            if limit and norm > limit:
-                torch._foreach_mul_(grads, limit / (norm + 1e-6))
-            for group in self.adamw.param_groups:
-                group["lr"] = lr
-            self._update()
+        if not grads:
+            return torch.zeros(())
+        norm = torch.nn.utils.get_total_norm(grads)
+        limit = self.config.max_grad_norm
+        self.adamw.grad_scale = ((norm + 1e-6) / limit).clamp(min=1) if limit else None
+        self.adamw.found_inf = norm.isfinite().logical_not().float()
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self._update()
         self.zero_grad()
-        return norm, applied
+        return norm
 
     def _update(self) -> None:
         self.adamw.step()

@@ -157,9 +157,7 @@ class PolicyUpdate(Trainer):
             "train/steps_without_signal": num_parts - len(norms),
             "train/old_logprobs_recomputed": int(replaced),
         }
-        if norms:
-            row["grad_norm"] = sum(norms) / len(norms)
-        return row
+        return row | self.read_norms(norms)
 
     def _plan(self, groups: list[RolloutGroup]) -> tuple[dict[Key, Sequence], StepPlan]:
         """This rank's training sequences, and what all ranks do with all of them."""

@@ -19,8 +19,8 @@ from r1fast.reward_model import (
     load_pairs,
     load_reward_model,
     save_reward_model,
-    train_reward_model,
 )
+from r1fast.reward_training import train_reward_model
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.templates import prompt_opens_think, render_prompt
 from r1fast.types import Problem
@@ -73,9 +73,11 @@ def train_reward_models(config: Config, base: str, folder: Path) -> None:
             optim=config.optim,
             seed=config.seed,
             token_budget=_token_budget(s.token_budget, rows),
+            activation_checkpointing=config.model.activation_checkpointing,
             out_dir=folder / f"{name}_training",
             title=f"{name} model",
             eval_data=rows[:num_eval],
+            profile_steps=config.log.profile_steps,
         )
         if distributed.is_main():
             save_reward_model(model, folder / name, tokenizer=tokenizer)

@@ -9,20 +9,18 @@ classifiers, so that a folder scores alike in both.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r1fast import _C, distributed
-from r1fast.config import OptimConfig
-from r1fast.data import batch_indices, read_jsonl
+from r1fast import _C
+from r1fast.data import read_jsonl
 from r1fast.hf_folder import (
     fill_tensors,
     read_json,
@@ -33,19 +31,16 @@ from r1fast.hf_folder import (
     write_tensors,
 )
 from r1fast.kernels.attention import PackedAttention
-from r1fast.metrics import MetricsWriter, progress, warn
+from r1fast.metrics import warn
 from r1fast.model import Decoder, ModelSpec
-from r1fast.optim import Optimizer, learning_rate
 from r1fast.templates import encode_text
 
-Objective = Literal["pairwise", "pointwise"]
 ARCHITECTURES = {
     "qwen2": "Qwen2ForSequenceClassification",
     "qwen3": "Qwen3ForSequenceClassification",
     "llama": "LlamaForSequenceClassification",
 }
 TOKEN_BUDGET = 16384  # tokens in one micro-batch
-MAX_SKIPPED = 5  # steps in a row with a non-finite gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,151 +299,3 @@ def score_fn(
         return model.score([p + r for p, r in encoded], token_budget=token_budget)
 
     return score
-
-
-def accumulate_gradients(
-    model: RewardModel,
-    items: Sequence[PreferencePair] | Sequence[LabelledResponse],
-    *,
-    denominator: int,  # items of the whole step, over all ranks and micro-batches
-    token_budget: int = TOKEN_BUDGET,
-    after_backward: Callable[[], None] = lambda: None,  # Optimizer.accumulate
-) -> dict[str, float]:
-    """Add the gradient of sum(loss) / denominator to .grad; returns sums over `items`.
-
-    Both sequences of a pair are in one micro-batch. Without gradients enabled, only the sums.
-    """
-    sums = {"loss": 0.0, "accuracy": 0.0, "tokens": 0.0}
-    lengths = [sum(len(model.trim(ids)) for ids in item.sequences()) for item in items]
-    if items and max(lengths) > token_budget:
-        i = lengths.index(max(lengths))
-        raise ValueError(
-            f"example {i} of the batch has {lengths[i]} tokens, over token_budget = {token_budget}"
-        )
-    for index in _C.pack(lengths, token_budget) if items else []:
-        batch = [items[i] for i in index]
-        scores = model([ids for item in batch for ids in item.sequences()])
-        if isinstance(batch[0], PreferencePair):
-            chosen, rejected = scores.view(-1, 2).unbind(1)
-            margin = chosen - rejected
-        else:
-            sign = torch.tensor([1.0 if item.safe else -1.0 for item in batch])
-            margin = scores * sign.to(scores.device)
-        loss = -F.logsigmoid(margin).sum()
-        if torch.is_grad_enabled():
-            (loss / denominator).backward()
-            after_backward()
-        right = (margin > 0).sum() + 0.5 * (margin == 0).sum()  # a tie is half right
-        sums["loss"] += float(loss.detach())
-        sums["accuracy"] += float(right)
-        sums["tokens"] += sum(lengths[i] for i in index)
-    return sums
-
-
-@torch.no_grad()
-def evaluate_reward_model(
-    model: RewardModel,
-    data: Sequence[PreferencePair] | Sequence[LabelledResponse],
-    *,
-    token_budget: int = TOKEN_BUDGET,
-) -> dict[str, float]:
-    """{"loss", "accuracy"}: the share of pairs in the right order, or of labels on the right side."""
-    mine = data[distributed.rank() :: distributed.world_size()]
-    sums = distributed.sum_dict(
-        accumulate_gradients(model, mine, denominator=len(data), token_budget=token_budget)
-    )
-    return {name: sums[name] / len(data) for name in ("loss", "accuracy")}
-
-
-def train_reward_model(
-    model: RewardModel,
-    data: Sequence[PreferencePair] | Sequence[LabelledResponse],
-    *,
-    objective: Objective = "pairwise",
-    epochs: float = 1.0,
-    max_steps: int = 0,  # 0 = by epochs
-    batch_size: int = 256,  # pairs or responses a step, over all ranks
-    optim: OptimConfig,
-    seed: int = 0,
-    token_budget: int = TOKEN_BUDGET,
-    out_dir: Path | None = None,  # rows go to its metrics.jsonl; the caller saves the model
-    title: str = "reward model",
-    eval_data: Sequence[PreferencePair] | Sequence[LabelledResponse] = (),
-) -> dict[str, float]:
-    """Train in place. Returns the last step's metrics, with eval/loss and eval/accuracy of
-    `eval_data`. The gradient does not depend on the split into micro-batches and ranks."""
-    _check(data, "data", objective)
-    if eval_data:
-        _check(eval_data, "eval_data", objective)
-    if batch_size < 1 or max_steps < 0 or (max_steps == 0 and epochs <= 0):
-        raise ValueError(
-            "batch_size must be at least 1, and max_steps or epochs above 0, got "
-            f"batch_size={batch_size}, max_steps={max_steps}, epochs={epochs}"
-        )
-    rank, world_size = distributed.rank(), distributed.world_size()
-    batch_size = min(batch_size, len(data))
-    num_steps = max_steps or max(1, math.ceil(epochs * len(data) / batch_size))
-    optimizer = Optimizer(model.named_parameters(), optim)
-    writer = MetricsWriter(out_dir, stage=title) if out_dir is not None and rank == 0 else None
-    num_tokens, skipped, values = 0.0, 0, {}
-    try:
-        with progress(title, total=num_steps, line_every=max(1, num_steps // 20)) as bar:
-            for step in range(num_steps):
-                began = time.perf_counter()
-                batch = [data[i] for i in batch_indices(len(data), batch_size, seed, step)]
-                sums = distributed.sum_dict(
-                    accumulate_gradients(
-                        model,
-                        batch[rank::world_size],
-                        denominator=len(batch),
-                        token_budget=token_budget,
-                        after_backward=optimizer.accumulate,
-                    )
-                )
-                distributed.sum_gradients(optimizer.masters)
-                lr = learning_rate(optim, step, num_steps)
-                grad_norm, applied = optimizer.step(lr)
-                skipped = 0 if applied else skipped + 1
-                if skipped == MAX_SKIPPED:
-                    raise RuntimeError(
-                        f"{title}: the gradient was not finite in {MAX_SKIPPED} steps in a row, "
-                        f"the last was step {step}; lower optim.lr (now {optim.lr:g})"
-                    )
-                if not applied:
-                    warn(f"{title}: gradient of step {step} is not finite; step skipped")
-                seconds = time.perf_counter() - began
-                num_tokens += sums["tokens"]
-                values = {
-                    "loss": sums["loss"] / len(batch),
-                    "accuracy": sums["accuracy"] / len(batch),
-                    "grad_norm": grad_norm,
-                    "learning_rate": lr,
-                    "epoch": (step + 1) * batch_size / len(data),
-                    "num_tokens": num_tokens,
-                    "step_time": seconds,
-                    "tokens_per_second": sums["tokens"] / seconds,
-                }
-                if eval_data and step == num_steps - 1:
-                    held_out = evaluate_reward_model(model, eval_data, token_budget=token_budget)
-                    values |= {f"eval/{name}": value for name, value in held_out.items()}
-                if writer is not None:
-                    writer.write(step + 1, values)
-                bar.update({"step": step + 1, "stage": title, **values})
-    finally:
-        if writer is not None:
-            writer.close()
-    return values
-
-
-def _check(data: Sequence, name: str, objective: str) -> None:
-    if objective not in get_args(Objective):
-        raise ValueError(f"objective must be pairwise or pointwise, got {objective!r}")
-    wanted = PreferencePair if objective == "pairwise" else LabelledResponse
-    if not data:
-        raise ValueError(f"{name} is empty; {objective} training needs {wanted.__name__} items")
-    for i, item in enumerate(data):
-        if not isinstance(item, wanted):
-            raise ValueError(
-                f"{objective} training needs {wanted.__name__} items, "
-                f"got {type(item).__name__} at {name}[{i}]"
-            )

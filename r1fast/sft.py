@@ -140,10 +140,9 @@ class SFTTrainer(Trainer):
         return {
             "loss": total["loss"],
             "entropy": total["entropy"] / num_tokens,
-            "grad_norm": norm,
             "learning_rate": lr,
             "epoch": (step + 1) * s.batch_size / len(self.sequences),
-        }
+        } | self.read_norms([norm])
 
     def _backward(self, owned: list[Sequence], weights: list[float]) -> dict[str, float]:
         """Gradients of this rank's examples, added up. Returns sums over their tokens."""

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 from r1fast import distributed
 from r1fast.metrics import warn
-from r1fast.types import PackedBatch
 
 T = TypeVar("T")
+
+
+class MicroBatch(Protocol):
+    num_tokens: int
+    sequence_index: list[int]
+
+
+B = TypeVar("B", bound=MicroBatch)
 # of PyTorch's errors that are no torch.OutOfMemoryError: of the CPU, and of cuBLAS's own memory
 MESSAGES = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
 
@@ -48,7 +55,7 @@ class TokenBudget:
         self.discard, self.relieve, self.advice = discard, relieve, advice
         self._size: tuple[int, int] | None = None  # tokens and sequences of what runs
 
-    def each(self, batches: Iterable[PackedBatch]) -> Iterator[PackedBatch]:
+    def each(self, batches: Iterable[B]) -> Iterator[B]:
         """The micro-batches that `fitting` watches, one after the other."""
         for batch in batches:
             self._size = batch.num_tokens, len(batch.sequence_index)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from array import array
 from collections.abc import Iterable
@@ -316,22 +317,34 @@ class Trainer:
                 )
         distributed.barrier()
 
-    def optimize(self) -> tuple[float, float]:
-        """Sum gradients over ranks and step. Returns (gradient norm, learning rate)."""
+    def optimize(self) -> tuple[Tensor, float]:
+        """Sum gradients over ranks and step. Returns (gradient norm, for `read_norms`; learning rate)."""
         self.optimizer.accumulate()
         distributed.sum_gradients(self.optimizer.masters)
         self.on_gradient()
         lr = self.next_learning_rate()
-        norm, applied = self.optimizer.step(lr)
-        self.num_skipped = 0 if applied else self.num_skipped + 1
-        if not applied:
+        return self.optimizer.step(lr), lr
+
+    def read_norms(self, norms: list[Tensor]) -> dict[str, float]:
+        """Metrics of the optimizer steps of one training step, at its end: reading waits for the device.
+
+        Raises FloatingPointError where too many in a row had no finite gradient.
+        """
+        values, skipped = [float(norm) for norm in norms], 0
+        for value in values:
+            if math.isfinite(value):
+                self.num_skipped = 0
+                continue
+            skipped += 1
+            self.num_skipped += 1
             warn(f"step {self.step + 1}: gradient is not finite, update skipped")
-        if self.num_skipped >= MAX_SKIPPED:
-            raise FloatingPointError(
-                f"{MAX_SKIPPED} gradients in a row were not finite; the last good weights are in "
-                f"{self.folder / 'checkpoints'}. Lower optim.lr or check the data."
-            )
-        return norm, lr
+            if self.num_skipped >= MAX_SKIPPED:
+                raise FloatingPointError(
+                    f"{MAX_SKIPPED} gradients in a row were not finite; the last good weights are in "
+                    f"{self.folder / 'checkpoints'}. Lower optim.lr or check the data."
+                )
+        found: dict[str, float] = {"train/updates_skipped": skipped}
+        return found | ({"grad_norm": sum(values) / len(values)} if values else {})
 
     def on_gradient(self) -> None:
         """For subclasses: the gradient of an optimizer step is whole, in `optimizer.masters`."""

@@ -25,7 +25,7 @@ def record_gradients(trainer) -> Gradients:
     def step(lr):
         seen.append({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
         trainer.optimizer.zero_grad()
-        return 1.0, True
+        return torch.tensor(1.0)
 
     trainer.optimizer.step = step
     return seen
@@ -180,7 +180,7 @@ def test_bfloat16_micro_batches_are_added_up_in_float32(tmp_path, monkeypatch):
                 trainer.optimizer.named, trainer.optimizer.masters, strict=True
             ):
                 seen.append((p if master.grad is None else master).grad.flatten().float())
-            return 1.0, True
+            return torch.tensor(1.0)
 
         trainer.optimizer.step = step
         trainer.train_step(0)

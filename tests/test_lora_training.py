@@ -114,7 +114,7 @@ def record_gradients_of_trained(trainer):
         named = trainer.model.named_parameters()
         seen.append({n: p.grad.clone() for n, p in named if p.requires_grad})
         trainer.optimizer.zero_grad()
-        return 1.0, True
+        return torch.tensor(1.0)
 
     trainer.optimizer.step = step
     return seen

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import tiny_config
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1fast.optim import Optimizer, learning_rate
 
@@ -84,10 +85,8 @@ def test_clipping_scales_the_whole_gradient():
     set_grads(one)
     set_grads(two)
     expected = math.sqrt(sum(float(p.grad.square().sum()) for p in one.parameters()))
-    norm, applied = clipped.step(0.1)
-    assert norm == pytest.approx(expected)
-    assert applied
-    assert free.step(0.1)[0] == pytest.approx(expected)
+    assert float(clipped.step(0.1)) == pytest.approx(expected)
+    assert float(free.step(0.1)) == pytest.approx(expected)
     a, b = clipped.state_tensors(), free.state_tensors()
     torch.testing.assert_close(a["exp_avg.weight"], b["exp_avg.weight"] * 0.5 / expected)
 
@@ -109,12 +108,51 @@ def test_a_gradient_that_is_not_finite_is_not_applied(bad):
     state = {n: x.clone() for n, x in optimizer.state_tensors().items()}
     set_grads(model)
     model.bias.grad[1] = bad
-    norm, applied = optimizer.step(0.1)
-    assert not applied
-    assert not math.isfinite(norm)
+    assert not math.isfinite(optimizer.step(0.1))
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
     assert all(torch.equal(x, state[n]) for n, x in optimizer.state_tensors().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses what makes the host wait for a device: a number, or a copy to the CPU, of a tensor."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (
+            torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default,
+            torch.ops.aten.nonzero.default, torch.ops.aten.equal.default,
+        ), f"{func} waits for the device"  # fmt: skip
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [0.0, math.nan])
+def test_a_step_reads_nothing_back(dtype, bad, monkeypatch):
+    """Clipped, applied or not: no number of a tensor is asked for until the norm is."""
+    model, optimizer = make(dtype, "--optim.max_grad_norm=0.5")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("waits for the device")
+
+    with monkeypatch.context() as patch, NoSync():
+        for name in ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__"):
+            patch.setattr(torch.Tensor, name, refuse)
+        for seed in range(2):
+            set_grads(model, seed)
+            model.bias.grad += bad
+            optimizer.accumulate()
+            norm = optimizer.step(0.1)
+    moved = [not torch.equal(p, before[n]) for n, p in model.named_parameters()]
+    assert all(moved) if bad == 0 else not any(moved)
+    assert math.isfinite(norm) == (bad == 0)
+    steps = [x for n, x in optimizer.state_tensors().items() if n.startswith("step.")]
+    assert [float(x) for x in steps] == [2.0 * (bad == 0)] * 2
+
+
+def test_no_sync_refuses_what_waits():
+    with NoSync(), pytest.raises(AssertionError, match="waits for the device"):
+        float(torch.ones(()) * 2)
 
 
 def test_bfloat16_weights_have_a_float32_master():
@@ -176,7 +214,7 @@ def test_frozen_parameters_are_left_out():
 def test_no_gradient_at_all():
     model, optimizer = make()
     before = model.weight.detach().clone()
-    assert optimizer.step(0.1) == (0.0, True)
+    assert optimizer.step(0.1) == 0
     assert torch.equal(model.weight, before)
 
 
@@ -196,9 +234,7 @@ def test_bfloat16_gradients_are_added_up_in_float32():
     assert total.dtype == torch.float32
     error = (total.double() - exact).abs().max()
     assert error < 1e-3 * (naive.double() - exact).abs().max()
-    norm, applied = optimizer.step(0.01)
-    assert applied
-    assert norm > exact.norm() * 0.999
+    assert optimizer.step(0.01) > exact.norm() * 0.999
     assert all(m.grad is None for m in optimizer.masters)
 
 

@@ -323,6 +323,8 @@ def test_processes_of_a_machine_share_its_memory(monkeypatch):
     assert available_memory(CPU) == 600
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert available_memory(CPU) == 200
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")  # not torchrun's, but no reason to fail
+    assert available_memory(CPU) == 600
 
 
 def test_peak_memory_is_what_is_added_to_the_known():

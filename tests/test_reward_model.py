@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from r1fast import reward_model
+from r1fast import reward_model, reward_training
 from r1fast.config import OptimConfig
 from r1fast.metrics import read_metrics
 from r1fast.model import Decoder, ModelSpec, save_model
@@ -20,16 +20,14 @@ from r1fast.reward_model import (
     LabelledResponse,
     PreferencePair,
     RewardModel,
-    accumulate_gradients,
     encode_response,
-    evaluate_reward_model,
     load_labelled,
     load_pairs,
     load_reward_model,
     save_reward_model,
     score_fn,
-    train_reward_model,
 )
+from r1fast.reward_training import accumulate_gradients, evaluate_reward_model, train_reward_model
 
 PAD, EOS, GOOD, BAD = 0, 1, 5, 6
 SHAPE = {
@@ -314,13 +312,13 @@ def test_the_preference_is_read_from_the_data():
 
 def test_every_micro_batch_is_added_up_by_the_optimizer(monkeypatch):
     """In float32, and before the ranks' sum: a gradient left in the weights would miss both."""
-    left, real = [], reward_model.Optimizer.accumulate
+    left, real = [], reward_training.Optimizer.accumulate
 
     def accumulate(self):
         left.append(sum(p.grad is not None for p in model.parameters()))
         real(self)
 
-    monkeypatch.setattr(reward_model.Optimizer, "accumulate", accumulate)
+    monkeypatch.setattr(reward_training.Optimizer, "accumulate", accumulate)
     model = small()
     model.to(torch.bfloat16)
     train_reward_model(model, pairs(8, 3), max_steps=1, batch_size=8, optim=ADAMW, token_budget=40)
@@ -345,7 +343,7 @@ def test_training_repeats_and_counts_its_steps():
 
 def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch):
     texts = []
-    monkeypatch.setattr(reward_model, "warn", texts.append)
+    monkeypatch.setattr(reward_training, "warn", texts.append)
     model = small()
     with torch.no_grad():
         model.score_weight.fill_(float("inf"))
@@ -354,6 +352,67 @@ def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch):
         train_reward_model(model, pairs(10, 3), epochs=9, batch_size=4, optim=ADAMW)
     assert torch.equal(model.decoder.embed.weight, before)
     assert len(texts) == 4
+
+
+class Room:
+    """Memory for micro-batches of `tokens`, or with less kept for any."""
+
+    def __init__(self, monkeypatch, tokens: int):
+        self.seen, forward = [], RewardModel.forward
+
+        def fitting(model, sequences):
+            size = sum(map(len, sequences))
+            self.seen.append(size)
+            if size > tokens and model.decoder.checkpointing != "full":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(model, sequences)
+
+        monkeypatch.setattr(RewardModel, "forward", fitting)
+
+
+def trained(data, **kwargs) -> tuple[dict, RewardModel]:
+    model = small()
+    final = train_reward_model(model, data, max_steps=2, batch_size=8, optim=ADAMW, **kwargs)
+    return final, model
+
+
+def test_memory_that_runs_out_halves_the_micro_batch(monkeypatch, capsys):
+    """Down to a pair alone, for which layers keep less; the weights are those of a small budget, bit for bit."""
+    data = pairs(8, 3)
+    longest = max(sum(map(len, p.sequences())) for p in data)
+    _, expected = trained(data, token_budget=longest)
+    room = Room(monkeypatch, longest)
+    final, model = trained(data, token_budget=4 * longest)
+    assert longest / 2 <= final["train/token_budget"] < max(room.seen)
+    assert model.decoder.checkpointing == "none"
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+    monkeypatch.undo()
+    Room(monkeypatch, 1)
+    _, model = trained(data, token_budget=4 * longest)
+    assert model.decoder.checkpointing == "full"
+    assert "its layers are computed again" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(RuntimeError, match="Leave out the longest rows"):
+        trained(data, token_budget=4 * longest, activation_checkpointing="none")
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointed_layers_train_to_the_same_bits(mode):
+    data = pairs(8, 3)
+    (_, plain), (_, other) = (
+        trained(data, activation_checkpointing=m) for m in ("none", mode)
+    )  # fmt: skip
+    for p, q in zip(plain.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_steps_can_be_profiled(tmp_path):
+    trained(pairs(8, 3), out_dir=tmp_path, profile_steps=1)
+    found = json.loads((tmp_path / "profile" / "profile.json").read_text())
+    assert found["steps"] == [2]
+    assert {"train", "train/forward", "train/backward", "train/optimizer"} <= set(found["phases"])
+    with pytest.raises(ValueError, match="needs an out_dir"):
+        trained(pairs(8, 3), profile_steps=1)
 
 
 def test_training_errors_say_what_would_do():

@@ -72,7 +72,7 @@ def sft_run(folder, *overrides, dtype=torch.float32):
     trainer.optimizer.step = lambda lr: (
         seen.append([m.grad.clone() for m in trainer.optimizer.masters]),
         trainer.optimizer.zero_grad(),
-        (1.0, True),
+        torch.tensor(1.0),
     )[-1]
     return trainer, trainer.train_step(0), seen
 
