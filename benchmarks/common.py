@@ -21,15 +21,22 @@ COLUMNS = "date commit device torch benchmark shape variant metric value unit".s
 
 
 def device_name() -> str:
-    """The GPU's name, or the CPU's with its number of usable cores."""
+    """The GPU's name, or the CPU's with its number of usable cores and, without AVX-512, what it has instead.
+
+    Some machines of one name have AVX-512, some have not, and then other code runs.
+    """
     import torch
+
+    from r1fast.kernels.cpu_attention import level
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+    name = names[0] if names else platform.machine()
+    vectors = "" if level() == "avx512" else f"{level()}, "
+    return f"{name}, {vectors}{torch.get_num_threads()} threads"
 
 
 def commit_id() -> str:

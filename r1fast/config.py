@@ -122,8 +122,9 @@ class GRPOConfig:
     scale_rewards: Literal["group", "batch", "none"] = "group"
     std: Literal["population", "sample"] = "population"  # divide by G (numpy) or G - 1 (TRL)
     std_eps: float = 1e-4
-    # tokens forwarded in one micro-batch; "auto" is what memory allows and the device likes
-    token_budget: int | Literal["auto"] = 16384
+    # tokens forwarded in one micro-batch; "auto" is what memory allows and the device likes. Another number
+    # is another rounding of the same gradient
+    token_budget: int | Literal["auto"] = "auto"
     shared_prompt: bool = True  # a group's prompt is forwarded once a micro-batch; exact
     balance_ranks: bool = True  # completions move to where there is less to compute; exact
     # without KL and entropy_coef a completion of advantage 0 is not forwarded; exact
@@ -172,7 +173,7 @@ class SFTConfig:
     max_steps: int = 0  # 0 = by epochs
     batch_size: int = 32  # sequences a step, over all ranks
     max_seq_tokens: int = 32768  # longer examples are dropped, counted and reported
-    token_budget: int | Literal["auto"] = 32768  # tokens in one micro-batch, as in [grpo]
+    token_budget: int | Literal["auto"] = "auto"  # tokens in one micro-batch, as in [grpo]
     loss: Literal["token", "sequence"] = "token"  # what the mean is over
 
 
