@@ -174,8 +174,9 @@ def main() -> None:
     parser.add_argument("--checkpointing", default="none", choices=["none", "selective", "full"])
     parser.add_argument("--no-append", action="store_true")
     args = parser.parse_args()
-    table, rows = [], []
+    table = []
     for name in args.shapes:
+        rows = []
         options = [f"--model.activation_checkpointing={args.checkpointing}"]
         if args.budget:
             options += [f"--{kind}.token_budget={args.budget}" for kind in ("grpo", "sft")]
@@ -208,9 +209,9 @@ def main() -> None:
             rows += [(label, v, phase, x, "CPU s") for v, x in (("planned", a), ("measured", b))]
         table.append([*cells, f"{found['probe']:.1f}"])
         print(table[-1], flush=True)
+        if not args.no_append:
+            append_rows("plan", rows)
     print_table(["planned / measured", "budget", "MiB", *PHASES, "probe, s"], table)
-    if not args.no_append:
-        append_rows("plan", rows)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # layers, width, MLP width, vocabulary; prompts, tokens of one, completions of each, their tokens
 SHAPES = {
     "4x256": (4, 256, 768, 2048, 8, 24, 8, 65),
-    "8x512": (8, 512, 1536, 16384, 2, 256, 16, 96),
+    "8x512": (8, 512, 1536, 16384, 1, 256, 16, 96),
 }
 
 
