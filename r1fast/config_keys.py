@@ -6,7 +6,7 @@ import ast
 import textwrap
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 from r1fast import config
 from r1fast.config import Config, choices_of
@@ -38,6 +38,8 @@ def _lines(values: object, comments: dict[tuple[str, str], str]) -> list[str]:
         choices = choices_of(hints[f.name])
         words = "" if default in choices or not choices else "or "
         words += " | ".join(choice or '""' for choice in choices)
+        if isinstance(default, str) and hints[f.name] != str and int in get_args(hints[f.name]):
+            words += " | a whole number"
         notes = [words, comments.get((type(values).__name__, f.name), "")]
         left = f"  {f.name} = {_toml(default)}"
         note = "; ".join(n for n in notes if n)
