@@ -38,7 +38,7 @@ def _lines(values: object, comments: dict[tuple[str, str], str]) -> list[str]:
         choices = choices_of(hints[f.name])
         words = "" if default in choices or not choices else "or "
         words += " | ".join(choice or '""' for choice in choices)
-        if isinstance(default, str) and hints[f.name] != str and int in get_args(hints[f.name]):
+        if isinstance(default, str) and int in get_args(hints[f.name]):
             words += " | a whole number"
         notes = [words, comments.get((type(values).__name__, f.name), "")]
         left = f"  {f.name} = {_toml(default)}"

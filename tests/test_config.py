@@ -218,9 +218,7 @@ def test_help_names_every_key_with_its_default_and_comment(capsys):
             assert named == [f.name for f in fields(value)]
     text = " ".join(shown.split())
     assert 'task = "" "" | running_sum; an embedded task that makes its own data' in text
-    assert (
-        'token_budget = "auto" auto | a whole number; tokens forwarded in one micro-batch;' in text
-    )
+    assert 'token_budget = "auto" auto | a whole number; tokens forwarded in one' in text
     assert "max_logprob_mismatch = 0.0 mean |sampler - trainer| in nats above which" in text
     assert main(["report", "--help"]) == 0
     assert "[grpo]" not in capsys.readouterr().out
