@@ -99,8 +99,9 @@ def add_lora(model: nn.Module, lora: LoraConfig, *, seed: int = 0) -> None:
             if parts:
                 adapter = Adapter(lora, linear.in_features, parts, linear.weight.device)
                 bound = 1 / math.sqrt(linear.in_features)
-                A = torch.empty(adapter.A.shape).uniform_(-bound, bound, generator=generator)
-                adapter.A.data.copy_(A)
+                if not adapter.A.is_meta:
+                    A = torch.empty(adapter.A.shape).uniform_(-bound, bound, generator=generator)
+                    adapter.A.data.copy_(A)
                 linear.adapter = adapter
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -121,6 +122,21 @@ def say(text: str = "") -> None:
         _write(sys.stdout, text)
 
 
+def say_wrapped(text: str, indent: str = "  ") -> None:
+    """A sentence on stdout, broken between words; its further lines are indented."""
+    say(_wrapped(text, indent))
+
+
+def _wrapped(text: str, indent: str = "  ") -> str:
+    return textwrap.fill(
+        text,
+        line_width(),
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
 def say_part(text: str) -> None:
     """Text on stdout that goes on in the same line; silent on ranks other than 0."""
     if _rank() == 0:
@@ -147,7 +163,8 @@ def warn(text: str) -> None:
 @functools.cache
 def _warn_once(text: str) -> None:
     rank = _rank()
-    _write(sys.stderr, f"warning: {text}" if rank == 0 else f"warning (rank {rank}): {text}")
+    text = f"warning: {text}" if rank == 0 else f"warning (rank {rank}): {text}"
+    _write(sys.stderr, _wrapped(text) if sys.stderr.isatty() else text)
 
 
 def note(text: str) -> None:
@@ -207,7 +224,7 @@ def table(
         console.print(grid, width=line_width())
     _write(sys.stdout, "\n".join(line.rstrip() for line in capture.get().splitlines()))
     for note in [notes] if isinstance(notes, str) else notes:
-        _write(sys.stdout, note)
+        _write(sys.stdout, _wrapped(note))
 
 
 _NUMBER = re.compile(

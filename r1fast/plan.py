@@ -7,7 +7,7 @@ from pathlib import Path
 
 from r1fast.hf_folder import write_json
 from r1fast.machine import PeakMemory
-from r1fast.metrics import say, table
+from r1fast.metrics import say_wrapped, table
 from r1fast.planner import (
     Job,
     Memory,
@@ -150,8 +150,9 @@ class Plan:
         counts = training_counts(self.job, self.work.trained, self.token_budget)
         notes = [
             f"with {self.lengths}; {sum(c.tokens for c in counts):,} tokens forwarded in "
-            f"{sum(c.micro_batches for c in counts):,} micro-batches, of "
-            f"{self.num_tokens(Work.of(self.work.trained)):,} with a prompt for each completion"
+            f"{_counted(sum(c.micro_batches for c in counts), 'micro-batch', 'micro-batches')}, of "
+            f"{sum(p + n - 1 for p, ns in self.work.trained for n in ns):,} with a prompt for each "
+            "completion"
         ]
         planned = self.seconds()
         if planned:
@@ -169,7 +170,7 @@ class PlanWatch:
     def __init__(self, plan: Plan, folder: Path, known_bytes: int):
         self.plan, self.folder = plan, folder
         for line in plan.lines():
-            say(line)
+            say_wrapped(line, " " * 8)
         write_json(folder / FILE, plan.to_dict())
         self.rows: list[tuple[dict, Work]] = []
         self.memory = PeakMemory(plan.job.device, known_bytes)
@@ -183,7 +184,7 @@ class PlanWatch:
             return
         self.plan.measured = self._compare()
         write_json(self.folder / FILE, self.plan.to_dict())
-        say(_line(self.plan.measured))
+        say_wrapped(_line(self.plan.measured), " " * 8)
 
     def _compare(self) -> dict:
         """Everything as [predicted, measured]; seconds are means over the steps."""
@@ -233,6 +234,10 @@ def _line(m: dict) -> str:
     return "measured, and as planned for these lengths: " + ", ".join(parts)
 
 
+def _counted(n: int, one: str, many: str) -> str:
+    return f"{n:,} {one if n == 1 else many}"
+
+
 def billions(num_parameters: int) -> str:
     return number(num_parameters).strip().replace("G", "B")
 
@@ -247,6 +252,8 @@ def number(value: float) -> str:
 
 def mib(num_bytes: float) -> str:
     size = num_bytes / 2**20
+    if 0 < size < 0.1:
+        return f"{size * 1024:.3g} KiB"
     return f"{size / 1024:.3g} GiB" if size >= 1000 else f"{size:.3g} MiB"
 
 

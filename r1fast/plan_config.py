@@ -66,17 +66,33 @@ def _show_stages(config: Config, options: Options) -> None:
                 duration(whole * steps) if steps else "-",
             ]
         )  # fmt: skip
-    columns = ["stage", "parameters", "token budget", "peak memory", "a step", "steps", "together"]
+    most = (
+        "" if options.get("completion-tokens") else ", at most"
+    )  # every completion is the longest
+    columns = ["stage", "parameters", "token budget", "peak memory", f"a step{most}", "steps"]
+    columns.append(f"together{most}")
     notes = [f"{plans[0].device}, {mib(plans[0].available)} there; rewards are not in the seconds"]
     notes += plans[0].assumptions
     notes += [f"{name}: {plan.lengths}" for name, plan in zip(trained, plans, strict=True)]
-    table("The stages that train", columns, rows, [*notes, "more of one: --stage NAME"])
+    table(
+        "The stages that train",
+        columns,
+        rows,
+        [
+            *notes,
+            "more of one: --stage NAME; with completions of another length: --completion-tokens N",
+        ],
+    )
 
 
 def _plan(config: Config, stage: str, kind: str, options: Options, path: str) -> Plan:
     """`path` is the model that training starts from; empty: the embedded task's own."""
     device, gpu = _device(config, options)
-    num_ranks = int(_whole(options, "ranks") or distributed.world_size())
+    num_ranks = _whole(options, "ranks") or distributed.world_size()
+    num = config.grpo.prompts_per_step if kind == "grpo" else config.sft.batch_size
+    if num_ranks > num:
+        key = "grpo.prompts_per_step" if kind == "grpo" else "sft.batch_size"
+        raise ValueError(f"{key} = {num} is less than one for each of {num_ranks} ranks")
     spec, policy = _model(config, stage, path)
     if policy is not None and stage in ("base", "small_base"):
         config = replace(config, lora=LoraConfig())  # as the recipe does
@@ -89,7 +105,11 @@ def _plan(config: Config, stage: str, kind: str, options: Options, path: str) ->
             _prompts(config, _tokenizer(policy, path), spec),
             config.rollout.max_completion_tokens,
         )
-        mean = min(_whole(options, "completion-tokens") or cut, cut)
+        mean = _whole(options, "completion-tokens") or cut
+        if mean > cut:
+            raise ValueError(
+                f"--completion-tokens {mean} is more than rollout.max_completion_tokens = {cut}"
+            )
         groups = grpo_groups(config, prompts, mean, num_ranks)
         longest = min(max(prompts) + cut, spec.max_position_embeddings)
         lengths = f"prompts of {groups[0][0]} and completions of {mean} tokens"
@@ -109,9 +129,12 @@ def _plan(config: Config, stage: str, kind: str, options: Options, path: str) ->
 
 
 def _whole(options: Options, name: str) -> int:
-    text = str(options.get(name, "0"))
-    if not text.isdigit():
-        raise ValueError(f"--{name} must be a whole number, got {text!r}")
+    """0 where the option is not given."""
+    if name not in options:
+        return 0
+    text = str(options[name])
+    if not (text.isdecimal() and int(text)):
+        raise ValueError(f"--{name} must be a whole number of at least 1, got {text!r}")
     return int(text)
 
 

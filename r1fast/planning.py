@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from r1fast.config import Config, LoraConfig, OptimConfig, RolloutConfig
+from r1fast.config import Config, LoraConfig, OptimConfig
 from r1fast.costs import Groups, Size
 from r1fast.machine import GPU, GPUS, available_memory, device_name, measure_bandwidth
 from r1fast.metrics import warn
@@ -111,8 +112,9 @@ def make_plan(
     if gpu is None:
         name = device_name(job.device)
         peak_flops, speed = _speed_here(job, max(budget, job.longest - 1))
+        notes = busy()
         if job.device.type == "cuda":
-            notes = [
+            notes += [
                 f"seconds: {SHARE:.0%} of what a large product and a copy reach here is assumed",
                 CPU_BYTES,
             ]
@@ -126,6 +128,14 @@ def make_plan(
         job, stage, name, available, budget, reason, phases, Work.of(job.groups), lengths,
         speed, peak_flops, notes,
     )  # fmt: skip
+
+
+def busy() -> list[str]:
+    """A note where others take this machine's processors, so that what is timed comes out too slow."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load < 1.5 * cores:
+        return []
+    return [f"the machine is busy (load {load:.1f} on {cores} cores): seconds are too high"]
 
 
 def assumptions(gpu: GPU) -> list[str]:
@@ -159,8 +169,10 @@ def _speed_here(job: Job, budget: int) -> tuple[float, Speed]:
         len(lengths) // len(job.groups),
         job.shares,
         _rounded(budget),
-        r if job.kind == "grpo" else None,
-        job.config.optim,
+        (r.max_batch_size, r.temperature, r.top_p, r.top_k, r.min_p)
+        if job.kind == "grpo"
+        else None,
+        job.config.optim.max_grad_norm > 0,
         _key(job.config.lora),
         job.checkpointing,
         torch.get_num_threads(),
@@ -210,15 +222,14 @@ def _speed(
     num_completions: int,
     shares: bool,
     budget: int,
-    rollout: RolloutConfig | None,
-    optim: OptimConfig,
+    rollout: tuple[int, float, float, int, float] | None,
+    clips: bool,
     lora: tuple,
     checkpointing: str,
     num_threads: int,
 ) -> Speed:
-    sampling = rollout and SamplingParams(
-        rollout.temperature, rollout.top_p, rollout.top_k, min_p=rollout.min_p
-    )
+    max_batch_size, *sampled = rollout or (1,)
+    sampling = SamplingParams(*sampled[:3], min_p=sampled[3]) if rollout else None
     return measure_speed(
         spec,
         dtype,
@@ -226,9 +237,9 @@ def _speed(
         [(prompt, [completion] * num_completions)] * num_groups,
         share_prompts=shares,
         token_budget=budget,
-        max_batch_size=rollout.max_batch_size if rollout else 1,
+        max_batch_size=max_batch_size,
         sampling=sampling,
-        optim=optim,
+        optim=OptimConfig(max_grad_norm=float(clips)),
         lora=_lora(lora),
         checkpointing=checkpointing,
     )
@@ -246,7 +257,11 @@ def watch(trainer: Trainer, job: Job, lengths: str) -> PlanWatch | None:
             token_budget=trainer.token_budget.num_tokens,
             checkpointing=trainer.model.checkpointing,
         )
-    except (RuntimeError, OSError) as error:  # a probe that fails is no reason not to train
+    except (
+        RuntimeError,
+        OSError,
+        ValueError,
+    ) as error:  # a probe that fails is no reason not to train
         warn(f"{trainer.stage}: no plan, as a measurement failed: {error}")
         return None
     trainer.folder.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,9 @@ NARROW = 64  # about the width of the decoder whose bytes are counted
 MAX_VOCAB = 8192  # of the decoder that is timed; what follows from it is stretched
 PASS_SECONDS = 0.06  # about, of a layer forward and backward
 SHORT, LONG = 3, 19  # tokens that are generated
+CONTEXT = (
+    4096  # of the decoder that is timed: lengths are cut to half of it, whatever the model's is
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +94,8 @@ def measure_footprint(
 ) -> Footprint:
     """Counted on the CPU in a tenth of a second; no weights of the model's size are made."""
     # widths go with the head's, of which there are as many
-    times = max(n for n in (1, 2, 4, 8, 16) if all(x % (2 * n) == 0 for x in _widths(spec)) and
-                (n == 1 or spec.hidden_size >= n * NARROW))  # fmt: skip
+    times = max(n for n in (1, 2, 4, 8, 16, 32, 64) if all(x % (2 * n) == 0 for x in _widths(spec)) and
+                (n == 1 or spec.hidden_size >= n * (NARROW if n <= 16 else 4 * NARROW)))  # fmt: skip
     narrow = replace(
         spec,
         vocab_size=16,
@@ -296,7 +299,7 @@ class _Bench:
         self.stretch = spec.vocab_size / self.vocab_size
         small = replace(
             spec, vocab_size=self.vocab_size, num_layers=2,
-            max_position_embeddings=min(spec.max_position_embeddings, 4096),
+            max_position_embeddings=CONTEXT,
         )  # fmt: skip
         self.two = Decoder(small, dtype=dtype, device=device)
         generator = torch.Generator(device).manual_seed(0)
@@ -393,7 +396,7 @@ class _Bench:
 
     def decoding(self, groups: Groups, max_batch_size: int, sampling: SamplingParams) -> dict:
         """Generation of a few tokens for all slots and for a quarter of them, seldom two that end together."""
-        members = _members(cut([(p, [1] * len(ns)) for p, ns in groups], 4096), max_batch_size)
+        members = _members(cut([(p, [1] * len(ns)) for p, ns in groups], CONTEXT), max_batch_size)
         few = _members([(p, [1] * n) for p, n in members], sum(n for _, n in members) // 4 or 1)
         of_one, of_two = (self._decoding(m, members, few, sampling) for m in (self.one, self.two))
         found = {key: self.deep(of_one[key], of_two[key], self.stretch) for key in of_one}
