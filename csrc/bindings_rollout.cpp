@@ -6,6 +6,7 @@
 #include "decode_attention.hpp"
 #include "decode_loop.hpp"
 #include "sampling.hpp"
+#include "tails.hpp"
 
 namespace r1fast {
 
@@ -60,14 +61,50 @@ void bind_block_allocator(py::module_& m) {
       .def("reset", &BlockAllocator::reset);
 }
 
+// Likewise.
+void bind_tails(py::module_& m) {
+  const auto exactly = [](const char* arg) { return py::arg(arg).noconvert(); };
+  py::class_<Tails>(m, "Tails", "Positions of running sequences that fill no tile yet.")
+      .def(py::init<BlockAllocator&, int64_t, int64_t, int64_t, int64_t>(), py::arg("allocator"), py::arg("num_slots"),
+           py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("element_bytes"), py::keep_alive<1, 2>())
+      .def(
+          "add_layer",
+          [](Tails& self, uintptr_t keys, uintptr_t values) { self.add_layer(at<void>(keys), at<void>(values)); },
+          py::arg("keys"), py::arg("values"))
+      .def_property_readonly("num_positions", &Tails::num_positions)
+      .def_property_readonly("table",
+                             [](const py::object& self) {
+                               const auto& tails = self.cast<const Tails&>();
+                               return py::array_t<int32_t>({tails.num_slots(), kTile}, tails.table(), self);
+                             })
+      .def(
+          "missing",
+          [](const Tails& self, const Exactly<int64_t>& slots, const Exactly<int64_t>& length,
+             Exactly<int64_t> num_blocks) {
+            return self.missing({slots.data(), slots.size(), length.data(), nullptr, 0, num_blocks.mutable_data()});
+          },
+          exactly("slots"), exactly("length"), exactly("num_blocks"))
+      .def(
+          "grow",
+          [](Tails& self, const Exactly<int64_t>& slots, const Exactly<int64_t>& length, Exactly<int32_t> blocks,
+             Exactly<int64_t> num_blocks) {
+            return self.grow({slots.data(), slots.size(), length.data(), blocks.mutable_data(), blocks.shape(1),
+                              num_blocks.mutable_data()});
+          },
+          exactly("slots"), exactly("length"), exactly("blocks"), exactly("num_blocks"))
+      .def("adopt", &Tails::adopt, py::arg("slot"), py::arg("block"), py::arg("num_positions"))
+      .def("release", &Tails::release, py::arg("slot"));
+}
+
 // The plan of kernels/paged_attention.py, without queries.
 template <class T>
-DecodeProblem<T> who_sees_what(uintptr_t block_table, int64_t max_blocks, int64_t block_size, uintptr_t context_lens,
-                               uintptr_t query_starts, uintptr_t group_starts, uintptr_t shared_blocks,
-                               int64_t num_groups) {
+DecodeProblem<T> who_sees_what(uintptr_t block_table, int64_t max_blocks, uintptr_t tails, int64_t block_size,
+                               uintptr_t context_lens, uintptr_t query_starts, uintptr_t group_starts,
+                               uintptr_t shared_blocks, int64_t num_groups) {
   DecodeProblem<T> problem{};
   problem.block_table = at<const int32_t>(block_table);
   problem.max_blocks = max_blocks;
+  problem.tails = at<const int32_t>(tails);
   problem.tiles_per_block = block_size / kTile;
   problem.context_lens = at<const int32_t>(context_lens);
   problem.query_starts = at<const int32_t>(query_starts);
@@ -102,11 +139,12 @@ void bind_decode(py::module_& m) {
           "attend",
           [](DecodeWorkspace& self, Address q, Address out, int64_t num_heads, float scale, Address keys,
              Address values, int64_t num_kv_heads, int64_t head_dim, bool bf16, Address block_table,
-             int64_t max_blocks, int64_t block_size, Address context_lens, Address query_starts, Address group_starts,
-             Address shared_blocks, int64_t num_groups, const std::string& level, int64_t num_threads) {
+             int64_t max_blocks, Address tails, int64_t block_size, Address context_lens, Address query_starts,
+             Address group_starts, Address shared_blocks, int64_t num_groups, const std::string& level,
+             int64_t num_threads) {
             with_dtype(bf16, [&](auto kind) {
               using T = decltype(kind);
-              DecodeProblem<T> problem = who_sees_what<T>(block_table, max_blocks, block_size, context_lens,
+              DecodeProblem<T> problem = who_sees_what<T>(block_table, max_blocks, tails, block_size, context_lens,
                                                           query_starts, group_starts, shared_blocks, num_groups);
               problem.q = at<const T>(q);
               problem.out = at<T>(out);
@@ -118,8 +156,9 @@ void bind_decode(py::module_& m) {
           },
           py::arg("q"), py::arg("out"), py::arg("num_heads"), py::arg("scale"), py::arg("keys"), py::arg("values"),
           py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("bf16"), py::arg("block_table"),
-          py::arg("max_blocks"), py::arg("block_size"), py::arg("context_lens"), py::arg("query_starts"),
-          py::arg("group_starts"), py::arg("shared_blocks"), py::arg("num_groups"), py::arg("level"),
+          py::arg("max_blocks"), py::arg("tails"), py::arg("block_size"), py::arg("context_lens"),
+          py::arg("query_starts"), py::arg("group_starts"), py::arg("shared_blocks"), py::arg("num_groups"),
+          py::arg("level"),
           py::arg("num_threads"), "out (Nq, H, Dh): attention of q over the tiled cache.");
 }
 
@@ -156,21 +195,21 @@ void bind_decoder_of(py::module_& m, const char* name) {
       .def(
           "run",
           [](Native& self, Address tokens, Address positions, Address slots, int64_t num_tokens, Address rotations,
-             Address block_table, int64_t max_blocks, int64_t block_size, Address context_lens, Address query_starts,
-             Address group_starts, Address shared_blocks, int64_t num_groups, Address hidden, int64_t ld_hidden,
-             int64_t num_threads) {
+             Address block_table, int64_t max_blocks, Address tails, int64_t block_size, Address context_lens,
+             Address query_starts, Address group_starts, Address shared_blocks, int64_t num_groups, Address hidden,
+             int64_t ld_hidden, int64_t num_threads) {
             py::gil_scoped_release release;
             const typename Native::Step step{
                 at<const int64_t>(tokens), at<const int64_t>(positions), at<const int64_t>(slots), num_tokens,
                 at<const float>(rotations),
-                who_sees_what<T>(block_table, max_blocks, block_size, context_lens, query_starts, group_starts,
+                who_sees_what<T>(block_table, max_blocks, tails, block_size, context_lens, query_starts, group_starts,
                                  shared_blocks, num_groups)};
             self.run(step, at<T>(hidden), ld_hidden, num_threads);
           },
           py::arg("tokens"), py::arg("positions"), py::arg("slots"), py::arg("num_tokens"), py::arg("rotations"),
-          py::arg("block_table"), py::arg("max_blocks"), py::arg("block_size"), py::arg("context_lens"),
-          py::arg("query_starts"), py::arg("group_starts"), py::arg("shared_blocks"), py::arg("num_groups"),
-          py::arg("hidden"), py::arg("ld_hidden"), py::arg("num_threads"));
+          py::arg("block_table"), py::arg("max_blocks"), py::arg("tails"), py::arg("block_size"),
+          py::arg("context_lens"), py::arg("query_starts"), py::arg("group_starts"), py::arg("shared_blocks"),
+          py::arg("num_groups"), py::arg("hidden"), py::arg("ld_hidden"), py::arg("num_threads"));
 }
 
 template <class T, class Tiles>
@@ -183,7 +222,7 @@ void bind_decode_loop_of(py::module_& m, const char* name) {
       .def(
           "run",
           [](Loop& self, Exactly<int64_t> tokens, Exactly<float> logprobs, Exactly<float> truncated,
-             std::optional<Exactly<float>> entropies, Exactly<int32_t> blocks, Exactly<int64_t> length,
+             std::optional<Exactly<float>> entropies, Exactly<int32_t> blocks, Tails* tails, Exactly<int64_t> length,
              Exactly<int64_t> num_blocks, const Exactly<int64_t>& prompt_length, const Exactly<int64_t>& limit,
              const Exactly<int64_t>& seed, const Exactly<float>& temperature, const Exactly<int64_t>& top_k,
              const Exactly<float>& top_p, const Exactly<float>& min_p, const Exactly<bool>& ignore_eos,
@@ -197,6 +236,7 @@ void bind_decode_loop_of(py::module_& m, const char* name) {
                                 tokens.shape(1),
                                 blocks.mutable_data(),
                                 blocks.shape(1),
+                                tails,
                                 length.mutable_data(),
                                 num_blocks.mutable_data(),
                                 prompt_length.data(),
@@ -226,7 +266,7 @@ void bind_decode_loop_of(py::module_& m, const char* name) {
             return py::make_tuple(num_steps, outcomes);
           },
           exactly("tokens"), exactly("logprobs"), exactly("truncated"), exactly("entropies"), exactly("blocks"),
-          exactly("length"), exactly("num_blocks"), exactly("prompt_length"), exactly("limit"), exactly("seed"),
+          py::arg("tails").none(true), exactly("length"), exactly("num_blocks"), exactly("prompt_length"), exactly("limit"), exactly("seed"),
           exactly("temperature"), exactly("top_k"), exactly("top_p"), exactly("min_p"), exactly("ignore_eos"),
           exactly("stop_ids"), exactly("is_eos"), exactly("slots"), exactly("group_starts"), exactly("shared_blocks"),
           py::arg("allocator"), py::arg("rotations"), py::arg("max_steps"), py::arg("max_seconds"),
@@ -338,6 +378,7 @@ void bind_sample(py::module_& m) {
 
 void bind_rollout(py::module_& m) {
   bind_block_allocator(m);
+  bind_tails(m);
   bind_decoder(m);
   bind_decode(m);
   bind_sample(m);

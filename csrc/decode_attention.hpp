@@ -30,6 +30,7 @@ struct DecodeProblem {
   const int32_t* block_table;  // (B, max_blocks), or (S, max_blocks) with
   const int64_t* table_rows;   // (B): a sequence's row of it; null: sequence b has row b
   int64_t max_blocks;
+  const int32_t* tails;  // rows of 16 as those of block_table: the slots of a block -1, see paged_cache.hpp; or null
   int64_t tiles_per_block;
   const int32_t* context_lens;   // (B)
   const int32_t* query_starts;   // (B + 1)
@@ -44,9 +45,10 @@ struct DecodeProblem {
   int64_t limit(int64_t sequence, int64_t query) const {
     return context_lens[sequence] - (first_query(sequence + 1) - query) + 1;
   }
-  int64_t tile(int64_t sequence, int64_t position) const {
+  int64_t table_row(int64_t sequence) const { return table_rows == nullptr ? sequence : table_rows[sequence]; }
+  int64_t tile(int64_t sequence, int64_t position) const {  // below 0: it is a tail
     const int64_t index = position / kTile;
-    const int32_t* const row = block_table + (table_rows == nullptr ? sequence : table_rows[sequence]) * max_blocks;
+    const int32_t* const row = block_table + table_row(sequence) * max_blocks;
     if (tiles_per_block == 1) return row[index];
     return row[index / tiles_per_block] * tiles_per_block + index % tiles_per_block;
   }
@@ -126,7 +128,8 @@ class DecodeWorkspace {
     num_tasks_ = num_units * num_parts_;
     // of each thread q, and (m, l, a) twice: of all chunks so far and of one
     const int64_t ld = row_floats(head_dim), row = ld + 2;
-    scratch_ = round_up(most_rows_ * (ld + 2 * row), kTile);
+    tail_ = problem.tails == nullptr ? 0 : 4 * round_up(head_dim * kTile * static_cast<int64_t>(sizeof(T)) / 4, kTile);
+    scratch_ = round_up(most_rows_ * (ld + 2 * row), kTile) + tail_;
     reserve(scratch_ * std::max<int64_t>(num_threads, 1), kv_heads * row);
     return steps * kv_heads * head_dim;
   }
@@ -144,10 +147,12 @@ class DecodeWorkspace {
               Each&& each) {
     const int64_t kv_heads = cache.num_kv_heads;
     each(num_tasks_, [&](int64_t task, int64_t thread) {
-      const Call<T> call{problem, cache, kernels, problem.num_heads / kv_heads, row_floats(cache.head_dim), partials_};
+      float* const memory = floats_->data() + thread * scratch_;
+      const Call<T> call{problem, cache, kernels, problem.num_heads / kv_heads, row_floats(cache.head_dim), partials_,
+                         reinterpret_cast<T*>(memory)};
       const int64_t index = task / num_parts_, part = task % num_parts_, head = index % kv_heads;
       const Unit& unit = units_[static_cast<size_t>(index / kv_heads)];
-      float* const scratch = floats_->data() + thread * scratch_;
+      float* const scratch = memory + tail_;
       if (num_parts_ == 1 || unit.num_chunks == 1) {
         if (part == 0) attend_unit(call, unit, head, 0, unit.num_chunks, scratch);
         return;
@@ -175,6 +180,7 @@ class DecodeWorkspace {
     int64_t heads;  // query heads of a kv head
     int64_t ld;
     float* partials;
+    T* tiles;  // keys and values of tails, of two strips
   };
 
   // Strips one after the other: each is attended to when the next one is known.
@@ -189,11 +195,25 @@ class DecodeWorkspace {
     void visit(int64_t sequence, int64_t position, int64_t num_positions, const Rows& of) {
       Strip<T>& strip = strips[count % 2];
       strip = {{}, {}, num_positions, call.cache.head_dim, call.problem.scale, &strip};
-      for (int64_t t = 0; t < kStripTiles; ++t) {  // behind the last tile the first one again: it can be fetched
-        const int64_t offset = t * kTile < num_positions ? t * kTile : 0;
-        const int64_t tile = call.problem.tile(sequence, position + offset);
-        strip.keys[t] = call.cache.key_tile(tile, head);
-        strip.values[t] = call.cache.value_tile(tile, head);
+      for (int64_t t = 0; t < kStripTiles; ++t) {
+        const int64_t left = num_positions - t * kTile;
+        if (left <= 0) {  // behind the last tile the first one again: it can be fetched
+          strip.keys[t] = strip.keys[0];
+          strip.values[t] = strip.values[0];
+          continue;
+        }
+        const int64_t tile = call.problem.tile(sequence, position + t * kTile);
+        if (tile < 0) {
+          T* const keys = call.tiles + count % 2 * 2 * call.cache.tile_size();
+          T* const values = keys + call.cache.tile_size();
+          const int32_t* const slots = call.problem.tails + call.problem.table_row(sequence) * kTile;
+          gather_rows(call.cache, head, slots, std::min(left, kTile), keys, values);
+          strip.keys[t] = keys;
+          strip.values[t] = values;
+        } else {
+          strip.keys[t] = call.cache.key_tile(tile, head);
+          strip.values[t] = call.cache.value_tile(tile, head);
+        }
       }
       rows[count % 2] = of;
       if (count++ > 0) {
@@ -359,7 +379,8 @@ class DecodeWorkspace {
   float* partials_ = nullptr;
   int64_t num_tasks_ = 0;
   int64_t num_parts_ = 1;     // that a unit is cut into
-  int64_t scratch_ = 0;       // floats of a thread
+  int64_t scratch_ = 0;       // floats of a thread,
+  int64_t tail_ = 0;          // the first of which are the tiles of tails
   int64_t num_partials_ = 0;  // rows times chunks of all units
   int64_t most_rows_ = 0;     // of a unit
 };

@@ -7,6 +7,7 @@
 #include "block_allocator.hpp"
 #include "decoder.hpp"
 #include "sampling.hpp"
+#include "tails.hpp"
 
 #if defined(__x86_64__)
 namespace r1fast {
@@ -20,6 +21,7 @@ struct LoopRows {
   int64_t num_columns;
   int32_t* blocks;  // (S, M)
   int64_t max_blocks;
+  Tails* tails;  // or null: every row has blocks for all its positions
   int64_t* length;
   int64_t* num_blocks;
   const int64_t* prompt_length;
@@ -129,6 +131,7 @@ class DecodeLoop {
     attention.block_table = rows.blocks;
     attention.table_rows = rows.slots;
     attention.max_blocks = rows.max_blocks;
+    attention.tails = rows.tails == nullptr ? nullptr : rows.tails->table();
     attention.tiles_per_block = tiles_per_block;
     attention.context_lens = context_.data();
     attention.group_starts = rows.group_starts;
@@ -161,7 +164,9 @@ class DecodeLoop {
       const auto i = static_cast<size_t>(r);
       tokens_[i] = rows.tokens[slot * rows.num_columns + position];
       positions_[i] = position;
-      slots_[i] = rows.blocks[slot * rows.max_blocks + position / block_size] * block_size + position % block_size;
+      const int64_t block = rows.blocks[slot * rows.max_blocks + position / block_size];
+      slots_[i] = block < 0 ? rows.tails->table()[slot * kTile + position % kTile]
+                            : block * block_size + position % block_size;
       context_[i] = static_cast<int32_t>(position + 1);
       u_[i] = uniform(rows.seed[slot], position + 1 - rows.prompt_length[slot]);
     }
@@ -191,8 +196,12 @@ class DecodeLoop {
     return all_go_on;
   }
 
-  // A block for each row whose next position has none. False, and nothing is taken, if there are not as many.
+  // Room for each row's next position. False, and nothing is taken, if there are not as many.
   static bool grow(const LoopRows& rows, BlockAllocator& allocator) {
+    if (rows.tails != nullptr) {
+      return rows.tails->grow(
+          {rows.slots, rows.num_rows, rows.length, rows.blocks, rows.max_blocks, rows.num_blocks});
+    }
     const auto is_short = [&](int64_t r) {
       const int64_t slot = rows.slots[r];
       return rows.length[slot] > rows.num_blocks[slot] * allocator.block_size();

@@ -1,5 +1,6 @@
 // The tiled storage of kernels/paged_cache.py: tiles of 16 slots, keys (tiles, K, Dh, 16), or in bf16
-// (tiles, K, Dh / 2, 16, 2), and values (tiles, K, 16, Dh).
+// (tiles, K, Dh / 2, 16, 2), and values (tiles, K, 16, Dh). A tile may instead hold 16 rows, keys and values (K, Dh): slot
+// -1 - i is row i of all that there would be.
 #pragma once
 
 #include "epilogue.hpp"
@@ -19,6 +20,7 @@ struct PagedCache {
   int64_t tile_size() const { return head_dim * kTile; }
   T* key_tile(int64_t tile, int64_t head) const { return keys + (tile * num_kv_heads + head) * tile_size(); }
   T* value_tile(int64_t tile, int64_t head) const { return values + (tile * num_kv_heads + head) * tile_size(); }
+  int64_t row(int64_t slot, int64_t head) const { return (~slot * num_kv_heads + head) * head_dim; }
 };
 
 // k and v (N, K, Dh), rows of heads `ld_` elements apart, to their slots.
@@ -29,6 +31,12 @@ void write_kv(const PagedCache<T>& cache, const T* k, int64_t ld_k, const T* v, 
   constexpr int64_t kPerPair = sizeof(Pair) / sizeof(T);
   const int64_t dim = cache.head_dim;
   const auto token = [&](int64_t i, int64_t) {
+    if (slots[i] < 0) {
+      const int64_t row = cache.row(slots[i], 0);
+      std::memcpy(cache.keys + row, k + i * ld_k, sizeof(T) * cache.num_kv_heads * dim);
+      std::memcpy(cache.values + row, v + i * ld_v, sizeof(T) * cache.num_kv_heads * dim);
+      return;
+    }
     const int64_t tile = slots[i] / kTile, lane = slots[i] % kTile;
     for (int64_t head = 0; head < cache.num_kv_heads; ++head) {
       T* const to = cache.key_tile(tile, head) + lane * kPerPair;
@@ -40,6 +48,20 @@ void write_kv(const PagedCache<T>& cache, const T* k, int64_t ld_k, const T* v, 
   // a key is spread over as many cache lines as it has words
   const double steps = 64.0 * num_tokens * cache.num_kv_heads * dim;
   parallel_for(num_tokens, worthwhile_threads(num_threads, steps), token);
+}
+
+// The rows of these slots (n) as one head's tile, whose other lanes stay as they are.
+template <class T>
+void gather_rows(const PagedCache<T>& cache, int64_t head, const int32_t* slots, int64_t n, T* keys, T* values) {
+  using Pair = std::conditional_t<sizeof(T) == 2, uint32_t, T>;
+  const int64_t dim = cache.head_dim, num_pairs = dim * static_cast<int64_t>(sizeof(T)) / static_cast<int64_t>(sizeof(Pair));
+  for (int64_t lane = 0; lane < n; ++lane) {
+    const int64_t row = cache.row(slots[lane], head);
+    const auto* const from = reinterpret_cast<const Pair*>(cache.keys + row);
+    Pair* const to = reinterpret_cast<Pair*>(keys) + lane;
+    for (int64_t w = 0; w < num_pairs; ++w) to[w * kTile] = from[w];
+    std::memcpy(values + lane * dim, cache.values + row, sizeof(T) * dim);
+  }
 }
 
 }  // namespace r1fast

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from r1fast.kernels.paged_cache import PagedLayout, copy_blocks, read_kv, write_kv
+from r1fast.kernels.paged_cache import TILE, PagedLayout, copy_blocks, read_kv, write_kv
 
 __all__ = [
+    "TILE",
     "DecodePlan",
     "PagedLayout",
     "copy_blocks",
@@ -49,6 +50,16 @@ class DecodePlan:
     query_starts: Tensor | None = None  # (B + 1,) from 0 to Nq; None: one query a sequence
     max_shared_blocks: int | None = None  # no group shares more; None: as many as a row has
     workspace: object = None  # memory of the CPU kernel, made by the first call
+    # tiles of 16 alone: (B, TILE), slots below 0 of the positions of a sequence's last block where that is -1
+    tails: Tensor | None = None
+
+    def slots(self, sequence: int, positions: Tensor, block_size: int) -> Tensor:  # (n,) -> (n,)
+        """Where these positions of a sequence lie, int64."""
+        blocks = self.block_table[sequence, positions // block_size].long()
+        slots = blocks * block_size + positions % block_size
+        if self.tails is None:
+            return slots
+        return torch.where(blocks < 0, self.tails[sequence, positions % TILE].long(), slots)
 
 
 def paged_attention_ref(
@@ -73,10 +84,7 @@ def paged_attention_ref(
         if start == end:
             continue
         positions = torch.arange(context, device=q.device)
-        blocks = plan.block_table[i, positions // layout.block_size].long()
-        k, v = read_kv(
-            layout, keys, values, blocks * layout.block_size + positions % layout.block_size
-        )
+        k, v = read_kv(layout, keys, values, plan.slots(i, positions, layout.block_size))
         k, v = (x.to(q.dtype).repeat_interleave(repeats, dim=1) for x in (k, v))  # (L, H, Dh)
         scores = scale * torch.einsum("ihd,jhd->hij", q[start:end], k)  # (H, n, L)
         limits = torch.arange(context - (end - start) + 1, context + 1, device=q.device)
@@ -105,7 +113,8 @@ def paged_attention_native(
         q.data_ptr(), out.data_ptr(), q.shape[1], scale,
         keys.data_ptr(), values.data_ptr(), layout.num_kv_heads, layout.head_dim,
         layout.dtype == torch.bfloat16,
-        plan.block_table.data_ptr(), plan.block_table.stride(0), layout.block_size,
+        plan.block_table.data_ptr(), plan.block_table.stride(0),
+        0 if plan.tails is None else plan.tails.data_ptr(), layout.block_size,
         plan.context_lens.data_ptr(),
         0 if plan.query_starts is None else plan.query_starts.data_ptr(),
         plan.group_starts.data_ptr(), plan.shared_blocks.data_ptr(), len(plan.shared_blocks),
@@ -202,6 +211,12 @@ def _check(q: Tensor, layout: PagedLayout, plan: DecodePlan) -> None:
     B, num_groups = len(plan.context_lens), len(plan.shared_blocks)
     tensors = plan.block_table, plan.context_lens, plan.group_starts, plan.shared_blocks
     tensors += () if plan.query_starts is None else (plan.query_starts,)
+    if plan.tails is not None:
+        assert layout.is_tiled, layout
+        assert layout.block_size == TILE, layout
+        assert plan.tails.shape == (B, TILE), (plan.tails.shape, B)
+        assert plan.tails.is_contiguous(), plan.tails.stride()
+        tensors += (plan.tails,)
     for x in tensors:
         assert x.dtype == torch.int32, x.dtype
         assert x.stride(-1) == 1 or x.numel() < 2, x.stride()

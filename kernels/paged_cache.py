@@ -7,6 +7,8 @@ Two kinds of storage, chosen with the layout and hidden behind `write_kv` and `r
     tiled   tiles of 16 slots, for the CPU kernels of csrc/decode_attention.hpp
             keys (tiles, K, Dh, 16), so that a vector holds 16 positions of one dimension; in
             bfloat16 (tiles, K, Dh / 2, 16, 2), two dimensions in a word;  values (tiles, K, 16, Dh)
+            A tile may instead hold 16 rows, keys and values (K, Dh), of positions on their own: slot
+            -1 - i is row i of all that there would be.
 
 Shapes: N tokens, K kv heads, Dh head width.
 """
@@ -104,10 +106,13 @@ def write_kv_ref(
         keys.flatten(0, 1)[slot_mapping] = k.to(layout.dtype)
         values.flatten(0, 1)[slot_mapping] = v.to(layout.dtype)
         return
+    k, v, rows = k.to(layout.dtype), v.to(layout.dtype), slot_mapping < 0
+    for x, part in ((keys, k), (values, v)):
+        x.view(-1, *part.shape[1:])[~slot_mapping[rows]] = part[rows]
+    k, v, slot_mapping = k[~rows], v[~rows], slot_mapping[~rows]
     tile, lane = slot_mapping // TILE, slot_mapping % TILE
-    k = k.to(layout.dtype)
     keys[tile, :, :, lane] = k.unflatten(2, (-1, 2)) if keys.dim() == 5 else k
-    values[tile, :, lane] = v.to(layout.dtype)
+    values[tile, :, lane] = v
 
 
 def write_kv(
@@ -161,9 +166,13 @@ def read_kv(
     layout.check(keys, values)
     if not layout.is_tiled:
         return keys.flatten(0, 1)[slots], values.flatten(0, 1)[slots]
-    tile, lane = slots // TILE, slots % TILE
+    tile, lane = slots.clamp_min(0) // TILE, slots % TILE
     shape = (len(slots), layout.num_kv_heads, layout.head_dim)
-    return keys[tile, :, :, lane].reshape(shape), values[tile, :, lane]
+    k, v = keys[tile, :, :, lane].reshape(shape), values[tile, :, lane]
+    rows = slots < 0
+    for x, part in ((keys, k), (values, v)):
+        part[rows] = x.view(-1, *shape[1:])[~slots[rows]]
+    return k, v
 
 
 def copy_blocks(

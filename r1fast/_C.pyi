@@ -82,6 +82,46 @@ class BlockAllocator:
     def reset(self) -> None:
         """Forgets what is registered; holders keep their blocks."""
 
+class Tails:
+    """Positions of running sequences that fill no tile yet, held one by one in blocks of the same pool.
+
+    Arrays are those of rollout.rows.Rows, over slots: `slots` (n,) says which. Raises ValueError for blocks of other than
+    16 positions and for a slot that is not one. Not for several threads at once.
+    """
+
+    def __init__(
+        self,
+        allocator: BlockAllocator,
+        num_slots: int,
+        num_kv_heads: int,
+        head_dim: int,
+        element_bytes: int,
+    ) -> None: ...
+    def add_layer(self, keys: int, values: int) -> None:
+        """The addresses of a layer's tiled keys and values, which stay where they are."""
+    num_positions: int  # of all slots
+    table: NDArray[np.int32]  # (S, 16), a view: the slots, below 0, of a sequence's positions; entries behind them are not read
+
+    def missing(
+        self, slots: NDArray[np.int64], length: NDArray[np.int64], num_blocks: NDArray[np.int64]
+    ) -> int:
+        """Blocks that `grow` takes, less those that it gives back."""
+
+    def grow(
+        self,
+        slots: NDArray[np.int64],
+        length: NDArray[np.int64],
+        blocks: NDArray[np.int32],  # (S, M): full ones, then -1 while there are positions on their own; written
+        num_blocks: NDArray[np.int64],  # full ones; written
+    ) -> bool:
+        """Room for position length - 1 of each. False, and nothing is done, if there are not enough blocks."""
+
+    def adopt(self, slot: int, block: int, num_positions: int) -> bool:
+        """The first positions of a block, copied to a slot that has none. False if there are not enough blocks."""
+
+    def release(self, slot: int) -> None:
+        """The slot has none any more."""
+
 # What follows is called by kernels/cpu_head.py alone, which knows the layouts: an address is Tensor.data_ptr(), 0 for an
 # absent tensor; strides and sizes count elements. Results are the same bits for any `num_threads`. The GIL is released.
 Address: TypeAlias = int
@@ -308,6 +348,7 @@ class DecodeWorkspace:
         bf16: bool,
         block_table: Address,  # (B, max_blocks) int32, as all that follow
         max_blocks: int,
+        tails: Address,  # (B, 16), or 0: slots of the positions of a block -1
         block_size: int,  # a multiple of 16
         context_lens: Address,  # (B,)
         query_starts: Address,  # (B + 1,), or 0: one query a sequence
@@ -566,6 +607,7 @@ class DecoderF32:
         rotations: Address,  # (P, 2 Dh) float32: cos, then sin with its first half negated
         block_table: Address,  # int32 each, as in kernels.paged_attention.DecodePlan
         max_blocks: int,
+        tails: Address,  # or 0
         block_size: int,
         context_lens: Address,
         query_starts: Address,  # or 0
@@ -603,6 +645,7 @@ class DecodeLoopF32:
         truncated: NDArray[np.float32],  # (S, L)
         entropies: NDArray[np.float32] | None,  # (S, L)
         blocks: NDArray[np.int32],  # (S, M)
+        tails: Tails | None,  # None: there are blocks for all positions
         length: NDArray[np.int64],  # (S,), as the rest
         num_blocks: NDArray[np.int64],
         prompt_length: NDArray[np.int64],

@@ -107,26 +107,38 @@ def test_batch_invariant_where_it_cannot_be_had(model):
 
 
 def test_a_group_shares_its_prompt(model):
-    """40 tokens of prompt are 2 full blocks, once; every sample has the partly filled one for itself."""
+    """40 tokens of prompt are 2 full blocks, once; every sample has the 8 positions behind them for itself."""
     engine = Engine(model, [EOS], decode=str, prefix_cache=False)
     engine.add([10, 11] * 20, range(8), SamplingParams(max_tokens=5, ignore_eos=True))
     engine.step()
     stats = engine.stats
     assert (stats.num_running, stats.prefill_tokens) == (8, 40)
-    assert stats.blocks_used == 2 + 8
+    assert stats.blocks_used == 2 + 8 * 8 // BLOCK
     engine.step()
     assert engine.rows.batch().shared_blocks.tolist() == [2]
     assert engine.rows.batch().group_starts.tolist() == [0, 8]
 
 
-def test_cache_memory_is_what_the_tokens_need(model):
-    """Peak blocks against the positions that were held, but for the partly filled block of each."""
+@pytest.mark.parametrize("at_once", [1, 64])
+@pytest.mark.parametrize("prompt_tokens", [45, 48])
+def test_cache_memory_is_what_the_tokens_need(model, at_once, prompt_tokens):
+    """Whenever one looks: what is in the cache of running samples, rounded up to one block in all."""
     engine = Engine(model, [EOS], prefix_cache=False)
-    sampling = SamplingParams(max_tokens=64, ignore_eos=True)
-    engine.generate([[5] * 48, [6] * 48], 8, sampling)
-    needed = 2 * (48 + 8 * 64)  # every prompt once; the last token is never forwarded
-    held = engine.stats.peak_blocks * BLOCK
-    assert needed - 16 <= held <= 1.05 * needed
+    lengths = [1, 2, 9, 14, 15, 16, 17, 30, 31, 33, 60, 64]
+    for i in range(2):
+        engine.add([5 + i] * prompt_tokens, range(12), SamplingParams(ignore_eos=True), stream=False,
+                   lengths=lengths)  # fmt: skip
+    num_looks = 0
+    engine.step(at_once)
+    while engine.has_work:
+        slots, full = engine.rows.batch().slots, prompt_tokens // BLOCK * BLOCK
+        own = engine.rows.length[slots] - 1 - full  # a part of a block is copied for each sample
+        shared = len(set(engine.rows.group[slots])) * full
+        assert engine.stats.blocks_used == -(-(shared + own.sum()) // BLOCK)
+        num_looks += 1
+        engine.step(at_once)
+    assert num_looks > 8
+    assert engine.stats.blocks_used == 0
 
 
 def test_prefix_cache_across_calls_and_weights():

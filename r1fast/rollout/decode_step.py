@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from r1fast.kernels.paged_attention import DecodePlan
+from r1fast.kernels.paged_attention import TILE, DecodePlan
 from r1fast.rollout.rows import Rows
 
 
@@ -32,9 +32,15 @@ class DecodeStep:
     group_starts: np.ndarray  # (G + 1,) int32
     shared_blocks: np.ndarray  # (G,) int32
     query_starts: np.ndarray | None  # (B + 1,) int64; None: a token a row
+    tails: np.ndarray | None  # (B, TILE) int32, as in DecodePlan
 
     @classmethod
-    def of(cls, rows: Rows, drafts: np.ndarray | None = None) -> "DecodeStep":
+    def of(
+        cls,
+        rows: Rows,
+        drafts: np.ndarray | None = None,
+        tails: np.ndarray | None = None,  # (S, TILE) int32 of `_C.Tails`
+    ) -> "DecodeStep":
         """The last token of every running row, and after it the row's drafts (B, num_draft), -1: none."""
         batch, N = rows.batch(), rows.block_size
         context = rows.length[batch.slots]
@@ -48,9 +54,13 @@ class DecodeStep:
             tokens = np.concatenate((tokens[:, None], drafts), 1)[row, offset]
             positions, context = positions[row] + offset, context + counts - 1
         table = rows.blocks[batch.slots, : -(-int(context.max()) // N)]
-        slots = slots_of(table[row, positions // N], positions, N)
+        blocks = table[row, positions // N]
+        slots = slots_of(blocks, positions, N)
+        if tails is not None:
+            tails = tails[batch.slots]
+            slots = np.where(blocks < 0, tails[row, positions % TILE], slots)
         shared = batch.group_starts, batch.shared_blocks
-        return cls(tokens, positions, slots, table, context, *shared, starts)
+        return cls(tokens, positions, slots, table, context, *shared, starts, tails)
 
     def to(self, tensor: Callable[[np.ndarray], Tensor]) -> tuple[Inputs, DecodePlan]:
         """The same as tensors, each made by `tensor`."""
@@ -63,6 +73,7 @@ class DecodeStep:
             ),
             None if starts is None else tensor(starts.astype(np.int32)),
             max_shared_blocks=int(self.shared_blocks.max(initial=0)),
+            tails=None if self.tails is None else tensor(self.tails),
         )
         return inputs, plan
 

@@ -223,7 +223,12 @@ class Engine(Loops, Decoding):
             self.reset_prefix_cache()
         if self.scheduler is None or not self.scheduler.cache.fits(weight):
             self.scheduler = None  # the old cache's memory is free before there is a new one
-            cache = KVCache(self.model.spec, weight.dtype, weight.device, **self._cache_options)
+            # drafts are written ahead, and a graph reads what lies still
+            has_tails = self.speculation is None and self.runner.graphs is None
+            cache = KVCache(
+                self.model.spec, weight.dtype, weight.device, has_tails=has_tails,
+                **self._cache_options,
+            )  # fmt: skip
             self.scheduler = Scheduler(
                 cache, self.rows, self._counts, prefill_tokens=self._prefill_tokens,
                 prefix_cache=self._prefix_cache,

@@ -1,7 +1,8 @@
 """The paged KV cache: one pool of blocks for every sequence, of a size that is given or found.
 
 A block holds `block_size` positions of all layers. Who holds which is `_C.BlockAllocator`'s affair; how
-a layer's keys and values lie inside is `kernels.paged_cache`'s.
+a layer's keys and values lie inside is `kernels.paged_cache`'s. In tiles, what running samples have behind
+their last full block is held position by position (`_C.Tails`).
 """
 
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from r1fast._C import BlockAllocator
-from r1fast.kernels.paged_attention import PagedLayout, copy_blocks, write_kv
+from r1fast._C import BlockAllocator, Tails
+from r1fast.kernels.paged_attention import TILE, PagedLayout, copy_blocks, write_kv
 from r1fast.model import ModelSpec
 
 FOUND_SHARE = 0.5  # of the memory that is free, where no budget is given
@@ -20,6 +21,7 @@ class KVCache:
     """Keys and values of all layers. On a CPU only what is written to takes memory.
 
     `num_bytes` None takes what `max_sequences` of `max_positions` need, and at most half the free memory.
+    `has_tails` makes `tails` for `max_sequences` slots where the layout lets it; None elsewhere.
     Raises ValueError for a budget that does not hold a single block, and for a type of weights that the
     engine does not compute in.
     """
@@ -34,6 +36,7 @@ class KVCache:
         num_bytes: int | None,
         max_sequences: int,
         max_positions: int,
+        has_tails: bool = False,
     ):
         types = [torch.float32, torch.bfloat16] + [torch.float16] * (device.type != "cpu")
         if dtype not in types:
@@ -60,6 +63,13 @@ class KVCache:
         )
         # the last block is nobody's: rows that only fill up a batch write there
         self.layers = [self.layout.allocate(num_blocks + 1) for _ in range(spec.num_layers)]
+        self.tails: Tails | None = None
+        if has_tails and self.layout.is_tiled and block_size == TILE:
+            self.tails = Tails(
+                self.allocator, max_sequences, spec.num_kv_heads, spec.head_dim, dtype.itemsize
+            )
+            for keys, values in self.layers:
+                self.tails.add_layer(keys.data_ptr(), values.data_ptr())
 
     def fits(self, weight: Tensor) -> bool:
         """Whether keys and values of this weight's type and device can be stored."""

@@ -117,6 +117,7 @@ class NativeForward:
         self.decoder.run(
             x.tokens.data_ptr(), x.positions.data_ptr(), x.slots.data_ptr(), n,
             rotations.data_ptr(), plan.block_table.data_ptr(), plan.block_table.stride(0),
+            0 if plan.tails is None else plan.tails.data_ptr(),
             self.cache.block_size, plan.context_lens.data_ptr(),
             0 if starts is None else starts.data_ptr(), plan.group_starts.data_ptr(),
             plan.shared_blocks.data_ptr(), len(plan.shared_blocks), self._hidden.data_ptr(),
@@ -152,8 +153,8 @@ class NativeForward:
         rotations = self.model.rope.table(longest)  # held: another thread may let it grow
         return self.loop.run(
             rows.tokens, rows.logprobs, rows.truncated,
-            rows.entropies if batch.return_entropy else None, rows.blocks, rows.length,
-            rows.num_blocks, rows.prompt_length, rows.limit, rows.seed, rows.temperature, rows.top_k,
+            rows.entropies if batch.return_entropy else None, rows.blocks,
+            self.cache.tails, rows.length, rows.num_blocks, rows.prompt_length, rows.limit, rows.seed, rows.temperature, rows.top_k,
             rows.top_p, rows.min_p, rows.ignore_eos, rows.stop_ids, rows.is_eos, batch.slots,
             batch.group_starts, batch.shared_blocks, self.cache.allocator,
             rotations.data_ptr(), max_steps, MAX_SECONDS,

@@ -70,12 +70,16 @@ class Rows:
             self.blocks = _widen(self.blocks, -(-wider // self.block_size))
 
     def start(self, sample: Sample, tokens: np.ndarray, blocks: np.ndarray) -> int:
-        """Give the sample a slot. `tokens` are all in the cache; the next one is appended by `append`."""
+        """Give the sample a slot, the last free one. `tokens` are all in the cache, in `blocks` and, where these
+        are the full ones alone, its tail; the next token is appended by `append`.
+        """
         slot = self.free[-1]  # taken at the end: what fails before leaves everything as it was
         request, p = sample.request, sample.request.sampling
         self.reserve(len(tokens) + 1)
         self.tokens[slot, : len(tokens)] = tokens
         self.blocks[slot, : len(blocks)] = blocks
+        if len(blocks) * self.block_size < len(tokens):
+            self.blocks[slot, len(blocks)] = -1  # the rest is a tail
         self.length[slot], self.num_blocks[slot] = len(tokens), len(blocks)
         self.prompt_length[slot], self.limit[slot] = len(request.prompt), sample.limit
         self.min_length[slot] = len(request.prompt) + p.min_tokens

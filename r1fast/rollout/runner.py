@@ -81,7 +81,8 @@ class Runner:
 
     def decode(self, rows: Rows, cache: KVCache, drafts: np.ndarray | None = None) -> Tensor:
         """(B, num_draft) drafts, -1: none. Returns (Nq, V) logits: a row's last token's, then its drafts'."""
-        step = DecodeStep.of(rows, drafts)
+        tails = None if cache.tails is None else cache.tails.table
+        step = DecodeStep.of(rows, drafts, tails)
         if self.graphs is not None:
             logits = self.graphs.logits(step, cache, self._decode)
             if logits is not None:

@@ -2,7 +2,8 @@
 
 A request waits, is admitted (its prompt gets blocks, as far as they are not found in the prefix cache),
 is prefilled in chunks between decode steps, and then its samples start as slots come free. Full blocks
-of a prompt are shared by its samples, the partly filled last one is copied when a sample starts. When
+of a prompt are shared by its samples, the partly filled last one is copied when a sample starts, without
+its empty part where the cache has tails. When
 the cache is full, the sample that started last gives its blocks back and is computed again later.
 """
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from r1fast._C import Tails
 from r1fast.rollout.kv_cache import KVCache
 from r1fast.rollout.request import Prefill, Request, Sample
 from r1fast.rollout.result import EngineStats
@@ -59,6 +61,10 @@ class Scheduler:
 
     def grow(self, num_tokens: int = 1) -> None:
         """Blocks for the next `num_tokens` positions of every running sample; preempts if need be."""
+        if self.cache.tails is not None:
+            assert num_tokens == 1, num_tokens
+            self._grow_tails(self.cache.tails)
+            return
         rows, N = self.rows, self.cache.block_size
         while rows.num_running:
             slots = rows.batch().slots
@@ -79,6 +85,17 @@ class Scheduler:
             rows.add_blocks(needy, blocks[taken : taken + len(needy)])
             taken += len(needy)
 
+    def _grow_tails(self, tails: Tails) -> None:
+        rows = self.rows
+        while rows.num_running:
+            slots = rows.batch().slots
+            if tails.missing(slots, rows.length, rows.num_blocks) <= self.allocator.num_available:
+                rows.reserve(int(rows.length[slots].max()) + 1)
+                grown = tails.grow(slots, rows.length, rows.blocks, rows.num_blocks)
+                assert grown, self.allocator.num_available
+                return
+            self._preempt()
+
     def _preempt(self) -> None:
         """Free some blocks: of prefills first, they have least to lose, then of the newest sample."""
         self.counts.preemptions += 1
@@ -89,7 +106,7 @@ class Scheduler:
         slots = self.rows.batch().slots
         newest = self.rows.samples[slots[self.rows.started[slots].argmax()]]
         tokens = self.rows.save(newest)
-        self._release(self.rows.leave(newest), tokens[:-1])
+        self._release(self._leave(newest), tokens[:-1])
         self.waiting.appendleft(Prefill(newest.request, tokens, [newest]))
 
     def _return(self, job: Prefill) -> None:
@@ -192,13 +209,17 @@ class Scheduler:
             started.append((job, sample))
             if not job.samples:
                 self.ready.popleft()
+                if self.cache.tails is not None:
+                    self.allocator.free(job.blocks[len(blocks) :])  # each sample has a copy
         return started
 
     def _fork(self, job: Prefill) -> np.ndarray | None:
         """Blocks for the job's next sample: its last sample takes the job's own. None: cache full."""
+        full = len(job.tokens) // self.cache.block_size
+        if self.cache.tails is not None:
+            return self._fork_tail(job, full, self.cache.tails)
         if len(job.samples) == 1:
             return job.blocks
-        full = len(job.tokens) // self.cache.block_size
         blocks = job.blocks
         if full < len(blocks):
             if not self.allocator.num_available:
@@ -209,12 +230,28 @@ class Scheduler:
         self.allocator.share(blocks[:full])
         return blocks
 
+    def _fork_tail(self, job: Prefill, full: int, tails: Tails) -> np.ndarray | None:
+        """The full blocks; the positions behind them are copied to the slot that the sample gets."""
+        self.rows.reserve(len(job.tokens) + 1)  # before anything is taken: it may fail
+        slot, count = self.rows.free[-1], len(job.tokens) % self.cache.block_size
+        if count and not tails.adopt(slot, int(job.blocks[full]), count):
+            return job.blocks if len(job.samples) == 1 else None
+        if len(job.samples) > 1:
+            self.allocator.share(job.blocks[:full])
+        return job.blocks[:full]
+
     def finish(self, sample: Sample, *, is_sound: bool = True) -> None:
         """The sample's slot and blocks are free again; unsound ones are not to be found again."""
         length = self.rows.length[sample.slot] - 1 if is_sound else 0
         tokens = self.rows.tokens[sample.slot, :length].copy()
-        self._release(self.rows.leave(sample), tokens)
+        self._release(self._leave(sample), tokens)
         sample.is_done = True
+
+    def _leave(self, sample: Sample) -> np.ndarray:
+        """The sample runs no more. Returns the blocks that it still holds."""
+        if self.cache.tails is not None:
+            self.cache.tails.release(sample.slot)
+        return self.rows.leave(sample)
 
     def drop(self, request: Request) -> list[Sample]:
         """End all that is not done of a request. Returns the samples, those that ran among them."""
