@@ -46,9 +46,18 @@ def run_r1fast(path: str, dtype: str) -> tuple[Callable[[Case], dict], Any]:
     engine = Engine(model, [0], block_size=16)
     numbers = itertools.count(1)
 
+    def alive(rows: Any) -> int:
+        """Positions of running samples, a prompt once; a last token is not in the cache yet."""
+        if not rows.num_running:
+            return 0
+        batch = rows.batch()
+        prompts = rows.prompt_length[batch.slots]
+        once = prompts[batch.group_starts[:-1]].sum()
+        return int((rows.length[batch.slots] - 1 - prompts).sum() + once)
+
     def run(case: Case) -> dict:
         engine.reset_prefix_cache()
-        num_tokens, logprobs, num_blocks = 0, 0.0, 0
+        num_tokens, logprobs, most = 0, 0.0, (0, 0)
         sampling = SamplingParams(ignore_eos=True)
         for prompt, lengths in zip(case.prompts, case.lengths, strict=True):
             seeds = [next(numbers) for _ in lengths]
@@ -57,18 +66,31 @@ def run_r1fast(path: str, dtype: str) -> tuple[Callable[[Case], dict], Any]:
             for event in engine.step():
                 num_tokens += len(event.token_ids)
                 logprobs += sum(event.logprobs)
-            num_blocks = max(num_blocks, engine.stats.blocks_used)
+            most = max(most, (16 * engine.stats.blocks_used, alive(engine.rows)))
         return {
-            "tokens": num_tokens, "logprob": logprobs / num_tokens, "positions": 16 * num_blocks,
+            "tokens": num_tokens, "logprob": logprobs / num_tokens, "positions": most[0],
+            "alive": most[1],
         }  # fmt: skip
 
     return run, model
 
 
-def run_generate(path: str, dtype: str) -> tuple[Callable[[Case], dict], Any]:
+def run_compiled(path: str, dtype: str) -> tuple[Callable[[Case], dict], Any]:
+    """The same with a static cache and a compiled forward, which transformers calls the fastest way.
+
+    It compiles at the first run of each shape, for a minute or more.
+    """
+    from transformers import CompileConfig
+
+    config = CompileConfig(fullgraph=True, mode="default")
+    config._compile_all_devices = True  # else on a GPU alone
+    return run_generate(path, dtype, cache_implementation="static", compile_config=config)
+
+
+def run_generate(path: str, dtype: str, **options: Any) -> tuple[Callable[[Case], dict], Any]:
     """transformers' `generate`, without the log-probabilities, whose scores would cost it memory.
 
-    Its defaults, a dynamic cache and sdpa, and sampling without top-k: neither a static cache nor compilation was tried.
+    Its defaults, a dynamic cache and sdpa, and sampling without top-k.
     """
     import torch
     from transformers import AutoModelForCausalLM, StoppingCriteria
@@ -91,7 +113,7 @@ def run_generate(path: str, dtype: str) -> tuple[Callable[[Case], dict], Any]:
             ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0,
             num_return_sequences=lengths.shape[1], max_new_tokens=int(lengths.max()),
             eos_token_id=None, pad_token_id=0,
-            stopping_criteria=[Until(lengths.flatten())],
+            stopping_criteria=[Until(lengths.flatten())], **options,
         )  # fmt: skip
         assert out.shape == (lengths.numel(), ids.shape[1] + lengths.max()), out.shape
         return {"tokens": case.num_tokens}
@@ -152,6 +174,7 @@ def run_continuous(path: str, dtype: str) -> tuple[Callable[[Case], dict], Any]:
 ENGINES = {
     "r1fast": run_r1fast,
     "generate": run_generate,
+    "compiled generate": run_compiled,
     "continuous batching": run_continuous,
 }
 

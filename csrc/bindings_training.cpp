@@ -3,6 +3,7 @@
 
 #include "bindings.hpp"
 #include "blocks.hpp"
+#include "linear.hpp"
 #include "products.hpp"
 
 namespace r1fast {
@@ -134,6 +135,19 @@ void bind_training(py::module_& m) {
       py::arg("x"), py::arg("ld_x"), py::arg("num_tokens"), py::arg("weight"), py::arg("ld_weight"),
       py::arg("num_out"), py::arg("num_in"), py::arg("bias"), py::arg("y"), py::arg("num_threads"),
       "y = x W^T + bias.");
+
+  m.def(
+      "linear_forward_bf16",
+      [](Address x, int64_t ld_x, int64_t num_tokens, Address weight, int64_t ld_weight, int64_t num_out,
+         int64_t num_in, Address bias, Address y, int64_t num_threads) {
+        const py::gil_scoped_release release;
+        const auto run = amx_supported() ? &linear_once<Bf16, AmxTiles> : &linear_once<Bf16, Avx512Tiles>;
+        run(at<const Bf16>(x), ld_x, num_tokens, at<const Bf16>(weight), ld_weight, num_out, num_in,
+            at<const Bf16>(bias), at<Bf16>(y), num_threads);
+      },
+      py::arg("x"), py::arg("ld_x"), py::arg("num_tokens"), py::arg("weight"), py::arg("ld_weight"),
+      py::arg("num_out"), py::arg("num_in"), py::arg("bias"), py::arg("y"), py::arg("num_threads"),
+      "y = x W^T + bias by the sums of PackedLinear.");
 
   m.def(
       "linear_dx",

@@ -149,5 +149,25 @@ class PackedLinear {
   AlignedBuffer<float> packed_;
 };
 
+// y (T, N) = x (T, D) W^T + bias with the sums above, for a forward that must agree with the sampler's. D is even.
+template <class T, class Tiles>
+void linear_once(const T* x, int64_t ld_x, int64_t num_tokens, const T* weight, int64_t ld_weight, int64_t num_out,
+                 int64_t num_in, const T* bias, T* y, int64_t num_threads) {
+  using Linear = PackedLinear<T, Tiles>;
+  const Linear packed(weight, ld_weight, bias, num_out, num_in, false, num_threads);
+  const Alone each{worthwhile_threads(num_threads, packed.steps(num_tokens))};
+  // whole tiles are read: where x has them, else of a copy with zeros
+  const int64_t width = packed.words_read() * static_cast<int64_t>(sizeof(Word) / sizeof(T));
+  const bool has_tiles = num_in == width && reinterpret_cast<uintptr_t>(x) % sizeof(Word) == 0 &&
+                         ld_x * static_cast<int64_t>(sizeof(T)) % static_cast<int64_t>(sizeof(Word)) == 0;
+  const int64_t whole = has_tiles ? num_tokens / Linear::kRows * Linear::kRows : 0, rest = num_tokens - whole;
+  if (whole > 0) packed.run(x, ld_x, whole, y, num_out, After::kStore, each);
+  if (rest == 0) return;
+  const AlignedBuffer<T> copy(round_up(rest, Linear::kRows) * width);
+  std::fill_n(copy.data(), round_up(rest, Linear::kRows) * width, T{});
+  for (int64_t i = 0; i < rest; ++i) std::copy_n(x + (whole + i) * ld_x, num_in, copy.data() + i * width);
+  packed.run(static_cast<const T*>(copy.data()), width, rest, y + whole * num_out, num_out, After::kStore, each);
+}
+
 }  // namespace r1fast
 #endif

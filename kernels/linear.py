@@ -3,8 +3,10 @@
     y = x W^T + b        dx = dy W        dW = dy^T x        db = sum_t dy
 
 In float32 on a CPU with AVX-512 they are csrc/products.hpp: MKL keeps to AVX2 on processors that are not Intel's, at
-half the speed. The choice depends on the processor, dtypes and shapes alone, and the products are the same bits for any
-number of threads, so that a resumed run repeats its steps. Everything else is PyTorch's.
+half the speed. In bfloat16 the first is csrc/linear.hpp, which samples: what training computes is then what was sampled,
+and an oneDNN product, as exact but summed in another order, is on the other side of a rounding now and then. The choice
+depends on the processor, dtypes and shapes alone, and the products are the same bits for any number of threads, so that a
+resumed run repeats its steps. Everything else is PyTorch's.
 Shapes: T tokens, D inputs, N outputs.
 """
 
@@ -24,30 +26,40 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether C++ computes the products of x (..., D), or of its gradient, with W."""
+    """Whether C++ computes the products of x (..., D), or of its gradient, with W: all of them."""
+    return _fits(x, weight, bias, torch.float32) and x.numel() >= MIN_TOKENS * x.shape[-1]
+
+
+def is_sampled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether C++ computes y by the sampler's own sums, in bfloat16."""
+    return _fits(x, weight, bias, torch.bfloat16) and x.shape[-1] % 2 == 0 and x.numel() > 0
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
         all(type(t) in (Tensor, nn.Parameter) for t in tensors)
-        and all(t.is_cpu and t.dtype == torch.float32 for t in tensors)
+        and all(t.is_cpu and t.dtype == dtype for t in tensors)
         and weight.ndim == 2
         and weight.numel() > 0
         and x.shape[-1:] == weight.shape[1:]
-        and x.numel() >= MIN_TOKENS * x.shape[-1]
         and (bias is None or bias.shape == weight.shape[:1])
-        and cpu_head.supported(torch.float32)
+        and cpu_head.supported(dtype)
     )
 
 
 def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y (..., N), without autograd, as what follows."""
-    if not is_native(x, weight, bias):
+    native = is_native(x, weight, bias)
+    if not native and not is_sampled(x, weight, bias):
         return F.linear(x, weight, bias)
     from r1fast import _C
 
     rows, weight = as_rows(x), as_rows(weight)
     bias = None if bias is None else bias.contiguous()
-    y = cpu_head.empty((*x.shape[:-1], len(weight)), torch.float32)
-    _C.linear_forward(
+    y = cpu_head.empty((*x.shape[:-1], len(weight)), x.dtype)
+    product = _C.linear_forward if native else _C.linear_forward_bf16
+    product(
         *matrix(rows), len(rows), *matrix(weight), *weight.shape,
         0 if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -103,6 +115,7 @@ class LinearFunction(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(..., D), (N, D), (N,) -> (..., N). Differentiable once where C++ computes it."""
-    if is_native(x, weight, bias) and not torch.is_autocast_enabled("cpu"):
+    in_cpp = is_native(x, weight, bias) or is_sampled(x, weight, bias)
+    if in_cpp and not torch.is_autocast_enabled("cpu"):
         return LinearFunction.apply(x, weight, bias)
     return linear_ref(x, weight, bias)

@@ -100,7 +100,9 @@ class Tails:
     def add_layer(self, keys: int, values: int) -> None:
         """The addresses of a layer's tiled keys and values, which stay where they are."""
     num_positions: int  # of all slots
-    table: NDArray[np.int32]  # (S, 16), a view: the slots, below 0, of a sequence's positions; entries behind them are not read
+    table: NDArray[
+        np.int32
+    ]  # (S, 16), a view: the slots, below 0, of a sequence's positions; entries behind them are not read
 
     def missing(
         self, slots: NDArray[np.int64], length: NDArray[np.int64], num_blocks: NDArray[np.int64]
@@ -111,7 +113,9 @@ class Tails:
         self,
         slots: NDArray[np.int64],
         length: NDArray[np.int64],
-        blocks: NDArray[np.int32],  # (S, M): full ones, then -1 while there are positions on their own; written
+        blocks: NDArray[
+            np.int32
+        ],  # (S, M): full ones, then -1 while there are positions on their own; written
         num_blocks: NDArray[np.int64],  # full ones; written
     ) -> bool:
         """Room for position length - 1 of each. False, and nothing is done, if there are not enough blocks."""
@@ -399,6 +403,18 @@ def linear_forward(
     num_in: int,
     bias: Address,  # (N,) or 0
     y: Address,  # (T, N)
+    num_threads: int,
+) -> None: ...
+def linear_forward_bf16(
+    x: Address,  # (T, D), D even, as the weight and the rest in bfloat16
+    ld_x: int,
+    num_tokens: int,
+    weight: Address,
+    ld_weight: int,
+    num_out: int,
+    num_in: int,
+    bias: Address,
+    y: Address,
     num_threads: int,
 ) -> None: ...
 def linear_dx(

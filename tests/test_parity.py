@@ -4,12 +4,15 @@ float32 throughout; each family at its own head grouping. A wrong shift, positio
 cache slot or mask shows here.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import FAMILIES, tiny_model
 
 from r1fast.batch import pack
-from r1fast.model import save_model
+from r1fast.kernels import cpu_head
+from r1fast.model import Decoder, save_model
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams, sample_seed
 from r1fast.rollout.speculation import Speculation
@@ -100,6 +103,20 @@ def test_with_truncated_sampling_and_a_long_context():
     model, prompts = tiny_model("llama"), make_prompts((60, 3))
     sampling = SamplingParams(0.7, top_p=0.9, top_k=20, max_tokens=65)
     assert_parity(model, prompts, rollout(model, prompts, sampling), 0.7)
+
+
+@pytest.mark.skipif(not cpu_head.supported(torch.bfloat16), reason="needs AVX512-BF16")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_rounds_alike(family):
+    """Wide and deep enough for sums in another order to be rounded otherwise: 1e-4 to 3e-4 on average then."""
+    spec = replace(
+        tiny_model(family).spec, hidden_size=128, intermediate_size=256, num_layers=4, qk_norm=True
+    )
+    model, prompts = Decoder(spec, seed=0).bfloat16(), make_prompts()
+    groups = rollout(model, prompts, SamplingParams(max_tokens=24))
+    logprobs, _ = trainer_logprobs(model, prompts, groups, 1.0)
+    drawn = torch.tensor([x for group in groups for c in group for x in c.logprobs])
+    assert (torch.cat(logprobs) - drawn).abs().mean() < 2e-5
 
 
 def test_the_temperature_matters_to_this_test():

@@ -163,9 +163,7 @@ def test_attention_over_tails_is_that_over_tiles(dtype):
     whole = DecodePlan(table, context, each, 0 * each[1:])
     for backend in ("native", "torch"):
         found = paged_attention(q, cache.layout, keys, values, plan, backend=backend)
-        assert torch.equal(
-            found, paged_attention(q, cache.layout, *tiles, whole, backend=backend)
-        )
+        assert torch.equal(found, paged_attention(q, cache.layout, *tiles, whole, backend=backend))
         assert found.isfinite().all()
 
 
