@@ -50,17 +50,31 @@ void write_kv(const PagedCache<T>& cache, const T* k, int64_t ld_k, const T* v, 
   parallel_for(num_tokens, worthwhile_threads(num_threads, steps), token);
 }
 
-// The rows of these slots (n) as one head's tile, whose other lanes stay as they are.
+// The rows of these slots (n) as one head's tile. Nobody may look at its other lanes.
 template <class T>
 void gather_rows(const PagedCache<T>& cache, int64_t head, const int32_t* slots, int64_t n, T* keys, T* values) {
-  using Pair = std::conditional_t<sizeof(T) == 2, uint32_t, T>;
-  const int64_t dim = cache.head_dim, num_pairs = dim * static_cast<int64_t>(sizeof(T)) / static_cast<int64_t>(sizeof(Pair));
+  const int64_t dim = cache.head_dim, num_words = dim * static_cast<int64_t>(sizeof(T)) / 4;
   for (int64_t lane = 0; lane < n; ++lane) {
-    const int64_t row = cache.row(slots[lane], head);
-    const auto* const from = reinterpret_cast<const Pair*>(cache.keys + row);
-    Pair* const to = reinterpret_cast<Pair*>(keys) + lane;
-    for (int64_t w = 0; w < num_pairs; ++w) to[w * kTile] = from[w];
-    std::memcpy(values + lane * dim, cache.values + row, sizeof(T) * dim);
+    std::memcpy(values + lane * dim, cache.values + cache.row(slots[lane], head), sizeof(T) * dim);
+  }
+  for (int64_t lane = 0; lane < n; lane += 4) {
+    const char* from[4];
+    for (int64_t i = 0; i < 4; ++i) {
+      from[i] = reinterpret_cast<const char*>(cache.keys + cache.row(slots[lane + i < n ? lane + i : lane], head));
+    }
+    char* const to = reinterpret_cast<char*>(keys) + 4 * lane;
+    int64_t w = 0;
+#if defined(__SSE2__)  // as every x86-64 has it
+    for (; w + 4 <= num_words; w += 4) {
+      __m128 x[4];
+      for (int i = 0; i < 4; ++i) x[i] = _mm_loadu_ps(reinterpret_cast<const float*>(from[i] + 4 * w));
+      _MM_TRANSPOSE4_PS(x[0], x[1], x[2], x[3]);
+      for (int i = 0; i < 4; ++i) _mm_storeu_ps(reinterpret_cast<float*>(to + (w + i) * 4 * kTile), x[i]);
+    }
+#endif
+    for (; w < num_words; ++w) {
+      for (int64_t i = 0; i < 4; ++i) std::memcpy(to + w * 4 * kTile + 4 * i, from[i] + 4 * w, 4);
+    }
   }
 }
 
