@@ -7,6 +7,9 @@ commands
   distill    the same, of a smaller model on the kept samples of a larger one
   sample     rejection sampling: correct and readable completions as JSONL
   evaluate   pass@1 over k samples, cons@k, format, language, length
+  reward-model  helpfulness from data.preference (pairwise), safety from data.safety (pointwise)
+  preferences   pairs for data.preference, by a judge, of prompts in data.general
+  win-rate   responses against the reference answers of data.general, by a judge in both orders
   plan       memory, token budget, FLOPs and seconds of a step, from config.json alone
              [--stage NAME] [--gpu a100|l40s|h100|h200] [--ranks N] [--completion-tokens N]
   report     RUN: one self-contained HTML page of a run folder
@@ -35,7 +38,10 @@ one at the end of the step. Exit codes: 1 failed, 2 wrong input, 130 stopped,
 import os
 import sys
 
-CONFIG_COMMANDS = ("pipeline", "grpo", "sft", "distill", "sample", "evaluate", "plan")
+CONFIG_COMMANDS = (
+    "pipeline", "grpo", "sft", "distill", "sample", "evaluate", "reward-model", "preferences",
+    "win-rate", "plan",
+)  # fmt: skip
 COMMANDS = (*CONFIG_COMMANDS, "report", "replay", "generate", "merge", "serve")
 _SAMPLING = "temperature top-p top-k min-p repetition-penalty max-tokens min-tokens seed"
 OPTIONS = {

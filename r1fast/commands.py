@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from r1fast import distributed
-from r1fast.assemble import general_problems, make_scorer, problem_sets
+from r1fast.assemble import (
+    general_problems,
+    make_pairwise,
+    make_scorer,
+    problem_sets,
+    with_reference,
+)
 from r1fast.config import Config, to_dict
 from r1fast.data import Example, detect_format, gsm8k_examples, load_examples
 from r1fast.evaluate import evaluate, short_evaluation
@@ -15,12 +21,15 @@ from r1fast.metrics import say, table
 from r1fast.pipeline import Pipeline
 from r1fast.plan_config import plan_config
 from r1fast.policy import Policy, load_policy, policy_of
+from r1fast.preference_pairs import make_pairs
+from r1fast.preferences import train_reward_models
 from r1fast.provenance import provenance
 from r1fast.rejection import rejection_sample
 from r1fast.replay import replay
 from r1fast.report import report_on, write_report
 from r1fast.sft import SFTTrainer, encode_examples
 from r1fast.trainer import GRPOTrainer
+from r1fast.win_rate import win_rate
 
 
 def run(command: str, target: Config | str, overrides: list[str], options: Options) -> None:
@@ -167,6 +176,70 @@ def _evaluate(config: Config, force: bool) -> None:
     _finish(folder)
 
 
+def _reward_model(config: Config, force: bool) -> None:
+    """Reward models of data.preference (pairwise) and data.safety (pointwise) on model.path's trunk."""
+    if not (config.data.preference or config.data.safety or config.data.task):
+        raise ValueError(
+            "data.preference and data.safety are empty: name a JSONL file of prompt + chosen + "
+            "rejected, or of prompt + response + safe"
+        )
+    if not config.model.path:
+        raise ValueError("model.path is empty: name the model whose trunk the reward model gets")
+    folder = _begin(config, "reward-model")
+    train_reward_models(config, config.model.path, folder, force=force)
+    accounting = read_json(folder / "accounting.json")
+    table(
+        "reward models",
+        ["model", "rows", "held-out accuracy", "folder"],
+        [
+            [name, made["rows"], f"{made['held_out_accuracy']:.3f}", str(folder / name)]
+            for name, made in accounting.items()
+        ],
+    )
+
+
+def _preferences(config: Config, force: bool) -> None:
+    """Preference pairs of data.general, by a judge."""
+    judge = make_pairwise(config)
+    problems = general_problems(config)
+    if not problems:
+        raise ValueError("data.general is empty: name a JSONL file of prompts")
+    policy = _policy(config) if config.model.path else None
+    folder = _begin(config, "preferences")
+    make_pairs(problems, config, judge, folder, policy)
+    if distributed.is_main():
+        accounting = read_json(folder / "accounting.json")
+        rows = [["kept", accounting["kept"]], *accounting["dropped"].items()]
+        note = (
+            f"mean length: chosen {accounting['mean_chosen_chars']:.0f}, rejected "
+            f"{accounting['mean_rejected_chars']:.0f} characters"
+        )
+        bias = accounting.get("position_bias")
+        notes = [note] + ([f"position bias of the judge: {bias:+.3f}"] if bias is not None else [])
+        table(f"{accounting['sampled']} pairs", ["what became of them", "number"], rows, notes)
+    say(f"\npairs: {folder / 'preference.jsonl'}")
+
+
+def _win_rate(config: Config, force: bool) -> None:
+    """data.general's reference answers against the model's responses, by a judge."""
+    judge = make_pairwise(config)
+    problems = [with_reference(problem) for problem in general_problems(config)]
+    if not problems:
+        raise ValueError("data.general is empty: name a JSONL file of prompts with an 'answer'")
+    policy = _policy(config)
+    folder = _begin(config, "win-rate")
+    result = win_rate(policy, problems, config, judge, folder=folder)
+    rows = [["win rate", f"{result['win_rate']:.3f} ±{result['win_rate_stderr']:.3f}"]]
+    rows += [[name, str(result[name])] for name in ("won", "tied", "lost", "errors")]
+    rows += [
+        [name.replace("_", " "), f"{result[name]:.3f}"]
+        for name in ("position_bias", "inconsistent")
+        if name in result
+    ]
+    table(f"{result['num_samples']} responses against references", ["", "value"], rows)
+    say(f"\ncomparisons: {folder / 'comparisons.jsonl'}")
+
+
 def _show_eval(result: dict) -> None:
     rows = []
     for key, name in (
@@ -239,4 +312,7 @@ _COMMANDS = {
     "distill": _distill,
     "sample": _sample,
     "evaluate": _evaluate,
+    "reward-model": _reward_model,
+    "preferences": _preferences,
+    "win-rate": _win_rate,
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from r1fast.config_check import STAGES, check
+from r1fast.config_check import PREFERENCE_REWARDS, REWARDS, STAGES, check
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,8 @@ class GRPOConfig:
 
 @dataclass(frozen=True, slots=True)
 class RewardConfig:
-    """Weights; 0 switches a reward off. Preference rewards apply to `kind = general` prompts."""
+    """Weights; 0 switches a reward off. Accuracy applies where there is something to verify, helpfulness,
+    safety and judge to `kind = general` prompts, unless by_kind says otherwise."""
 
     accuracy: float = 1.0
     format: float = 1.0
@@ -145,14 +146,30 @@ class RewardConfig:
     repetition: float = 0.0
     helpfulness: float = 0.0  # reward model on the summary only
     safety: float = 0.0  # reward model on the whole response
+    judge: float = 0.0  # [judge] prefers the summary to the problem's reference answer
+    # kind -> weights that hold for its problems instead: [rewards.by_kind.code] format = 0
+    by_kind: dict = field(default_factory=dict)
     helpfulness_model: str = ""  # HF folder of a sequence-classification checkpoint
     safety_model: str = ""
+    helpfulness_label: str = ""  # which label's log-odds is the score, where there are several
+    safety_label: str = ""
+    # how a prompt and a response are put to it: through [template], the model's own chat template,
+    # or as a pair of texts; auto: what r1fast trained by [template], another as it is made for
+    helpfulness_input: Literal["auto", "template", "chat", "pair"] = "auto"
+    safety_input: Literal["auto", "template", "chat", "pair"] = "auto"
     # general prompts and preference rewards join in the last n steps; 0 = from the first step
     preference_last_steps: int = 0
     general_share: float = 0.25  # of the prompts of those steps
     math_timeout: float = 5.0  # seconds a verdict may take
     overlong_cache: int = 0  # L_c of DAPO's soft penalty; 0 = a fifth of max_completion_tokens
     lexicon: dict = field(default_factory=dict)  # language -> its words, for artificial languages
+
+    def weights(self, kind: str) -> dict[str, float]:
+        """The weight of each reward for problems of this kind."""
+        own = {name: getattr(self, name) for name in REWARDS}
+        if kind != "general":
+            own |= dict.fromkeys(PREFERENCE_REWARDS, 0.0)
+        return own | self.by_kind.get(kind, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,11 +208,42 @@ class SampleConfig:
     drop_code_blocks: bool = True
     drop_duplicates: bool = True
     require_format: bool = True
-    judge_url: str = ""  # OpenAI-compatible endpoint for answers that rules cannot read
+    # for answers that rules cannot read; empty = what [judge] names, if anything
+    judge_url: str = ""
     judge_model: str = ""
     judge_timeout: float = 30.0
     general_cot: bool = False  # ask the model for a CoT before the answers of data.general
     simple_query_words: int = 3  # general prompts this short get an empty CoT
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeConfig:
+    """A chat model that judges: behind an OpenAI-compatible endpoint (url, model), or in process (path)."""
+
+    url: str = ""
+    model: str = ""  # its name behind url
+    path: str = ""  # HF folder or model id, sampled by the embedded engine
+    api_key_env: str = "R1FAST_JUDGE_API_KEY"  # the environment variable that holds the key
+    timeout: float = 30.0  # seconds of one try
+    num_retries: int = 3
+    num_threads: int = 8  # requests at a time
+    max_reply_tokens: int = 512
+    # `r1fast preferences`: judgements of a pair, in random order; the mean gap that is kept (above it)
+    num_judgements: int = 4
+    min_gap: float = 1.0  # grades go from 2 (much better) to -2
+    max_length_ratio: float = 2.0  # of the longer response to the shorter; 0 = any
+    num_samples: int = 2  # responses sampled for each prompt; each two of them are a pair
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorConfig:
+    """Reward hacking: the training reward rises while held-out pass@1 falls. Needs eval.every_steps."""
+
+    action: Literal["off", "warn", "stop"] = "warn"
+    window: int = 4  # evaluations looked back on
+    num_errors: float = (
+        1.0  # standard errors that pass@1 must have fallen, and the reward risen, by
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +314,8 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from r1fast.types import KINDS
 
 if TYPE_CHECKING:
     from r1fast.config import Config
@@ -14,6 +17,12 @@ STAGES = (
     "rl_2", "distill", "small_rl",
 )  # fmt: skip
 
+PREFERENCE_REWARDS = (
+    "helpfulness",
+    "safety",
+    "judge",
+)  # unless by_kind says so, of general prompts
+REWARDS = ("accuracy", "format", "language", "overlong", "repetition", *PREFERENCE_REWARDS)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -119,21 +128,15 @@ def check(c: Config) -> None:
         share = of.min_language_share
         need(0 <= share <= 1, f"{section}.min_language_share", share, "in [0, 1]")
     need(c.sample.judge_timeout > 0, "sample.judge_timeout", c.sample.judge_timeout, "above 0")
-    for name in (
-        "accuracy",
-        "format",
-        "language",
-        "overlong",
-        "repetition",
-        "helpfulness",
-        "safety",
-    ):
+    for name in REWARDS:
         need(getattr(w, name) >= 0, f"rewards.{name}", getattr(w, name), "a weight of at least 0")
+    _check_by_kind(w.by_kind)
     need(0 <= w.general_share < 1, "rewards.general_share", w.general_share, "in [0, 1)")
     need(w.math_timeout > 0, "rewards.math_timeout", w.math_timeout, "above 0 seconds")
     words = all(isinstance(v, list) and all(isinstance(x, str) for x in v)
                 for v in w.lexicon.values())  # fmt: skip
     need(words, "rewards.lexicon", w.lexicon, "a table of language = [words]")
+    _check_judge(c, need)
     need("{prompt}" in c.template.prompt, "template.prompt", c.template.prompt,
          "a text that holds {prompt}")  # fmt: skip
     need("{answer}" in a.summary, "cold_start.summary", a.summary, "a text that holds {answer}")
@@ -152,6 +155,40 @@ def check(c: Config) -> None:
             raise ValueError(f"stages.{stage}.{key}: {key} is of the whole run, not of one stage")
     if bad := [s for s in c.pipeline.stages if s not in STAGES]:
         raise ValueError(f"unknown stage {bad[0]!r} in pipeline.stages; known: {', '.join(STAGES)}")
+
+
+def _check_by_kind(tables: dict) -> None:
+    for kind, table in tables.items():
+        key = f"rewards.by_kind.{kind}"
+        if kind not in KINDS:
+            raise ValueError(f"{key}: unknown kind of problem; known: {', '.join(KINDS)}")
+        if not isinstance(table, dict):
+            raise ValueError(f"{key} must be a table of reward = weight, got {table!r}")
+        for name, weight in table.items():
+            if name not in REWARDS:
+                raise ValueError(f"unknown reward {key}.{name}; known: {', '.join(REWARDS)}")
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
+                raise ValueError(f"{key}.{name} must be a weight of at least 0, got {weight!r}")
+
+
+def _check_judge(c: Config, need: Callable) -> None:
+    j, m = c.judge, c.monitor
+    need(not (j.url and j.path), "judge.path", j.path, "empty where judge.url is set")
+    need(
+        bool(j.model) or not j.url, "judge.model", j.model, "the name of the model behind judge.url"
+    )
+    need(j.timeout > 0, "judge.timeout", j.timeout, "above 0 seconds")
+    need(j.num_retries >= 0, "judge.num_retries", j.num_retries, "at least 0")
+    for name in ("num_threads", "max_reply_tokens", "num_judgements"):
+        need(getattr(j, name) >= 1, f"judge.{name}", getattr(j, name), "at least 1")
+    need(0 <= j.min_gap < 2, "judge.min_gap", j.min_gap, "in [0, 2): grades go up to 2")
+    ratio = j.max_length_ratio
+    need(ratio == 0 or ratio >= 1, "judge.max_length_ratio", ratio, "at least 1, or 0 for any")
+    need(j.num_samples >= 2, "judge.num_samples", j.num_samples, "at least 2 responses")
+    need(m.window >= 1, "monitor.window", m.window, "at least 1 evaluation")
+    need(m.num_errors >= 0, "monitor.num_errors", m.num_errors, "at least 0 standard errors")
+    need(m.action != "stop" or c.eval.every_steps >= 1, "monitor.action", m.action,
+         "warn or off where eval.every_steps is 0, as nothing is evaluated")  # fmt: skip
 
 
 def lora_targets(names: list) -> list[str]:

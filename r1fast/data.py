@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from r1fast.protocol import SPECIAL_TOKEN, boxes, join_completion
-from r1fast.types import Problem
+from r1fast.types import KINDS, Problem
 
 FORMATS = ("auto", "jsonl", "gsm8k", "math", "mgsm")
-KINDS = ("math", "general")
 PROMPT_FIELDS = ("prompt", "question", "problem")
 ANSWER_FIELDS = ("answer", "gold", "target")
 SUBSET_FIELDS = ("subset", "subject")
@@ -93,7 +92,7 @@ def load_problems(
                 f"{', '.join(map(repr, row)) or 'nothing'}); a prompt that cannot be verified "
                 'says "kind": "general"'
             )
-        if answer is not None and own_kind != "general" and check_gold is not None:
+        if answer is not None and own_kind not in ("general", "qa") and check_gold is not None:
             try:
                 check_gold(answer)
             except ValueError as error:

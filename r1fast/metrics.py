@@ -75,6 +75,22 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
     "train/tokens_without_signal": ("share", "completion tokens dropped, their advantage being 0"),
     "train/tokens_masked": ("share", "completion tokens without loss: cut off, mask_truncated"),
     "train/old_logprobs_recomputed": ("", "1 where the sampler's were too far from the trainer's"),
+    "judge/requests": ("", "sent to the judge in this step, retries included"),
+    "judge/retries": ("", "requests to the judge that were sent again"),
+    "judge/cached": ("", "judgements that were known from before"),
+    "judge/failed": ("", "judgements that were not to be had: they count as no score"),
+    "judge/tokens": ("tokens", "that the judge read and wrote in this step"),
+    "judge/position_bias": (
+        "",
+        "first response preferred less second preferred, over judgements: 0 is none, 1 always the first",
+    ),
+    "judge/inconsistent": (
+        "share",
+        "comparisons whose two orders prefer different responses: ties",
+    ),
+    "hacking/fall": ("standard errors", "held-out pass@1 below the best evaluation looked back on"),
+    "hacking/rise": ("standard errors", "training reward above that of the same evaluation"),
+    "hacking/alarm": ("", "1 where both are above monitor.num_errors: the reward may be hacked"),
     "train/steps_without_signal": ("", "optimizer steps left out: nothing in them had signal"),
     "train/updates_skipped": ("", "optimizer steps not applied: their gradient was not finite"),
     "reference/version": ("", "optimizer step whose weights the reference had in this step's KL"),
@@ -289,6 +305,8 @@ def step_line(row: Mapping[str, Any], total: int | None = None, width: int = LIN
         add(2, "  grad ", "grad_norm", lambda v: f"{v:6.3g}")
         add(3, "  epoch ", "epoch", lambda v: f"{v:.2f}")
     add(0, "  pass@1 ", "eval/pass@1", _share)
+    if row.get("hacking/alarm"):
+        fields.append((0, "  hacked?"))
     add(0, "  ", "step_time", lambda v: f"{v:3.1f}s" if v < 10 else f"{v:3.0f}s")
     add(2, " ", "tokens_per_second", lambda v: f"{_short(v):>4} tok/s")
     for drop in (4, 3, 2, 1):

@@ -118,6 +118,7 @@ class Pipeline:
             models = {
                 "rewards.helpfulness_model": w.helpfulness_model,
                 "rewards.safety_model": w.safety_model,
+                "judge.path": config.judge.path,
                 "pipeline.base": p.base,
                 "pipeline.small_base": p.small_base,
             }

@@ -13,14 +13,8 @@ from r1fast.hf_folder import write_json
 from r1fast.metrics import say
 from r1fast.model import load_tokenizer
 from r1fast.policy import Policy, pick_device
-from r1fast.reward_model import (
-    TOKEN_BUDGET,
-    load_labelled,
-    load_pairs,
-    load_reward_model,
-    save_reward_model,
-)
-from r1fast.reward_training import train_reward_model
+from r1fast.reward_model import load_labelled, load_pairs, load_reward_model
+from r1fast.reward_training import RewardPolicy, RewardTrainer
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.templates import prompt_opens_think, render_prompt
 from r1fast.types import Problem
@@ -28,11 +22,11 @@ from r1fast.types import Problem
 EVAL_SHARE = 0.1  # of the rows, held out
 
 
-def train_reward_models(config: Config, base: str, folder: Path) -> None:
+def train_reward_models(config: Config, base: str, folder: Path, *, force: bool = False) -> None:
     """Train what has data and no checkpoint of its own; writes helpfulness/, safety/, accounting.json.
 
     The helpfulness model sees prompt and summary, the safety model prompt and whole response
-    (arXiv 2501.12948, section 2.3.4).
+    (arXiv 2501.12948, section 2.3.4). A run that was stopped goes on from its checkpoint.
     """
     d, w, s = config.data, config.rewards, config.sft
     pairs_file, labels_file = d.preference, d.safety
@@ -47,10 +41,11 @@ def train_reward_models(config: Config, base: str, folder: Path) -> None:
         return render_prompt(prompt, config.template, tokenizer)
 
     jobs = {}
+    options = {"render": render, "max_tokens": s.max_seq_tokens}
     if pairs_file and not w.helpfulness_model:
-        jobs["helpfulness"] = ("pairwise", load_pairs(pairs_file, tokenizer, render=render))
+        jobs["helpfulness"] = ("pairwise", load_pairs(pairs_file, tokenizer, **options))
     if labels_file and not w.safety_model:
-        jobs["safety"] = ("pointwise", load_labelled(labels_file, tokenizer, render=render))
+        jobs["safety"] = ("pointwise", load_labelled(labels_file, tokenizer, **options))
     accounting = {}
     for name, (objective, rows) in jobs.items():
         if len(rows) < 2:
@@ -63,38 +58,26 @@ def train_reward_models(config: Config, base: str, folder: Path) -> None:
         model = load_reward_model(
             base, dtype=config.model.dtype, device=pick_device(config.model.device)
         )
-        values = train_reward_model(
-            model,
+        trainer = RewardTrainer(
+            RewardPolicy(model, tokenizer, base),
+            config,
+            folder / f"{name}_training",
             rows[num_eval:],
             objective=objective,
-            epochs=s.epochs,
-            max_steps=s.max_steps,
-            batch_size=s.batch_size,
-            optim=config.optim,
-            seed=config.seed,
-            token_budget=_token_budget(s.token_budget, rows),
-            activation_checkpointing=config.model.activation_checkpointing,
-            out_dir=folder / f"{name}_training",
-            title=f"{name} model",
             eval_data=rows[:num_eval],
-            profile_steps=config.log.profile_steps,
+            stage=f"{name} model",
+            out=folder / name,
+            force=force,
         )
-        if distributed.is_main():
-            save_reward_model(model, folder / name, tokenizer=tokenizer)
-        accounting[name] = {"rows": len(rows), "held_out_accuracy": values["eval/accuracy"]}
-        say(f"{name} model: held-out accuracy {values['eval/accuracy']:.3f}")
+        trainer.run()
+        values = trainer.evaluation or trainer.evaluate()
+        accounting[name] = {"rows": len(rows), "held_out_accuracy": values["accuracy"]}
+        say(f"{name} model: held-out accuracy {values['accuracy']:.3f}")
     if not jobs and not (w.helpfulness_model or w.safety_model):
         say("no preference data and no reward models: RL stage 2 uses rule rewards only")
     if distributed.is_main():
         write_json(folder / "accounting.json", accounting)
     distributed.barrier()
-
-
-def _token_budget(asked: int | str, rows: list) -> int:
-    """ "auto" is what a reward model takes by default, and enough for both sequences of any pair."""
-    if asked != "auto":
-        return int(asked)
-    return max(TOKEN_BUDGET, *(sum(map(len, row.sequences())) for row in rows))
 
 
 def score_general(

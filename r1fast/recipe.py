@@ -183,7 +183,8 @@ def _run_distill(pipeline: Pipeline, config: Config, folder: Path) -> None:
 
 
 def _run_reward_models(pipeline: Pipeline, config: Config, folder: Path) -> None:
-    train_reward_models(config, pipeline.model_path("base"), folder)
+    base = pipeline.model_path("base")
+    train_reward_models(config, base, folder, force=pipeline.force)
 
 
 def _grpo_from(start: str) -> Callable[[Pipeline, Config, Path], None]:

@@ -18,6 +18,7 @@ from r1fast.config import Config
 from r1fast.data import Example, has_completions, load_examples, write_jsonl
 from r1fast.evaluate import sample_groups
 from r1fast.hf_folder import write_json
+from r1fast.judge_engine import rejection_chat
 from r1fast.metrics import say
 from r1fast.policy import Policy
 from r1fast.protocol import Parts, join_completion, split_completion, whole_completion
@@ -49,7 +50,8 @@ def rejection_sample(
         policy, problems, config, sampling, s.num_samples, purpose="rejection", title=title
     )
     scorer.score(groups)
-    judge = Judge(s.judge_url, s.judge_model, timeout=s.judge_timeout) if s.judge_url else None
+    chat = rejection_chat(config)
+    judge = Judge(chat) if chat is not None else None
     if judge is not None:
         _ask_judge(judge, groups)
     opens = scorer.prompt_opens_think

@@ -1,8 +1,6 @@
 """Preference reward models: the decoder's trunk with a scalar head on the last token.
 
     s(x, y) = w . h_last(x, y)                        h after the final norm, w of width D
-    pairwise:  mean of -log sigmoid(s_chosen - s_rejected)      Bradley-Terry; InstructGPT, eq. 1
-    pointwise: mean of -log sigmoid(s) where safe, -log sigmoid(-s) where not
 
 The last token is the last that is not the padding token, the rule of transformers' sequence
 classifiers, so that a folder scores alike in both.
@@ -40,6 +38,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForSequenceClassification",
     "llama": "LlamaForSequenceClassification",
 }
+TRAINED_HERE = "r1fast_reward_model"  # in config.json: prompts are put through [template]
 TOKEN_BUDGET = 16384  # tokens in one micro-batch
 
 
@@ -92,6 +91,20 @@ class RewardModel(nn.Module):
                     f"pad_token_id must be in [0, {decoder.spec.vocab_size}), got {pad_token_id}"
                 )
             self.pad_token_id = pad_token_id
+
+    @property
+    def checkpointing(self) -> str:
+        """What the decoder's layers keep for the backward."""
+        return self.decoder.checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, mode: str) -> None:
+        self.decoder.checkpointing = mode
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's: where a trainer looks for adapters."""
+        return self.decoder.layers
 
     def forward(self, sequences: Sequence[list[int]]) -> Tensor:  # S lists of ids -> (S,) float32
         """Scores of one packed batch; differentiable."""
@@ -189,6 +202,7 @@ def save_reward_model(
         "label2id": {"score": 0},
         "dtype": str(model.score_weight.dtype).removeprefix("torch."),
         "pad_token_id": pad,
+        TRAINED_HERE: True,
     }
     for key in ("torch_dtype", "num_labels"):  # older names of dtype and of len(id2label)
         config.pop(key, None)

@@ -1,98 +1,85 @@
-"""Training of a preference reward model: packed micro-batches, one loss a step, halved where memory runs out."""
+"""Training of preference reward models, with checkpoints and token budget of any other training.
+
+pairwise:  mean of -log sigmoid(s_chosen - s_rejected)      Bradley-Terry; InstructGPT, eq. 1
+pointwise: mean of -log sigmoid(s) where safe, -log sigmoid(-s) where not
+"""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 
 from r1fast import _C, distributed
-from r1fast.config import OptimConfig
+from r1fast.config import Config, LoraConfig
 from r1fast.data import batch_indices
-from r1fast.metrics import MetricsWriter, Timer, progress, warn
-from r1fast.optim import Optimizer, learning_rate
-from r1fast.profiling import Profiler
-from r1fast.reward_model import TOKEN_BUDGET, LabelledResponse, PreferencePair, RewardModel
-from r1fast.token_budget import TokenBudget
+from r1fast.metrics import Timer
+from r1fast.reward_model import (
+    TOKEN_BUDGET,
+    LabelledResponse,
+    PreferencePair,
+    RewardModel,
+    save_reward_model,
+)
+from r1fast.training import Trainer, digest
 
 Objective = Literal["pairwise", "pointwise"]
-Item = PreferencePair | LabelledResponse
-MAX_SKIPPED = 5  # steps in a row with a non-finite gradient
+Items = Sequence[PreferencePair] | Sequence[LabelledResponse]
 
 
 @dataclass(frozen=True, slots=True)
-class _MicroBatch:
-    items: list[Item]
+class MicroBatch:
+    """What is forwarded at once: items by their place. Both sequences of a pair are in one."""
+
+    sequence_index: list[int]
     num_tokens: int
-    sequence_index: list[int]  # of the items
+
+
+def micro_batches(
+    model: RewardModel, items: Items, token_budget: int, *, longer_alone: bool = False
+) -> list[MicroBatch]:
+    """Items packed by their tokens. ValueError for one over the budget, unless it may run alone."""
+    if not items:
+        return []
+    lengths = [sum(len(model.trim(ids)) for ids in item.sequences()) for item in items]
+    if max(lengths) > token_budget and not longer_alone:
+        i = lengths.index(max(lengths))
+        raise ValueError(
+            f"example {i} of the batch has {lengths[i]} tokens, over token_budget = {token_budget}"
+        )
+    packed = _C.pack(lengths, max(token_budget, *lengths) if longer_alone else token_budget)
+    return [MicroBatch(list(index), sum(lengths[i] for i in index)) for index in packed]
 
 
 def accumulate_gradients(
     model: RewardModel,
-    items: Sequence[Item],
+    items: Items,
+    batches: Iterable[MicroBatch],
     *,
     denominator: int,  # items of the whole step, over all ranks and micro-batches
-    token_budget: int | TokenBudget = TOKEN_BUDGET,  # the latter is halved where memory runs out
     after_backward: Callable[[], None] = lambda: None,  # Optimizer.accumulate
     timer: Timer | None = None,
 ) -> dict[str, float]:
     """Add the gradient of sum(loss) / denominator to .grad; returns sums over `items`.
 
-    Both sequences of a pair are in one micro-batch. Without gradients enabled, only the sums.
+    Without gradients enabled, only the sums.
     """
     timer = timer or Timer()
-    if isinstance(token_budget, int):
-        batches = _pack(model, items, token_budget, longer_alone=False)
-        return _add_up(model, batches, denominator, after_backward, timer)
-
-    def attempt() -> dict[str, float]:
-        batches = _pack(model, items, token_budget.num_tokens, longer_alone=token_budget.was_halved)
-        watched = token_budget.each(batches)
-        return _add_up(model, watched, denominator, after_backward, timer)
-
-    return token_budget.fitting(attempt)
-
-
-def _pack(
-    model: RewardModel, items: Sequence[Item], num_tokens: int, *, longer_alone: bool
-) -> Iterator[_MicroBatch]:
-    lengths = [sum(len(model.trim(ids)) for ids in item.sequences()) for item in items]
-    longer = [i for i, n in enumerate(lengths) if n > num_tokens]
-    if longer and not longer_alone:
-        i = lengths.index(max(lengths))
-        raise ValueError(
-            f"example {i} of the batch has {lengths[i]} tokens, over token_budget = {num_tokens}"
-        )
-    short = [i for i, n in enumerate(lengths) if n <= num_tokens]
-    bins = [[i] for i in longer]
-    if short:
-        bins += [[short[i] for i in b] for b in _C.pack([lengths[i] for i in short], num_tokens)]
-    for index in bins:
-        yield _MicroBatch([items[i] for i in index], sum(lengths[i] for i in index), index)
-
-
-def _add_up(
-    model: RewardModel,
-    batches: Iterator[_MicroBatch],
-    denominator: int,
-    after_backward: Callable[[], None],
-    timer: Timer,
-) -> dict[str, float]:
     sums = {"loss": 0.0, "accuracy": 0.0, "tokens": 0.0}
-    for batch in batches:
+    for micro in batches:
+        batch = [items[i] for i in micro.sequence_index]
         with timer.part("forward"):
-            scores = model([ids for item in batch.items for ids in item.sequences()])
-            if isinstance(batch.items[0], PreferencePair):
+            scores = model([ids for item in batch for ids in item.sequences()])
+            if isinstance(batch[0], PreferencePair):
                 chosen, rejected = scores.view(-1, 2).unbind(1)
                 margin = chosen - rejected
             else:
-                sign = torch.tensor([1.0 if item.safe else -1.0 for item in batch.items])
+                sign = torch.tensor([1.0 if item.safe else -1.0 for item in batch])
                 margin = scores * sign.to(scores.device)
             loss = -F.logsigmoid(margin).sum()
         if torch.is_grad_enabled():
@@ -102,134 +89,144 @@ def _add_up(
         right = (margin > 0).sum() + 0.5 * (margin == 0).sum()  # a tie is half right
         sums["loss"] += float(loss.detach())
         sums["accuracy"] += float(right)
-        sums["tokens"] += batch.num_tokens
+        sums["tokens"] += micro.num_tokens
     return sums
 
 
 @torch.no_grad()
 def evaluate_reward_model(
-    model: RewardModel,
-    data: Sequence[PreferencePair] | Sequence[LabelledResponse],
-    *,
-    token_budget: int | TokenBudget = TOKEN_BUDGET,
+    model: RewardModel, data: Items, *, token_budget: int = TOKEN_BUDGET
 ) -> dict[str, float]:
     """{"loss", "accuracy"}: the share of pairs in the right order, or of labels on the right side."""
     mine = data[distributed.rank() :: distributed.world_size()]
-    sums = distributed.sum_dict(
-        accumulate_gradients(model, mine, denominator=len(data), token_budget=token_budget)
-    )
+    batches = micro_batches(model, mine, token_budget, longer_alone=True)
+    sums = distributed.sum_dict(accumulate_gradients(model, mine, batches, denominator=len(data)))
     return {name: sums[name] / len(data) for name in ("loss", "accuracy")}
 
 
-def train_reward_model(
-    model: RewardModel,
-    data: Sequence[PreferencePair] | Sequence[LabelledResponse],
-    *,
-    objective: Objective = "pairwise",
-    epochs: float = 1.0,
-    max_steps: int = 0,  # 0 = by epochs
-    batch_size: int = 256,  # pairs or responses a step, over all ranks
-    optim: OptimConfig,
-    seed: int = 0,
-    token_budget: int = TOKEN_BUDGET,
-    activation_checkpointing: str = "auto",  # as model.activation_checkpointing; auto: none until memory runs out
-    out_dir: Path | None = None,  # rows go to its metrics.jsonl; the caller saves the model
-    title: str = "reward model",
-    eval_data: Sequence[PreferencePair] | Sequence[LabelledResponse] = (),
-    profile_steps: int = 0,  # traced into out_dir/profile after one that warms up
-) -> dict[str, float]:
-    """Train in place. Returns the last step's metrics, with eval/loss and eval/accuracy of
-    `eval_data`. The gradient does not depend on the split into micro-batches and ranks."""
-    _check(data, "data", objective)
-    if eval_data:
-        _check(eval_data, "eval_data", objective)
-    if batch_size < 1 or max_steps < 0 or (max_steps == 0 and epochs <= 0):
-        raise ValueError(
-            "batch_size must be at least 1, and max_steps or epochs above 0, got "
-            f"batch_size={batch_size}, max_steps={max_steps}, epochs={epochs}"
+@dataclass(slots=True)
+class RewardPolicy:
+    """A reward model where the other trainers have a policy."""
+
+    model: RewardModel
+    tokenizer: Any = None
+    path: str = ""  # what it was read from
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.score_weight.device
+
+    def save(self, path: str | Path) -> None:
+        save_reward_model(self.model, path, tokenizer=self.tokenizer)
+
+
+class RewardTrainer(Trainer):
+    """Minimises the pairwise or the pointwise loss over `[sft]` epochs, `[optim]`.
+
+    `eval_data` is scored after the last step, and every `eval.every_steps`. `out` is where the model
+    goes. All weights are trained, whatever [lora] says. Raises ValueError for data of another kind.
+    """
+
+    section, shorter = "sft", "sft.max_seq_tokens"
+
+    def __init__(
+        self,
+        policy: RewardPolicy,
+        config: Config,
+        folder: str | Path,
+        data: Items,
+        *,
+        objective: Objective = "pairwise",
+        eval_data: Items = (),
+        stage: str = "reward model",
+        out: str | Path = "",
+        force: bool = False,
+    ):
+        _check(data, "data", objective)
+        if eval_data:
+            _check(eval_data, "eval_data", objective)
+        s = config.sft
+        self.items, self.eval_data, self.out = data, eval_data, out
+        self.evaluation: dict[str, float] = {}  # of `eval_data`, the newest
+        self.batch_size = min(s.batch_size, len(data))
+        num_steps = s.max_steps or max(1, math.ceil(s.epochs * len(data) / self.batch_size))
+        super().__init__(
+            policy,
+            replace(config, lora=LoraConfig()),
+            folder,
+            stage=stage,
+            num_steps=num_steps,
+            num_optimizer_steps=num_steps,
+            data=digest(row for item in data for row in _rows(item)),
+            force=force,
         )
-    if profile_steps and out_dir is None:
-        raise ValueError(f"profile_steps = {profile_steps} needs an out_dir to write to, got none")
-    rank, world_size = distributed.rank(), distributed.world_size()
-    batch_size = min(batch_size, len(data))
-    num_steps = max_steps or max(1, math.ceil(epochs * len(data) / batch_size))
-    optimizer, device = Optimizer(model.named_parameters(), optim), model.score_weight.device
-    decoder, is_auto = model.decoder, activation_checkpointing == "auto"
-    decoder.checkpointing = "none" if is_auto else activation_checkpointing
 
-    def relieve() -> str:
-        if not is_auto or decoder.checkpointing == "full":
-            return ""
-        decoder.checkpointing = "full"
-        return "its layers are computed again in the backward"
+    def settle(self, token_budget: int | str) -> tuple[int, str]:
+        """What a reward model takes by default, and enough for both sequences of any pair; layers keep
+        all that they can until memory runs out."""
+        if token_budget == "auto":
+            longest = max(sum(map(len, item.sequences())) for item in self.items)
+            token_budget = max(TOKEN_BUDGET, longest)
+        asked = self.config.model.activation_checkpointing
+        return int(token_budget), "none" if asked == "auto" else asked
 
-    budget = TokenBudget(
-        token_budget, discard=optimizer.zero_grad, relieve=relieve,
-        advice="Leave out the longest rows, take model.dtype = bfloat16, or a smaller model",
-    )  # fmt: skip
-    timer = Timer(torch.cuda.synchronize if device.type == "cuda" else None)
-    writer = MetricsWriter(out_dir, stage=title) if out_dir is not None and rank == 0 else None
-    num_tokens, skipped, values = 0.0, 0, {}
-    try:
-        with (
-            progress(title, total=num_steps, line_every=max(1, num_steps // 20)) as bar,
-            Profiler(
-                out_dir or Path(), timer, device, profile_steps if rank == 0 else 0,
-                num_left=num_steps,
-            ) as profiler,
-        ):  # fmt: skip
-            for step in range(num_steps):
-                profiler.begin(step)
-                began = time.perf_counter()
-                batch = [data[i] for i in batch_indices(len(data), batch_size, seed, step)]
-                with timer("train"):
-                    own = accumulate_gradients(
-                        model,
-                        batch[rank::world_size],
-                        denominator=len(batch),
-                        token_budget=budget,
-                        after_backward=optimizer.accumulate,
-                        timer=timer,
-                    )
-                    with timer.part("optimizer"):
-                        distributed.sum_gradients(optimizer.masters)
-                        lr = learning_rate(optim, step, num_steps)
-                        norm = optimizer.step(lr)
-                sums, grad_norm = distributed.sum_dict(own), float(norm)
-                budget.agree(device)
-                skipped = 0 if math.isfinite(grad_norm) else skipped + 1
-                if skipped == MAX_SKIPPED:
-                    raise RuntimeError(
-                        f"{title}: the gradient was not finite in {MAX_SKIPPED} steps in a row, "
-                        f"the last was step {step}; lower optim.lr (now {optim.lr:g})"
-                    )
-                if skipped:
-                    warn(f"{title}: gradient of step {step} is not finite; step skipped")
-                seconds = time.perf_counter() - began
-                profiler.end(seconds, int(sums["tokens"]))
-                timer.take()
-                num_tokens += sums["tokens"]
-                values = {
-                    "loss": sums["loss"] / len(batch),
-                    "accuracy": sums["accuracy"] / len(batch),
-                    "grad_norm": grad_norm,
-                    "learning_rate": lr,
-                    "epoch": (step + 1) * batch_size / len(data),
-                    "num_tokens": num_tokens,
-                    "step_time": seconds,
-                    "tokens_per_second": sums["tokens"] / seconds,
-                    "train/token_budget": budget.num_tokens,
-                }
-                if eval_data and step == num_steps - 1:
-                    held_out = evaluate_reward_model(model, eval_data, token_budget=budget)
-                    values |= {f"eval/{name}": value for name, value in held_out.items()}
-                if writer is not None:
-                    writer.write(step + 1, values)
-                bar.update({"step": step + 1, "stage": title, **values})
-    finally:
-        if writer is not None:
-            writer.close()
-    return values
+    def model_folder(self) -> Path:
+        return Path(self.out) if self.out else super().model_folder()
+
+    def line_every(self) -> int:
+        return max(1, self.num_steps // 20)
+
+    def train_step(self, step: int) -> dict[str, float]:
+        chosen = batch_indices(len(self.items), self.batch_size, self.config.seed, step)
+        batch = [self.items[i] for i in chosen]
+        owned = batch[self.rank :: self.world_size]
+        with self.timer("train"):
+            sums = self.token_budget.fitting(lambda: self._backward(owned, len(batch)))
+            with self.timer.part("optimizer"):
+                norm, lr = self.optimize()
+        total = distributed.sum_dict(sums)
+        self.num_tokens += int(total["tokens"])
+        return {
+            "loss": total["loss"] / len(batch),
+            "accuracy": total["accuracy"] / len(batch),
+            "learning_rate": lr,
+            "epoch": (step + 1) * self.batch_size / len(self.items),
+        } | self.read_norms([norm])
+
+    def _backward(self, owned: list, denominator: int) -> dict[str, float]:
+        budget = self.token_budget
+        batches = micro_batches(
+            self.model, owned, budget.num_tokens, longer_alone=budget.was_halved
+        )
+        return accumulate_gradients(
+            self.model,
+            owned,
+            budget.each(batches),
+            denominator=denominator,
+            after_backward=self.optimizer.accumulate,
+            timer=self.timer,
+        )
+
+    def after_step(self) -> dict[str, float]:
+        every = self.config.eval.every_steps
+        if self.step == self.num_steps or (every and self.step % every == 0):
+            return {f"eval/{name}": value for name, value in self.evaluate().items()}
+        return {}
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and accuracy on `eval_data`; empty where there is none."""
+        if self.eval_data:
+            with self.timer("eval"):
+                self.evaluation = evaluate_reward_model(
+                    self.model, self.eval_data, token_budget=self.token_budget.num_tokens
+                )
+        return self.evaluation
+
+
+def _rows(item: PreferencePair | LabelledResponse) -> list[list[int]]:
+    if isinstance(item, PreferencePair):
+        return [item.prompt_ids, item.chosen_ids, item.rejected_ids]
+    return [item.prompt_ids, item.response_ids, [int(item.safe)]]
 
 
 def _check(data: Sequence, name: str, objective: str) -> None:

@@ -12,11 +12,12 @@ from r1fast import distributed
 from r1fast.config import Config
 from r1fast.data import batch_indices
 from r1fast.dynamic_sampling import Drawn, DynamicSampler
+from r1fast.hacking_monitor import HackingMonitor, RewardHackingError
 from r1fast.metrics import warn
 from r1fast.policy import Policy
 from r1fast.policy_update import PolicyUpdate, check_loss_options
 from r1fast.recording import recorded
-from r1fast.rewards.score import RewardScorer
+from r1fast.rewards.score import RewardScorer, judge_row
 from r1fast.rollout.result import EngineStats
 from r1fast.rollout.sampler import sample_seed
 from r1fast.rollout_metrics import finish_rollout_metrics, rollout_extremes, rollout_sums
@@ -61,6 +62,7 @@ class GRPOTrainer(PolicyUpdate):
             )
         self.problems, self.general, self.scorer = problems, general or [], scorer
         self.evaluate = evaluate
+        self.monitor = HackingMonitor(config.monitor)
         self.prompt_ids = self._encode(problems, policy, config)
         self.general_ids = self._encode(self.general, policy, config)
         self._check_budget(policy, config)
@@ -121,7 +123,8 @@ class GRPOTrainer(PolicyUpdate):
         row = self._rollout_row(drawn.sampled) | self._engine_row(before) | drawn.metrics
         with recorded(self, drawn.kept, step) as trained:
             trained |= self.update(drawn.kept, step)
-        row |= trained
+        row |= trained | self._judge_row()
+        self.monitor.saw_reward(row.get("reward"))
         self._store_samples(drawn.sampled, step)
         return row
 
@@ -210,6 +213,11 @@ class GRPOTrainer(PolicyUpdate):
                 row[name] = sums[part] / sums[whole]
         return row
 
+    def _judge_row(self) -> dict[str, float]:
+        """What the judges of all ranks did in this step."""
+        counts = self.scorer.judge_counts() if isinstance(self.scorer, RewardScorer) else {}
+        return judge_row(distributed.sum_dict(counts)) if counts else {}
+
     def _store_samples(self, groups: list[RolloutGroup], step: int) -> None:
         """A few completions of every step, in full, for reading."""
         if not distributed.is_main() or not self.config.log.num_samples:
@@ -236,4 +244,23 @@ class GRPOTrainer(PolicyUpdate):
             return {}
         with self.timer("eval"):
             values = self.evaluate()
-        return {f"eval/{key}": v for key, v in values.items() if isinstance(v, int | float)}
+        row = {f"eval/{key}": v for key, v in values.items() if isinstance(v, int | float)}
+        row |= self.monitor.saw_evaluation(self.step, values)
+        if alarm := self.monitor.alarm:
+            if self.config.monitor.action == "stop":
+                self.stop_reason = RewardHackingError(
+                    f"{alarm}. Stopped with a checkpoint (monitor.action); look at "
+                    f"{self.folder / 'completions.jsonl'}, then change the rewards, or go on with "
+                    "--monitor.action=warn"
+                )
+            elif distributed.is_main():
+                warn(f"{alarm}; see completions.jsonl for what is paid")
+        return row
+
+    def extra_state(self) -> dict:
+        return super().extra_state() | {"monitor": self.monitor.state()}
+
+    def load_extra(self, saved) -> None:
+        super().load_extra(saved)
+        if "monitor" in saved.state:
+            self.monitor.load_state(saved.state["monitor"])

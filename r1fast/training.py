@@ -135,6 +135,7 @@ class Trainer:
     section = ""  # of the config that has the token_budget
     shorter = ""  # the keys that bound a sequence's length
     work: Any = None  # of the last step, as a plan counts it
+    stop_reason: Exception | None = None  # set by a step after which, saved, the run ends with it
 
     def __init__(
         self,
@@ -294,7 +295,7 @@ class Trainer:
         config = to_dict(self.config)
         for key in ("output_dir", "log", "checkpoint", "pipeline", "stages"):
             del config[key]
-        for key in ("eval", "sample", "cold_start"):
+        for key in ("eval", "sample", "cold_start", "monitor", "judge"):
             del config[key]
         for key in ("eval", "max_eval_problems"):
             del config["data"][key]
@@ -365,10 +366,13 @@ class Trainer:
         elif self.step:
             say(f"{self.stage}: all {self.num_steps} steps were trained before, none is repeated")
         if distributed.is_main():
-            self.policy.save(self.folder / "model")
+            self.policy.save(self.model_folder())
             if self.base:
                 self.policy.save_adapter(self.folder / "adapter")
         distributed.barrier()
+
+    def model_folder(self) -> Path:
+        return self.folder / "model"
 
     def _train(self) -> None:
         log = self.config.log
@@ -420,12 +424,12 @@ class Trainer:
                 bar.update(writer.write(self.step, row))
                 if watch is not None:
                     watch.after_step(row, self.work, self.step == self.num_steps)
-                stopping = self._any_rank(stop.received)
+                stopping = self._any_rank(stop.received or self.stop_reason is not None)
                 # the last step too: what follows may be stopped, and is not to train again
                 if stopping or self.step == self.num_steps or (every and self.step % every == 0):
                     self.save()
                 if stopping:
-                    raise KeyboardInterrupt
+                    raise self.stop_reason or KeyboardInterrupt
 
     def _any_rank(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank: ranks stop together."""

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 Verdict = Literal["correct", "wrong", "no_answer", "unparseable", "timeout", "error"]
 VERDICTS: tuple[str, ...] = get_args(Verdict)
+# of problems, each with a reward of its own: rules verify math, a judge qa, nothing general
+KINDS = ("math", "qa", "general")
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -21,7 +23,7 @@ class Problem:
     prompt: str  # the user's words, before any template
     answer: str | None = None  # the gold answer
     id: str = ""  # unique in its file; "file.jsonl:12" where the row names none
-    kind: str = "math"  # routes the rewards: math | general
+    kind: str = "math"  # routes the rewards, one of KINDS
     language: str = "en"  # the language the reasoning should be in
     subset: str = ""  # for per-subset tables
     meta: Mapping = field(default_factory=dict)  # every other column of the row

@@ -174,13 +174,16 @@ def test_reward_models_hold_out_rows_at_random(files, tmp_path, monkeypatch):
     write_jsonl(tmp_path / "safety.jsonl", rows)
     seen = {}
 
-    def train(model, data, *, eval_data, **kwargs):
-        seen["train"], seen["eval"] = data, eval_data
-        return {"eval/accuracy": 1.0}
+    class Trainer:
+        def __init__(self, policy, config, folder, data, *, eval_data, **kwargs):
+            seen["train"], seen["eval"] = data, eval_data
+            self.evaluation = {"accuracy": 1.0}
 
-    monkeypatch.setattr(preferences, "train_reward_model", train)
+        def run(self):
+            pass
+
+    monkeypatch.setattr(preferences, "RewardTrainer", Trainer)
     monkeypatch.setattr(preferences, "EVAL_SHARE", 0.4)
-    monkeypatch.setattr(preferences, "save_reward_model", lambda *args, **kwargs: None)
     config = tiny_config(f"--data.safety={tmp_path / 'safety.jsonl'}")
     train_reward_models(config, str(files / "model"), tmp_path)
     assert {len(seen["eval"]), len(seen["train"])} == {8, 12}

@@ -94,7 +94,8 @@ def test_the_judge_is_asked_for_all_that_rules_cannot_read_at_once(monkeypatch, 
     calls = []
 
     class Judge:
-        def __init__(self, url, model, timeout):
+        def __init__(self, chat):
+            assert (chat.url, chat.model) == ("http://x/v1/chat/completions", "m")
             self.counts = Counter(requests=2)
 
         def judge_all(self, rows):

@@ -7,13 +7,16 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from r1fast import reward_model, reward_training
-from r1fast.config import OptimConfig
+from r1fast import reward_model, training
+from r1fast.checkpoint import load_checkpoint
+from r1fast.config import OptimConfig, SFTConfig, load_config
 from r1fast.metrics import read_metrics
 from r1fast.model import Decoder, ModelSpec, save_model
 from r1fast.reward_model import (
@@ -27,7 +30,13 @@ from r1fast.reward_model import (
     save_reward_model,
     score_fn,
 )
-from r1fast.reward_training import accumulate_gradients, evaluate_reward_model, train_reward_model
+from r1fast.reward_training import (
+    RewardPolicy,
+    RewardTrainer,
+    accumulate_gradients,
+    evaluate_reward_model,
+    micro_batches,
+)
 
 PAD, EOS, GOOD, BAD = 0, 1, 5, 6
 SHAPE = {
@@ -100,6 +109,25 @@ def their_scores(theirs, batch: list[list[int]], pad: int = PAD) -> list[float]:
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch])
     with torch.no_grad():
         return theirs(input_ids=ids, attention_mask=mask).logits.squeeze(1).tolist()
+
+
+def trainer(model, data, folder, *, optim, seed=0, every=0, keep="auto", **kwargs) -> RewardTrainer:
+    """A trainer of `model`; what SFTConfig has goes into [sft]."""
+    names = SFTConfig.__dataclass_fields__
+    sft = {"epochs": 1.0, "batch_size": 256} | {n: kwargs.pop(n) for n in [*kwargs] if n in names}
+    config = load_config(None, [f"--seed={seed}", f"--checkpoint.every_steps={every}",
+                                f"--model.activation_checkpointing={keep}",
+                                f"--log.profile_steps={kwargs.pop('profile', 0)}"])  # fmt: skip
+    config = replace(config, optim=optim, sft=replace(config.sft, **sft))
+    return RewardTrainer(RewardPolicy(model), config, folder, data, **kwargs)
+
+
+def train(model, data, **kwargs) -> dict:
+    """Trains `model` in a folder that goes; the last row of metrics."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = trainer(model, data, folder, **kwargs)
+        run.run()
+        return read_metrics(folder)[-1] if run.rank == 0 else {}
 
 
 def make_theirs(transformers, family, **kwargs):
@@ -224,7 +252,7 @@ def test_sequences_that_cannot_be_scored():
 
 def gradients(model, items, budget) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    accumulate_gradients(model, items, denominator=len(items), token_budget=budget)
+    accumulate_gradients(model, items, micro_batches(model, items, budget), denominator=len(items))
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -283,10 +311,12 @@ ADAMW = OptimConfig(lr=5e-3, min_lr_ratio=0.1, warmup_steps=2)
 def test_learns_a_separable_preference(tmp_path, make, objective):
     model, held_out = small(pad_token_id=PAD), make(120, 99)
     assert evaluate_reward_model(model, held_out)["accuracy"] < 0.8
-    final = train_reward_model(
-        model, make(400, 7), objective=objective, max_steps=40, batch_size=32, optim=ADAMW,
-        token_budget=512, out_dir=tmp_path, title="helpfulness", eval_data=held_out,
+    run = trainer(
+        model, make(400, 7), tmp_path, objective=objective, max_steps=40, batch_size=32,
+        optim=ADAMW, token_budget=512, stage="helpfulness", eval_data=held_out,
     )  # fmt: skip
+    run.run()
+    final = read_metrics(tmp_path)[-1]
     assert final["eval/accuracy"] > 0.95, final
     assert final["loss"] < 0.3
     rows = read_metrics(tmp_path)
@@ -298,39 +328,38 @@ def test_learns_a_separable_preference(tmp_path, make, objective):
     assert rows[0]["stage"] == "helpfulness"
     assert model.score([[9, GOOD, EOS]]) > model.score([[9, BAD, EOS]])
 
-    save_reward_model(model, tmp_path / "rm")
-    loaded = load_reward_model(tmp_path / "rm")
+    loaded = load_reward_model(tmp_path / "model")
     assert evaluate_reward_model(loaded, held_out)["accuracy"] == final["eval/accuracy"]
 
 
 def test_the_preference_is_read_from_the_data():
     swapped = [PreferencePair(p.prompt_ids, p.rejected_ids, p.chosen_ids) for p in pairs(400, 7)]
     model = small()
-    train_reward_model(model, swapped, max_steps=25, batch_size=32, optim=ADAMW)
+    train(model, swapped, max_steps=25, batch_size=32, optim=ADAMW)
     assert evaluate_reward_model(model, pairs(100, 99))["accuracy"] < 0.1
 
 
 def test_every_micro_batch_is_added_up_by_the_optimizer(monkeypatch):
     """In float32, and before the ranks' sum: a gradient left in the weights would miss both."""
-    left, real = [], reward_training.Optimizer.accumulate
+    left, real = [], training.Optimizer.accumulate
 
     def accumulate(self):
         left.append(sum(p.grad is not None for p in model.parameters()))
         real(self)
 
-    monkeypatch.setattr(reward_training.Optimizer, "accumulate", accumulate)
+    monkeypatch.setattr(training.Optimizer, "accumulate", accumulate)
     model = small()
     model.to(torch.bfloat16)
-    train_reward_model(model, pairs(8, 3), max_steps=1, batch_size=8, optim=ADAMW, token_budget=40)
+    train(model, pairs(8, 3), max_steps=1, batch_size=8, optim=ADAMW, token_budget=40)
     assert len(left) > 3
-    assert all(left[:-1])
-    assert left[-1] == 0  # the optimizer's own look before its step finds nothing
+    assert all(left[:-2])
+    assert left[-2:] == [0, 0]  # the looks before the ranks' sum and the step find nothing
 
 
 def test_training_repeats_and_counts_its_steps():
     def run(**kwargs):
         model = small()
-        final = train_reward_model(model, pairs(10, 3), optim=ADAMW, **kwargs)
+        final = train(model, pairs(10, 3), optim=ADAMW, **kwargs)
         return final, model.score([[9, 8, GOOD]])
 
     final, score = run(epochs=2, batch_size=4)
@@ -343,92 +372,118 @@ def test_training_repeats_and_counts_its_steps():
 
 def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch):
     texts = []
-    monkeypatch.setattr(reward_training, "warn", texts.append)
+    monkeypatch.setattr(training, "warn", texts.append)
     model = small()
     with torch.no_grad():
         model.score_weight.fill_(float("inf"))
     before = model.decoder.embed.weight.clone()
-    with pytest.raises(RuntimeError, match="not finite in 5 steps in a row, the last was step 4"):
-        train_reward_model(model, pairs(10, 3), epochs=9, batch_size=4, optim=ADAMW)
+    with pytest.raises(FloatingPointError, match="5 gradients in a row were not finite"):
+        train(model, pairs(10, 3), epochs=9, batch_size=4, optim=ADAMW)
     assert torch.equal(model.decoder.embed.weight, before)
-    assert len(texts) == 4
-
-
-class Room:
-    """Memory for micro-batches of `tokens`, or with less kept for any."""
-
-    def __init__(self, monkeypatch, tokens: int):
-        self.seen, forward = [], RewardModel.forward
-
-        def fitting(model, sequences):
-            size = sum(map(len, sequences))
-            self.seen.append(size)
-            if size > tokens and model.decoder.checkpointing != "full":
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return forward(model, sequences)
-
-        monkeypatch.setattr(RewardModel, "forward", fitting)
-
-
-def trained(data, **kwargs) -> tuple[dict, RewardModel]:
-    model = small()
-    final = train_reward_model(model, data, max_steps=2, batch_size=8, optim=ADAMW, **kwargs)
-    return final, model
-
-
-def test_memory_that_runs_out_halves_the_micro_batch(monkeypatch, capsys):
-    """Down to a pair alone, for which layers keep less; the weights are those of a small budget, bit for bit."""
-    data = pairs(8, 3)
-    longest = max(sum(map(len, p.sequences())) for p in data)
-    _, expected = trained(data, token_budget=longest)
-    room = Room(monkeypatch, longest)
-    final, model = trained(data, token_budget=4 * longest)
-    assert longest / 2 <= final["train/token_budget"] < max(room.seen)
-    assert model.decoder.checkpointing == "none"
-    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
-    monkeypatch.undo()
-    Room(monkeypatch, 1)
-    _, model = trained(data, token_budget=4 * longest)
-    assert model.decoder.checkpointing == "full"
-    assert "its layers are computed again" in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(RuntimeError, match="Leave out the longest rows"):
-        trained(data, token_budget=4 * longest, activation_checkpointing="none")
-
-
-@pytest.mark.parametrize("mode", ["selective", "full"])
-def test_checkpointed_layers_train_to_the_same_bits(mode):
-    data = pairs(8, 3)
-    (_, plain), (_, other) = (
-        trained(data, activation_checkpointing=m) for m in ("none", mode)
-    )  # fmt: skip
-    for p, q in zip(plain.parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q)
-
-
-def test_steps_can_be_profiled(tmp_path):
-    trained(pairs(8, 3), out_dir=tmp_path, profile_steps=1)
-    found = json.loads((tmp_path / "profile" / "profile.json").read_text())
-    assert found["steps"] == [2]
-    assert {"train", "train/forward", "train/backward", "train/optimizer"} <= set(found["phases"])
-    with pytest.raises(ValueError, match="needs an out_dir"):
-        trained(pairs(8, 3), profile_steps=1)
+    assert len(texts) == 5
 
 
 def test_training_errors_say_what_would_do():
     def fails(message, data=None, **kwargs):
         with pytest.raises(ValueError, match=message):
-            train_reward_model(
-                small(), pairs(2, 0) if data is None else data, optim=ADAMW, **kwargs
-            )
+            train(small(), pairs(2, 0) if data is None else data, optim=ADAMW, **kwargs)
 
     fails("pairwise or pointwise, got 'both'", objective="both")
     fails(r"needs LabelledResponse items, got PreferencePair at data\[0\]", objective="pointwise")
     fails(r"needs PreferencePair items, .* at eval_data\[0\]", eval_data=labelled(1, 0))
     fails("data is empty; pairwise", data=[])
-    fails("got batch_size=0", batch_size=0)
-    fails("epochs=0", epochs=0)
+    fails("sft.batch_size must be at least 1, got 0", batch_size=0)
+    fails("sft.epochs must be above 0", epochs=0)
     fails("tokens, over token_budget = 8", token_budget=8)
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    def run(folder, steps=6, **kwargs):
+        model = small(pad_token_id=PAD)
+        one = trainer(
+            model, pairs(20, 3), folder, max_steps=6, batch_size=4, optim=ADAMW, every=2, **kwargs
+        )
+        real = one.train_step
+
+        def train_step(step):
+            if step == steps:
+                raise KeyboardInterrupt
+            return real(step)
+
+        one.train_step = train_step
+        one.run()
+        return one, model
+
+    _, whole = run(tmp_path / "whole", eval_data=pairs(5, 9))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", steps=3, eval_data=pairs(5, 9))
+    assert load_checkpoint(tmp_path / "cut/checkpoints").step == 2
+    again, resumed = run(tmp_path / "cut", eval_data=pairs(5, 9))
+    for (name, a), b in zip(weights(whole).items(), weights(resumed).values(), strict=True):
+        assert torch.equal(a, b), name
+    drop = {"time", "step_time", "tokens_per_second", "time/train", "time/eval"}
+    rows = [
+        [{k: v for k, v in row.items() if k not in drop} for row in read_metrics(tmp_path / name)]
+        for name in ("whole", "cut")
+    ]
+    assert rows[0] == rows[1]
+    with pytest.raises(ValueError, match="the training data: other rows"):
+        trainer(small(), pairs(21, 3), tmp_path / "cut", max_steps=6, batch_size=4, optim=ADAMW)
+    done, _ = run(tmp_path / "cut", steps=0, eval_data=pairs(5, 9))  # nothing is trained again
+    assert done.evaluation == {}
+    assert done.evaluate() == again.evaluation
+
+
+@pytest.mark.parametrize("make", [pairs, labelled])
+def test_out_of_memory_halves_the_budget_at_the_same_gradient(tmp_path, monkeypatch, make):
+    objective = "pairwise" if make is pairs else "pointwise"
+    forward, room, sizes = RewardModel.forward, 120, []
+
+    def limited(self, sequences):
+        sizes.append(sum(map(len, sequences)))
+        if sizes[-1] > room and self.decoder.checkpointing != "full":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return forward(self, sequences)
+
+    def run(folder, budget, keep="auto"):
+        model = shaken(small())
+        options = {"max_steps": 3, "batch_size": 12, "optim": ADAMW, "objective": objective}
+        one = trainer(model, make(24, 1), folder, token_budget=budget, keep=keep, **options)
+        one.run()
+        return [row["train/token_budget"] for row in read_metrics(folder)], weights(model)
+
+    monkeypatch.setattr(RewardModel, "forward", limited)
+    budgets, halved = run(tmp_path / "a", 10_000)
+    assert budgets[-1] <= room < max(sizes)
+    assert budgets == budgets[:1] * 3
+    monkeypatch.setattr(RewardModel, "forward", forward)
+    _, small_from_the_start = run(tmp_path / "b", budgets[-1])
+    for name, value in halved.items():
+        assert torch.equal(value, small_from_the_start[name]), name
+    monkeypatch.setattr(RewardModel, "forward", limited)
+    room = 1
+    with pytest.raises(RuntimeError, match=r"which cannot be divided .*Lower sft.max_seq_tokens"):
+        run(tmp_path / "c", 10_000, keep="none")
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointed_layers_train_to_the_same_bits(mode):
+    models = small(), small()
+    for model, keep in zip(models, ("none", mode), strict=True):
+        train(model, pairs(8, 3), max_steps=2, batch_size=8, optim=ADAMW, keep=keep)
+    for (name, a), b in zip(weights(models[0]).items(), weights(models[1]).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_steps_can_be_profiled(tmp_path):
+    trainer(small(), pairs(8, 3), tmp_path, max_steps=2, batch_size=8, optim=ADAMW, profile=1).run()
+    found = json.loads((tmp_path / "profile" / "profile.json").read_text())
+    assert found["steps"] == [2]
+    assert {"train", "train/forward", "train/backward", "train/optimizer"} <= set(found["phases"])
 
 
 WORDS = "<pad> <eos> <bos> Q: A: one two three good bad ?".split()
@@ -520,10 +575,20 @@ def test_long_rows_are_left_out_and_reported(tokenizer, tmp_path, monkeypatch):
 
 def train_on_one_rank() -> list[float]:
     model = small()
-    final = train_reward_model(
-        model, pairs(9, 2), max_steps=4, batch_size=5, optim=ADAMW, eval_data=pairs(3, 4)
-    )
-    return [final["loss"], final["grad_norm"], final["eval/loss"], *model.score([[3, 4], [7, 1]])]
+    with tempfile.TemporaryDirectory() as folder:
+        folder = os.environ.get("SHARED_FOLDER", folder)
+        run = trainer(
+            model,
+            pairs(9, 2),
+            folder,
+            max_steps=4,
+            batch_size=5,
+            optim=ADAMW,
+            eval_data=pairs(3, 4),
+        )
+        run.run()
+        last = read_metrics(folder)[-1]
+    return [last["loss"], last["grad_norm"], last["eval/loss"], *model.score([[3, 4], [7, 1]])]
 
 
 RANK_CODE = """
@@ -538,11 +603,16 @@ distributed.stop()
 """
 
 
-def test_two_ranks_train_as_one():
+def test_two_ranks_train_as_one(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {
+        "SHARED_FOLDER": str(tmp_path),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK_CODE, os.path.dirname(__file__)],

@@ -70,7 +70,23 @@ def _heading(run: Run, title: str) -> str:
         count = f": {len(run.stages) - len(waiting)} of {len(run.stages)} stages are done"
         alert = f"This run is not finished{count if run.is_pipeline else ''} ({state})."
         parts.append(f'<p class="alert" role="status">{escape(alert)}</p>')
+    parts += [
+        f'<p class="alert" role="status">{escape(alarm)}</p>'
+        for stage in run.stages
+        if (alarm := _hacking(stage))
+    ]
     return "<header>\n" + "\n".join(parts) + "\n</header>"
+
+
+def _hacking(stage: Stage) -> str:
+    """The steps at which the monitor took the reward for hacked; empty where at none."""
+    steps = [shown(row.get("step")) for row in stage.rows if number(row.get("hacking/alarm"))]
+    if not steps:
+        return ""
+    return (
+        f"{stage.title}: the training reward may be hacked. At step{'s' * (len(steps) > 1)} "
+        f"{', '.join(steps)} it had risen while held-out pass@1 had fallen."
+    )
 
 
 def _summary(run: Run) -> str:

@@ -18,6 +18,8 @@ _HOME = {
     "repetition_penalty": "length",
     "PreferenceRewards": "preference",
     "Judge": "judge",
+    "PairwiseJudge": "pairwise",
+    "ChatEndpoint": "chat",
 }
 __all__ = sorted(_HOME)
 

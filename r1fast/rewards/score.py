@@ -9,26 +9,32 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from r1fast.config import RewardConfig, TemplateConfig
+from r1fast.config_check import REWARDS
 from r1fast.metrics import warn
-from r1fast.protocol import split_completion
+from r1fast.protocol import Parts, split_completion
 from r1fast.rewards.format import format_reward
+from r1fast.rewards.judge import Judge
 from r1fast.rewards.language import check_language, knows_language, language_consistency
 from r1fast.rewards.length import overlong_penalty, repetition_penalty
 from r1fast.rewards.math import Graded, MathReward
+from r1fast.rewards.pairwise import PairwiseJudge, pairwise_metrics
 from r1fast.rewards.preference import PreferenceRewards
-from r1fast.types import Completion, Problem, Reward, RolloutGroup
+from r1fast.types import KINDS, Completion, Problem, Reward, RolloutGroup
 
-PARTS = (
-    "accuracy", "format", "language", "overlong", "repetition", "helpfulness", "safety",
-)  # fmt: skip
+PARTS = REWARDS
 MIN_BREAKER_VERDICTS = 8
+JUDGE_COUNTS = (
+    "requests", "retries", "cached", "failed", "prompt_tokens", "completion_tokens",
+    "first", "second", "neither", "a", "b", "tie", "inconsistent",
+)  # fmt: skip
 RewardFn = Callable[..., Sequence[float | None]]
 
 
 class RewardScorer:
     """Fills `group.rewards`. To be closed: the mathematics grader owns worker processes.
 
-    `preference` holds the reward models of general prompts. `extra` maps a name to a user's
+    `preference` holds the reward models of general prompts, `judge` decides on answers of kind `qa`, and
+    `pairwise` on general responses against the problem's reference answer. `extra` maps a name to a user's
     reward function and its weight; the function follows TRL's contract,
     `f(prompts=, completions=, completion_ids=, **columns) -> list[float | None]`, and None means
     that it does not apply. More than `max_error_share` grader failures in a call stop the run.
@@ -41,6 +47,8 @@ class RewardScorer:
         max_completion_tokens: int,
         preference: PreferenceRewards | None = None,
         *,
+        judge: Judge | None = None,
+        pairwise: PairwiseJudge | None = None,
         extra: Mapping[str, tuple[RewardFn, float]] | None = None,
         grader: MathReward | None = None,
         prompt_opens_think: bool = False,
@@ -50,25 +58,31 @@ class RewardScorer:
         self.config = config
         self.template = template
         self.max_completion_tokens = max_completion_tokens
-        self.preference = preference
+        self.preference, self.judge, self.pairwise = preference, judge, pairwise
         self.extra = dict(extra or {})
         if clash := sorted(set(self.extra) & set(PARTS)):
             raise ValueError(f"extra reward {clash[0]!r} has the name of a built-in one")
         for name, (_, weight) in self.extra.items():
             if not math.isfinite(weight):
                 raise ValueError(f"the weight of reward {name!r} must be a number, got {weight}")
+        self._weights = {kind: config.weights(kind) for kind in KINDS}
         for name in ("helpfulness", "safety"):
-            if getattr(config, name) and (preference is None or getattr(preference, name) is None):
+            if self.uses(name) and (preference is None or getattr(preference, name) is None):
                 raise ValueError(
-                    f"rewards.{name} = {getattr(config, name)} needs a {name} model; "
-                    f"set rewards.{name}_model or the weight to 0"
+                    f"rewards.{name} = {max(w[name] for w in self._weights.values())} needs a {name} "
+                    f"model; set rewards.{name}_model or the weight to 0"
                 )
+        if self.uses("judge") and pairwise is None:
+            raise ValueError(
+                "rewards.judge needs a judge; set judge.url (or judge.path), or the weight to 0"
+            )
         self.grader = grader or MathReward(timeout=config.math_timeout)
         self.prompt_opens_think = prompt_opens_think
         self.repetition_ngram = repetition_ngram
         self.max_error_share = max_error_share
         self.counts: Counter[str] = Counter()  # verdicts since the start
         self.errors: Counter[str] = Counter()  # failures by reward
+        self._told: Counter[str] = Counter()  # what `judge_counts` has given before
         self._pending: Counter[str] | None = None  # verdicts inside `as_one_call`
         self._grading = ThreadPoolExecutor(max_workers=4, thread_name_prefix="grade")
 
@@ -82,6 +96,24 @@ class RewardScorer:
         self._grading.shutdown(wait=True)
         self.grader.close()
 
+    def uses(self, name: str) -> bool:
+        """Whether problems of any kind have a weight on this reward."""
+        return any(weights[name] for weights in self._weights.values())
+
+    def judge_counts(self) -> dict[str, float]:
+        """What the judges were asked and said since the last call, to be summed over ranks; nothing
+        where there is none."""
+        if self.judge is None and self.pairwise is None:
+            return {}
+        now: Counter[str] = Counter()
+        for judge in (self.judge, self.pairwise):
+            now.update({} if judge is None else judge.counts)
+        if self.judge is None and self.pairwise is not None:
+            now.update(self.pairwise.chat.counts)
+        values = {name: float(now[name] - self._told[name]) for name in JUDGE_COUNTS}
+        self._told = now
+        return values
+
     def score(self, groups: list[RolloutGroup], *, step_from_end: int | None = None) -> None:
         """Give every completion of every group its `Reward`.
 
@@ -89,20 +121,21 @@ class RewardScorer:
         `preference_last_steps`, preference rewards are off before those steps.
         """
         rows = [(group, completion) for group in groups for completion in group.completions]
-        graded = self._grade(rows)
+        graded = self._judged(rows, self._grade(rows))
         parts: list[dict[str, float | None]] = []
         for (group, completion), grade in zip(rows, graded, strict=True):
             parts.append(self._rule_parts(group.problem, completion, grade))
         self._add_preference(rows, parts, step_from_end)
+        self._add_pairwise(rows, parts, step_from_end)
         self._add_extra(rows, parts)
         rewards = [
             Reward(
-                total=self.total(p),
+                total=self.total(p, group.problem.kind),
                 parts=p,
                 verdict=None if grade is None else grade.verdict,
                 answer=None if grade is None else grade.answer,
             )
-            for p, grade in zip(parts, graded, strict=True)
+            for (group, _), p, grade in zip(rows, parts, graded, strict=True)
         ]
         at = 0
         for group in groups:
@@ -141,16 +174,16 @@ class RewardScorer:
                 f"(more than {self.max_error_share:.0%}); the rewards mean nothing"
             )
 
-    def total(self, parts: Mapping[str, float | None]) -> float:
-        """The weighted sum over the parts that apply."""
-        weights = {name: getattr(self.config, name) for name in PARTS}
+    def total(self, parts: Mapping[str, float | None], kind: str = "math") -> float:
+        """The sum over the parts that apply, by the weights for problems of this kind."""
+        weights = dict(self._weights[kind])
         weights.update({name: weight for name, (_, weight) in self.extra.items()})
         return math.fsum(weights[n] * value for n, value in parts.items() if value is not None)
 
     def _grade(self, rows: list[tuple[RolloutGroup, Completion]]) -> list[Graded | None]:
         def grade(row: tuple[RolloutGroup, Completion]) -> Graded | None:
             group, completion = row
-            if not _verifiable(group.problem):
+            if group.problem.kind == "qa" or not _verifiable(group.problem):
                 return None
             assert group.problem.answer is not None
             return self.grader.grade(
@@ -163,11 +196,40 @@ class RewardScorer:
 
         return list(self._grading.map(grade, rows))
 
+    def _judged(
+        self, rows: list[tuple[RolloutGroup, Completion]], graded: list[Graded | None]
+    ) -> list[Graded | None]:
+        """`graded` with the judge's verdicts on problems of kind `qa`, many at a time."""
+        at = [i for i, (group, _) in enumerate(rows) if group.problem.kind == "qa"]
+        if not at:
+            return graded
+        if self.judge is None:
+            raise ValueError(
+                f"problem {rows[at[0]][0].problem.id!r} is of kind qa, which a judge decides: set "
+                "judge.url (or judge.path)"
+            )
+        answers = [self._split(rows[i][1]).answer for i in at]
+        problems = [rows[i][0].problem for i in at]
+        verdicts = self.judge.judge_all(
+            [(p.prompt, p.answer or "", a or "") for p, a in zip(problems, answers, strict=True)]
+        )
+        for i, verdict, answer in zip(at, verdicts, answers, strict=True):
+            graded[i] = Graded(verdict, answer)
+        return graded
+
+    def _split(self, completion: Completion) -> Parts:
+        return split_completion(
+            completion.text,
+            self.template.protocol,
+            self.template.special_token,
+            prompt_opens_think=self.prompt_opens_think,
+        )
+
     def _rule_parts(
         self, problem: Problem, completion: Completion, grade: Graded | None
     ) -> dict[str, float | None]:
         c, protocol, token = self.config, self.template.protocol, self.template.special_token
-        opens = self.prompt_opens_think
+        opens, weights = self.prompt_opens_think, self._weights[problem.kind]
         parts: dict[str, float | None] = {}
         if grade is not None:
             # an infrastructure failure is no zero: the part does not apply, the verdict says why
@@ -178,18 +240,20 @@ class RewardScorer:
                 completion.text, protocol, token, prompt_opens_think=opens
             )
         # measured at weight 0 too: the drift of the language is what R1-Zero is watched for
-        reasoning = split_completion(completion.text, protocol, token, prompt_opens_think=opens)
+        reasoning = self._split(completion)
         parts["language"] = None
-        if reasoning.reasoning and (c.language or knows_language(problem.language, c.lexicon)):
+        if reasoning.reasoning and (
+            weights["language"] or knows_language(problem.language, c.lexicon)
+        ):
             parts["language"] = language_consistency(
                 reasoning.reasoning, problem.language, lexicon=c.lexicon
             )
         num_tokens = len(completion.token_ids)
-        if c.overlong:
+        if weights["overlong"]:
             parts["overlong"] = overlong_penalty(
                 num_tokens, self.max_completion_tokens, c.overlong_cache
             )
-        if c.repetition:
+        if weights["repetition"]:
             parts["repetition"] = repetition_penalty(completion.token_ids, self.repetition_ngram)
         return parts
 
@@ -199,29 +263,62 @@ class RewardScorer:
         parts: list[dict[str, float | None]],
         step_from_end: int | None,
     ) -> None:
-        c = self.config
-        if self.preference is None or (
-            step_from_end is not None and 0 < c.preference_last_steps <= step_from_end
-        ):
+        if self.preference is None or self._waits(step_from_end):
             return
-        general = [i for i, (group, _) in enumerate(rows) if group.problem.kind == "general"]
-        if not general:
-            return
-        prompts = [rows[i][0].problem.prompt for i in general]
-        texts = [rows[i][1].text for i in general]
-        if c.helpfulness:
+        if at := self._weighted(rows, "helpfulness"):
             scores = self.preference.score_helpfulness(
-                prompts, texts, prompt_opens_think=self.prompt_opens_think
+                [rows[i][0].problem.prompt for i in at],
+                [rows[i][1].text for i in at],
+                prompt_opens_think=self.prompt_opens_think,
             )
             if scores is not None:
-                scores = _lowest_where_none(scores, [id(rows[i][0]) for i in general])
-                for i, score in zip(general, scores, strict=True):
+                scores = _lowest_where_none(scores, [id(rows[i][0]) for i in at])
+                for i, score in zip(at, scores, strict=True):
                     parts[i]["helpfulness"] = score
-        if c.safety:
-            for i, score in zip(
-                general, self.preference.score_safety(prompts, texts) or [], strict=True
-            ):
+        if at := self._weighted(rows, "safety"):
+            prompts = [rows[i][0].problem.prompt for i in at]
+            scores = self.preference.score_safety(prompts, [rows[i][1].text for i in at])
+            for i, score in zip(at, scores or [], strict=True):
                 parts[i]["safety"] = score
+
+    def _waits(self, step_from_end: int | None) -> bool:
+        """Whether preference rewards are not on yet in this step."""
+        return step_from_end is not None and 0 < self.config.preference_last_steps <= step_from_end
+
+    def _weighted(self, rows: list[tuple[RolloutGroup, Completion]], name: str) -> list[int]:
+        """The rows whose problem's kind has a weight on this reward."""
+        return [i for i, (group, _) in enumerate(rows) if self._weights[group.problem.kind][name]]
+
+    def _add_pairwise(
+        self,
+        rows: list[tuple[RolloutGroup, Completion]],
+        parts: list[dict[str, float | None]],
+        step_from_end: int | None,
+    ) -> None:
+        """The summary against the reference answer: 1 won, 0.5 tie, 0 lost; a response without a
+        summary has lost. Where the judge failed it earns the mean of its group's others."""
+        if self.pairwise is None or self._waits(step_from_end):
+            return
+        at = [i for i in self._weighted(rows, "judge") if rows[i][0].problem.answer]
+        if not at:
+            return
+        problems = [rows[i][0].problem for i in at]
+        summaries = [self._split(rows[i][1]).summary or "" for i in at]
+        comparisons = self.pairwise.compare(
+            [(p.prompt, s, p.answer or "") for p, s in zip(problems, summaries, strict=True)]
+        )
+        scores = [c.score for c in comparisons]
+        failed = sum(score is None for score in scores)
+        self.errors["judge"] += failed
+        if len(at) >= MIN_BREAKER_VERDICTS and failed > self.max_error_share * len(at):
+            raise RuntimeError(
+                f"the judge failed on {failed} of {len(at)} comparisons (more than "
+                f"{self.max_error_share:.0%}); the rewards mean nothing. The last failure: "
+                f"{self.pairwise.chat.last_error}"
+            )
+        scores = _mean_where_none(scores, [id(rows[i][0]) for i in at])
+        for i, score in zip(at, scores, strict=True):
+            parts[i]["judge"] = score
 
     def _add_extra(
         self,
@@ -270,11 +367,24 @@ class RewardScorer:
                 part[name] = float(score) if counts else None
 
 
-def check_problems(problems: Sequence[Problem], config: RewardConfig) -> None:
+def check_problems(
+    problems: Sequence[Problem], config: RewardConfig, *, has_judge: bool = True
+) -> None:
     """ValueError for problems the configured rewards cannot score, before the first step."""
-    if config.language:
-        for language in sorted({p.language for p in problems}):
-            check_language(language, config.lexicon)
+    paid = {kind for kind in KINDS if config.weights(kind)["language"]}
+    for language in sorted({p.language for p in problems if p.kind in paid}):
+        check_language(language, config.lexicon)
+    for problem in problems:
+        if problem.kind == "qa" and not has_judge:
+            raise ValueError(
+                f"problem {problem.id!r} is of kind qa, which a judge decides: set judge.url (or "
+                "judge.path)"
+            )
+        if problem.kind in config.by_kind and not any(config.weights(problem.kind).values()):
+            raise ValueError(
+                f"problem {problem.id!r} has no reward: every weight of "
+                f"rewards.by_kind.{problem.kind} is 0"
+            )
 
 
 def _lowest_where_none(scores: list[float | None], groups: list[int]) -> list[float | None]:
@@ -291,6 +401,18 @@ def _lowest_where_none(scores: list[float | None], groups: list[int]) -> list[fl
     ]
 
 
+def _mean_where_none(scores: list[float | None], groups: list[int]) -> list[float | None]:
+    """What a judge failed on earns the mean of its group's others; None where it failed on all."""
+    known: dict[int, list[float]] = {}
+    for group, score in zip(groups, scores, strict=True):
+        if score is not None:
+            known.setdefault(group, []).append(score)
+    return [
+        score if score is not None else math.fsum(known[g]) / len(known[g]) if g in known else None
+        for g, score in zip(groups, scores, strict=True)
+    ]
+
+
 def _mask_errors(rewards: list[Reward]) -> None:
     """What the grader could not judge earns the mean of the others: an advantage of 0."""
     if not any(r.verdict == "error" for r in rewards):
@@ -300,6 +422,16 @@ def _mask_errors(rewards: list[Reward]) -> None:
     for reward in rewards:
         if reward.verdict == "error":
             reward.total = mean
+
+
+def judge_row(counts: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of a step from `judge_counts`, summed over ranks; nothing where nobody was asked."""
+    if not any(counts.values()):
+        return {}
+    row = {f"judge/{name}": counts[name] for name in ("requests", "retries", "cached", "failed")}
+    row["judge/tokens"] = counts["prompt_tokens"] + counts["completion_tokens"]
+    pairs = pairwise_metrics(Counter({name: int(n) for name, n in counts.items()}))
+    return row | {f"judge/{name}": value for name, value in pairs.items()}
 
 
 def _verifiable(problem: Problem) -> bool:
