@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 TORCH := $(shell grep '^torch==' constraints.txt)
 SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py
 
-.PHONY: help demo test lint bench build format clean
+.PHONY: help demo test lint sandbox bench build format clean
 
 help:      ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
@@ -19,8 +19,16 @@ help:      ## list the targets
 demo: build   ## set up, then run the whole R1 recipe small, on the CPU: a table and a report
 	@$(BIN)/r1fast pipeline configs/demo.toml
 
-test: lint    ## set up, lint, every test; without a GPU the kernels run under the Triton interpreter
+test: lint sandbox ## set up, lint, every test; without a GPU the kernels run under the Triton interpreter
 	@$(BIN)/pytest $(ARGS)
+
+sandbox:   ## install bubblewrap, in which code rewards run programs, where that is possible
+	@command -v bwrap > /dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		echo "set-up: bubblewrap"; export DEBIAN_FRONTEND=noninteractive; \
+		apt-get install -qqy bubblewrap > /dev/null 2>&1 \
+		|| { apt-get update -qq && apt-get install -qqy bubblewrap; } > /dev/null 2>&1 \
+		|| echo "bubblewrap could not be installed: code rewards take a lower rung, its tests are skipped"; \
+	else echo "no bubblewrap, and installing it takes root and apt-get: code rewards take a lower rung, its tests are skipped"; fi
 
 lint: build   ## ruff, check and format
 	@$(BIN)/ruff check .

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from r1fast.config import RewardConfig, TemplateConfig
 from r1fast.config_check import REWARDS
 from r1fast.metrics import warn
 from r1fast.protocol import Parts, split_completion
+from r1fast.rewards.code import CodeReward, GradedCode
+from r1fast.rewards.code_problem import read_code_problem
 from r1fast.rewards.format import format_reward
 from r1fast.rewards.judge import Judge
 from r1fast.rewards.language import check_language, knows_language, language_consistency
@@ -19,6 +21,7 @@ from r1fast.rewards.length import overlong_penalty, repetition_penalty
 from r1fast.rewards.math import Graded, MathReward
 from r1fast.rewards.pairwise import PairwiseJudge, pairwise_metrics
 from r1fast.rewards.preference import PreferenceRewards
+from r1fast.rewards.sandbox import SandboxInfo, find_compiler
 from r1fast.types import KINDS, Completion, Problem, Reward, RolloutGroup
 
 PARTS = REWARDS
@@ -31,7 +34,7 @@ RewardFn = Callable[..., Sequence[float | None]]
 
 
 class RewardScorer:
-    """Fills `group.rewards`. To be closed: the mathematics grader owns worker processes.
+    """Fills `group.rewards`. To be closed: the graders own processes. The code grader starts when needed.
 
     `preference` holds the reward models of general prompts, `judge` decides on answers of kind `qa`, and
     `pairwise` on general responses against the problem's reference answer. `extra` maps a name to a user's
@@ -51,6 +54,7 @@ class RewardScorer:
         pairwise: PairwiseJudge | None = None,
         extra: Mapping[str, tuple[RewardFn, float]] | None = None,
         grader: MathReward | None = None,
+        code: CodeReward | None = None,
         prompt_opens_think: bool = False,
         repetition_ngram: int = 20,
         max_error_share: float = 0.5,
@@ -77,6 +81,15 @@ class RewardScorer:
                 "rewards.judge needs a judge; set judge.url (or judge.path), or the weight to 0"
             )
         self.grader = grader or MathReward(timeout=config.math_timeout)
+        self.code = code or CodeReward(
+            timeout=config.code_timeout,
+            total_timeout=config.code_total_timeout,
+            memory_mib=config.code_memory_mib,
+            partial=config.code_partial,
+            num_workers=config.sandbox_slots,
+            rung=config.sandbox,
+            allow_unsafe_sandbox=config.allow_unsafe_sandbox,
+        )
         self.prompt_opens_think = prompt_opens_think
         self.repetition_ngram = repetition_ngram
         self.max_error_share = max_error_share
@@ -95,6 +108,17 @@ class RewardScorer:
     def close(self) -> None:
         self._grading.shutdown(wait=True)
         self.grader.close()
+        self.code.close()
+
+    def prepare(self, problems: Sequence[Problem]) -> None:
+        """Start what these problems need: a sandbox that is missing is an error now, not in an hour."""
+        if any(problem.kind == "code" for problem in problems):
+            self.code.start()
+
+    @property
+    def sandbox(self) -> SandboxInfo | None:
+        """What programs run in; None before the first one."""
+        return self.code.info
 
     def uses(self, name: str) -> bool:
         """Whether problems of any kind have a weight on this reward."""
@@ -180,21 +204,23 @@ class RewardScorer:
         weights.update({name: weight for name, (_, weight) in self.extra.items()})
         return math.fsum(weights[n] * value for n, value in parts.items() if value is not None)
 
-    def _grade(self, rows: list[tuple[RolloutGroup, Completion]]) -> list[Graded | None]:
-        def grade(row: tuple[RolloutGroup, Completion]) -> Graded | None:
+    def _grade(
+        self, rows: list[tuple[RolloutGroup, Completion]]
+    ) -> list[Graded | GradedCode | None]:
+        def grade(row: tuple[RolloutGroup, Completion]) -> Graded | Future[GradedCode] | None:
             group, completion = row
-            if group.problem.kind == "qa" or not _verifiable(group.problem):
+            problem, opens = group.problem, self.prompt_opens_think
+            place = completion.text, self.template.protocol, self.template.special_token
+            if problem.kind == "code":  # they run beside each other, as many as the sandbox takes
+                code_problem = self.code.problem(problem.meta, problem.prompt)
+                return self.code.submit(code_problem, *place, prompt_opens_think=opens)
+            if problem.kind == "qa" or not _verifiable(problem):
                 return None
-            assert group.problem.answer is not None
-            return self.grader.grade(
-                group.problem.answer,
-                completion.text,
-                self.template.protocol,
-                self.template.special_token,
-                prompt_opens_think=self.prompt_opens_think,
-            )
+            assert problem.answer is not None
+            return self.grader.grade(problem.answer, *place, prompt_opens_think=opens)
 
-        return list(self._grading.map(grade, rows))
+        graded = list(self._grading.map(grade, rows))
+        return [g.result() if isinstance(g, Future) else g for g in graded]
 
     def _judged(
         self, rows: list[tuple[RolloutGroup, Completion]], graded: list[Graded | None]
@@ -226,7 +252,7 @@ class RewardScorer:
         )
 
     def _rule_parts(
-        self, problem: Problem, completion: Completion, grade: Graded | None
+        self, problem: Problem, completion: Completion, grade: Graded | GradedCode | None
     ) -> dict[str, float | None]:
         c, protocol, token = self.config, self.template.protocol, self.template.special_token
         opens, weights = self.prompt_opens_think, self._weights[problem.kind]
@@ -234,7 +260,10 @@ class RewardScorer:
         if grade is not None:
             # an infrastructure failure is no zero: the part does not apply, the verdict says why
             failed = grade.verdict == "error"
-            parts["accuracy"] = None if failed else float(grade.verdict == "correct")
+            credit = float(grade.verdict == "correct")
+            if isinstance(grade, GradedCode):
+                credit = grade.credit(self.code.partial)
+            parts["accuracy"] = None if failed else credit
         if grade is not None or problem.kind == "general":  # DeepSeek-R1, equation 10: both kinds
             parts["format"] = format_reward(
                 completion.text, protocol, token, prompt_opens_think=opens
@@ -375,6 +404,13 @@ def check_problems(
     for language in sorted({p.language for p in problems if p.kind in paid}):
         check_language(language, config.lexicon)
     for problem in problems:
+        if problem.kind == "code":
+            read = read_code_problem(problem.meta, problem.prompt)
+            if read.language == "cpp" and not find_compiler():
+                raise ValueError(
+                    f"problem {problem.id!r} is in C++, which needs g++ in /usr/bin or /usr/local/bin "
+                    "(apt-get install g++); there is none"
+                )
         if problem.kind == "qa" and not has_judge:
             raise ValueError(
                 f"problem {problem.id!r} is of kind qa, which a judge decides: set judge.url (or "
