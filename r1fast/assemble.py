@@ -15,6 +15,7 @@ from r1fast.hf_classifier import ScoreFn, load_score_fn
 from r1fast.judge_engine import make_chat
 from r1fast.metrics import warn
 from r1fast.policy import pick_device
+from r1fast.rewards.code_problem import read_code_problem
 from r1fast.rewards.judge import Judge
 from r1fast.rewards.math import parse_gold
 from r1fast.rewards.pairwise import PairwiseJudge
@@ -47,6 +48,7 @@ def problem_sets(config: Config) -> tuple[list[Problem], list[Problem]]:
                 language=d.language,
                 max_problems=limit,
                 check_gold=parse_gold,
+                check_code=read_code_problem,
             )
             if path
             else []

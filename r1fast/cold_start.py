@@ -154,7 +154,9 @@ def clean(
                 dropped["format"] += 1  # the pattern's own token could not be read back
             elif not thought:
                 dropped["no reasoning"] += 1
-            elif fault := readability_fault(parts, language, c.min_language_share, config):
+            elif fault := readability_fault(
+                parts, language, c.min_language_share, config, group.problem.kind
+            ):
                 dropped[reason(fault)] += 1
             else:
                 share = language_consistency(thought, language, lexicon=config.rewards.lexicon)

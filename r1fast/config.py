@@ -45,7 +45,7 @@ class DataConfig:
     sft: str = ""  # JSONL of prompt + completion for `r1fast sft`
     preference: str = ""  # JSONL of prompt + chosen + rejected: trains the helpfulness model
     safety: str = ""  # JSONL of prompt + response + safe: trains the safety model
-    format: Literal["auto", "jsonl", "gsm8k", "math", "mgsm"] = "auto"
+    format: Literal["auto", "jsonl", "gsm8k", "math", "mgsm", "humaneval", "mbpp"] = "auto"
     task: Literal["", "running_sum"] = ""  # an embedded task that makes its own data
     max_train_problems: int = 0  # 0 = all
     max_eval_problems: int = 0
@@ -161,6 +161,16 @@ class RewardConfig:
     preference_last_steps: int = 0
     general_share: float = 0.25  # of the prompts of those steps
     math_timeout: float = 5.0  # seconds a verdict may take
+    code_timeout: float = 4.0  # seconds of one test of a program, where the problem names none
+    code_total_timeout: float = 30.0  # of all tests of one program
+    code_memory_mib: int = 512  # of a program with all it starts
+    code_partial: bool = False  # the share of tests that pass; false: all of them or nothing
+    sandbox: Literal["auto", "bwrap", "namespaces", "rlimits"] = "auto"  # auto: the best there is
+    sandbox_slots: int = (
+        0  # programs that run at once, a process; 0 = two for each core, at least 4
+    )
+    # run generated programs as this user where no sandbox is possible; they can do what you can
+    allow_unsafe_sandbox: bool = False
     overlong_cache: int = 0  # L_c of DAPO's soft penalty; 0 = a fifth of max_completion_tokens
     lexicon: dict = field(default_factory=dict)  # language -> its words, for artificial languages
 

@@ -133,6 +133,11 @@ def check(c: Config) -> None:
     _check_by_kind(w.by_kind)
     need(0 <= w.general_share < 1, "rewards.general_share", w.general_share, "in [0, 1)")
     need(w.math_timeout > 0, "rewards.math_timeout", w.math_timeout, "above 0 seconds")
+    for name in ("code_timeout", "code_total_timeout"):
+        need(getattr(w, name) > 0, f"rewards.{name}", getattr(w, name), "above 0 seconds")
+    need(w.code_memory_mib >= 32, "rewards.code_memory_mib", w.code_memory_mib, "at least 32")
+    need(0 <= w.sandbox_slots <= 255, "rewards.sandbox_slots", w.sandbox_slots,
+         "0 (automatic) to 255")  # fmt: skip
     words = all(isinstance(v, list) and all(isinstance(x, str) for x in v)
                 for v in w.lexicon.values())  # fmt: skip
     need(words, "rewards.lexicon", w.lexicon, "a table of language = [words]")

@@ -5,6 +5,7 @@ Every error names the file and the line: `train.jsonl:12: 'answer' must be ..., 
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -15,10 +16,11 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from r1fast.code_rows import humaneval_row, mbpp_row
 from r1fast.protocol import SPECIAL_TOKEN, boxes, join_completion
 from r1fast.types import KINDS, Problem
 
-FORMATS = ("auto", "jsonl", "gsm8k", "math", "mgsm")
+FORMATS = ("auto", "jsonl", "gsm8k", "math", "mgsm", "humaneval", "mbpp")
 PROMPT_FIELDS = ("prompt", "question", "problem")
 ANSWER_FIELDS = ("answer", "gold", "target")
 SUBSET_FIELDS = ("subset", "subject")
@@ -49,12 +51,14 @@ def load_problems(
     max_problems: int = 0,
     kind: str = "math",
     check_gold: Callable[[str], object] | None = None,
+    check_code: Callable[[Mapping, str], object] | None = None,
 ) -> list[Problem]:
     """Read a problem file.
 
     `language` and `kind` hold where a row names none. `check_gold` (rewards.math.parse_gold)
-    raises ValueError for a gold answer it cannot read; the file and line are put in front.
-    A row without an answer must be of kind `general`.
+    raises ValueError for a gold answer it cannot read, and `check_code`
+    (rewards.code_problem.read_code_problem) for tests; the file and line are put in front. A row
+    without an answer must be of kind `general`, or `code` with tests (of HumanEval and MBPP all are).
     """
     path = Path(path)
     if format not in FORMATS:
@@ -76,8 +80,11 @@ def load_problems(
         rows: Iterable = _read_mgsm(path)
     else:
         default_language = language or "en"
-        rows = read_jsonl(path)
-    read = {"gsm8k": _gsm8k_row, "math": _math_row}.get(format, _plain_row)
+        rows = read_rows(path)
+    kind = "code" if format in ("humaneval", "mbpp") else kind
+    read = {
+        "gsm8k": _gsm8k_row, "math": _math_row, "humaneval": humaneval_row, "mbpp": mbpp_row,
+    }.get(format, _plain_row)  # fmt: skip
     problems: list[Problem] = []
     seen: dict[str, int] = {}
     for line, row in rows:
@@ -86,17 +93,19 @@ def load_problems(
         own_kind = _text(row, "kind", where) or kind
         if own_kind not in KINDS:
             raise ValueError(f"{where}: 'kind' must be one of {', '.join(KINDS)}, got {own_kind!r}")
-        if answer is None and own_kind != "general":
+        if answer is None and own_kind not in ("general", "code"):
             raise ValueError(
                 f"{where}: no answer (looked for {', '.join(ANSWER_FIELDS)}; the row has "
                 f"{', '.join(map(repr, row)) or 'nothing'}); a prompt that cannot be verified "
                 'says "kind": "general"'
             )
-        if answer is not None and own_kind not in ("general", "qa") and check_gold is not None:
-            try:
+        try:
+            if own_kind == "code" and check_code is not None:
+                check_code(row, prompt)
+            elif own_kind == "math" and answer is not None and check_gold is not None:
                 check_gold(answer)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
         problem_id = _identity(row, f"{path.name}:{line}", seen, where, line)
         subset = next((_text(row, f, where) for f in SUBSET_FIELDS if row.get(f)), "")
         used = {"id", "kind", "language", *SUBSET_FIELDS, *PROMPT_FIELDS, *ANSWER_FIELDS}
@@ -123,7 +132,11 @@ def detect_format(path: str | Path) -> str:
     path = Path(path)
     if path.suffix == ".tsv":
         return "mgsm"
-    for _, row in read_jsonl(path):
+    for _, row in read_rows(path):
+        if {"prompt", "test", "entry_point"} <= row.keys():
+            return "humaneval"
+        if {"test_list", "code"} <= row.keys():
+            return "mbpp"
         if isinstance(row.get("answer"), str) and "question" in row and "####" in row["answer"]:
             return "gsm8k"
         if "problem" in row and "solution" in row:
@@ -379,6 +392,23 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
         yield line, row
 
 
+def read_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """`read_jsonl`, or (position from 1, object) of a .json file that is one array, as MBPP's is."""
+    path = Path(path)
+    lines = (text for _, text in _read_lines(path))
+    if path.suffix != ".json" or not next(lines, "").lstrip().startswith("["):
+        yield from read_jsonl(path)
+        return
+    text = "\n".join(text for _, text in _read_lines(path))
+    try:
+        rows = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: expected a JSON array of objects, got {text[:60]!r}")
+    yield from enumerate(rows, 1)
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
@@ -389,7 +419,7 @@ def _read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ValueError(f"data file {str(path)!r} {what}")
-    with path.open("rb") as file:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         for line, raw in enumerate(file, 1):
             if line == 1:
                 if raw.startswith((b"\xff\xfe", b"\xfe\xff")):

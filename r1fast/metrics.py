@@ -33,6 +33,7 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
     "completions/mean_verified_length": ("tokens", "mean length where an answer can be verified"),
     "completions/clipped_ratio": ("share", "completions cut off at max_completion_tokens"),
     "verdicts/<verdict>": ("share", "completions with this verdict, of those that can be verified"),
+    "sandbox/level": ("", "rung of the ladder that code runs on, 0 is the best; see sandbox.json"),
     "wait_rate": ("share", "verified completions with a reflection word (wait, re-check ...)"),
     "language_share": ("share", "words of the reasoning that are in the target language"),
     "kl": ("nats", "k3 estimate of KL(policy, reference) per token"),

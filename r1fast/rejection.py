@@ -121,14 +121,17 @@ def _ask_judge(judge: Judge, groups: list[RolloutGroup]) -> None:
 
 
 def readability_fault(
-    parts: Parts, language: str, min_language_share: float, config: Config
+    parts: Parts, language: str, min_language_share: float, config: Config, kind: str = "math"
 ) -> str | None:
-    """Why nobody would want to read this reasoning, or None: the filters of `[sample]`."""
+    """Why nobody would want to read this reasoning, or None: the filters of `[sample]`.
+
+    Code in the reasoning about a programming problem is no fault.
+    """
     s = config.sample
     return (
         filters.language_mix(parts, language, min_language_share, lexicon=config.rewards.lexicon)
         or filters.long_paragraph(parts, s.max_paragraph_words)
-        or (filters.code_block(parts) if s.drop_code_blocks else None)
+        or (filters.code_block(parts) if s.drop_code_blocks and kind != "code" else None)
     )
 
 
@@ -154,7 +157,7 @@ def _fault(
     )
     return (
         (filters.malformed(parts) if s.require_format else None)
-        or readability_fault(parts, problem.language, s.min_language_share, config)
+        or readability_fault(parts, problem.language, s.min_language_share, config, problem.kind)
         or (duplicates(problem.id, completion.text) if s.drop_duplicates else None)
         or ""
     )

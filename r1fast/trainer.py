@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from r1fast.config import Config
 from r1fast.data import batch_indices
 from r1fast.dynamic_sampling import Drawn, DynamicSampler
 from r1fast.hacking_monitor import HackingMonitor, RewardHackingError
+from r1fast.hf_folder import write_json
 from r1fast.metrics import warn
 from r1fast.policy import Policy
 from r1fast.policy_update import PolicyUpdate, check_loss_options
 from r1fast.recording import recorded
+from r1fast.rewards.code_problem import COLUMNS
 from r1fast.rewards.score import RewardScorer, judge_row
 from r1fast.rollout.result import EngineStats
 from r1fast.rollout.sampler import sample_seed
@@ -28,7 +31,10 @@ from r1fast.types import Problem, RolloutGroup
 
 def _scored_by(problem: Problem) -> list[int]:
     """What of a problem decides its rewards, as numbers for the digest."""
-    return list(json.dumps([problem.answer, problem.language, problem.kind]).encode())
+    scored = [problem.answer, problem.language, problem.kind]
+    if problem.kind == "code":
+        scored.append({name: problem.meta[name] for name in COLUMNS if name in problem.meta})
+    return list(json.dumps(scored).encode())
 
 
 class GRPOTrainer(PolicyUpdate):
@@ -63,6 +69,9 @@ class GRPOTrainer(PolicyUpdate):
         self.problems, self.general, self.scorer = problems, general or [], scorer
         self.evaluate = evaluate
         self.monitor = HackingMonitor(config.monitor)
+        self.sandbox_recorded = False
+        if any(problem.kind == "code" for problem in problems):
+            scorer.prepare(problems)
         self.prompt_ids = self._encode(problems, policy, config)
         self.general_ids = self._encode(self.general, policy, config)
         self._check_budget(policy, config)
@@ -121,6 +130,7 @@ class GRPOTrainer(PolicyUpdate):
         else:
             drawn = self._draw(step)
         row = self._rollout_row(drawn.sampled) | self._engine_row(before) | drawn.metrics
+        row |= self._sandbox_row()
         with recorded(self, drawn.kept, step) as trained:
             trained |= self.update(drawn.kept, step)
         row |= trained | self._judge_row()
@@ -212,6 +222,16 @@ class GRPOTrainer(PolicyUpdate):
             if sums[whole]:
                 row[name] = sums[part] / sums[whole]
         return row
+
+    def _sandbox_row(self) -> dict[str, float]:
+        """The rung that programs run on, the worst of all ranks; sandbox.json has it in words."""
+        info = getattr(self.scorer, "sandbox", None)  # other scorers run no programs
+        levels = distributed.gather_objects(None if info is None else info.level)
+        if info is not None and distributed.is_main() and not self.sandbox_recorded:
+            write_json(self.folder / "sandbox.json", asdict(info))
+            self.sandbox_recorded = True
+        known = [level for level in levels if level is not None]
+        return {"sandbox/level": float(max(known))} if known else {}
 
     def _judge_row(self) -> dict[str, float]:
         """What the judges of all ranks did in this step."""

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 Verdict = Literal["correct", "wrong", "no_answer", "unparseable", "timeout", "error"]
 VERDICTS: tuple[str, ...] = get_args(Verdict)
-# of problems, each with a reward of its own: rules verify math, a judge qa, nothing general
-KINDS = ("math", "qa", "general")
+# of problems, each with a reward of its own: rules verify math, tests code, a judge qa, nothing general
+KINDS = ("math", "code", "qa", "general")
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One task. `answer` is None where nothing can be verified (general prompts)."""
+    """One task. `answer` is None where nothing can be verified (general prompts), or tests do (code)."""
 
     prompt: str  # the user's words, before any template
     answer: str | None = None  # the gold answer
