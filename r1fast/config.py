@@ -161,6 +161,8 @@ class RewardConfig:
     preference_last_steps: int = 0
     general_share: float = 0.25  # of the prompts of those steps
     math_timeout: float = 5.0  # seconds a verdict may take
+    math_batch_timeout: float = 120.0  # seconds the verdicts of a call may take, together
+    math_workers: int = 2  # processes that compare symbolic answers, started when needed
     code_timeout: float = 4.0  # seconds of one test of a program, where the problem names none
     code_total_timeout: float = 30.0  # of all tests of one program
     code_memory_mib: int = 512  # of a program with all it starts

@@ -133,6 +133,9 @@ def check(c: Config) -> None:
     _check_by_kind(w.by_kind)
     need(0 <= w.general_share < 1, "rewards.general_share", w.general_share, "in [0, 1)")
     need(w.math_timeout > 0, "rewards.math_timeout", w.math_timeout, "above 0 seconds")
+    batch_timeout = w.math_batch_timeout
+    need(batch_timeout > 0, "rewards.math_batch_timeout", batch_timeout, "above 0 seconds")
+    need(w.math_workers >= 1, "rewards.math_workers", w.math_workers, "at least 1")
     for name in ("code_timeout", "code_total_timeout"):
         need(getattr(w, name) > 0, f"rewards.{name}", getattr(w, name), "above 0 seconds")
     need(w.code_memory_mib >= 32, "rewards.code_memory_mib", w.code_memory_mib, "at least 32")

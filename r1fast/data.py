@@ -105,7 +105,12 @@ def load_problems(
             elif own_kind == "math" and answer is not None and check_gold is not None:
                 check_gold(answer)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            help_ = (
+                "; correct the answer, drop the row, or give it 'kind': 'general', which nothing verifies"
+                if own_kind == "math"
+                else ""
+            )
+            raise ValueError(f"{where}: {error}{help_}") from None
         problem_id = _identity(row, f"{path.name}:{line}", seen, where, line)
         subset = next((_text(row, f, where) for f in SUBSET_FIELDS if row.get(f)), "")
         used = {"id", "kind", "language", *SUBSET_FIELDS, *PROMPT_FIELDS, *ANSWER_FIELDS}

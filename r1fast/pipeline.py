@@ -31,7 +31,7 @@ ALL_STAGES = ("seed", "model", "data", "template")
 OF_EVALUATION = (
     "eval.num_problems", "eval.num_samples", "eval.temperature", "eval.top_p", "data.eval",
     "data.max_eval_problems", "rollout.max_prompt_tokens", "rollout.max_completion_tokens",
-    "rewards.lexicon", "rewards.math_timeout",
+    "rewards.lexicon", "rewards.math_timeout", "rewards.math_batch_timeout", "rewards.math_workers",
 )  # fmt: skip
 DATA_FILES = ("train", "eval", "general", "sft", "preference", "safety")
 SMALL = ("small_base", "distill", "small_rl")

@@ -16,6 +16,7 @@ PROTOCOLS = ("think_answer", "cold_start", "think")
 SPECIAL_TOKEN = "|special_token|"
 THINK, END_THINK, ANSWER, END_ANSWER = "<think>", "</think>", "<answer>", "</answer>"
 TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 
 
@@ -205,14 +206,10 @@ def boxes(text: str) -> list[str]:
 
 def _closing(text: str, start: int) -> int:
     r"""Index of the brace that closes the one at `start`, or -1. \{ and \} do not count."""
-    depth, at = 0, start
-    while at < len(text):
-        c = text[at]
-        if c == "\\":
-            at += 2
-            continue
-        depth += (c == "{") - (c == "}")
-        if depth == 0:
-            return at
-        at += 1
+    depth = 0
+    for match in _BRACE.finditer(text, start):
+        brace = match[0]
+        depth += (brace == "{") - (brace == "}")
+        if depth == 0 and brace in "{}":
+            return match.start()
     return -1

@@ -1,5 +1,6 @@
 """The mathematics grader: extraction, exact comparison, the symbolic worker, and its limits."""
 
+import asyncio
 import json
 import os
 import signal
@@ -163,7 +164,7 @@ def test_golds():
 def test_gold_errors_name_the_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a", "answer": "1"}\n{"prompt": "b", "answer": "\\\\frac{1"}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: gold answer .* cannot be read"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: gold .* cannot be read.*correct the answer"):
         load_problems(path, check_gold=parse_gold)
 
 
@@ -248,21 +249,26 @@ def test_a_hanging_worker_is_killed_and_replaced():
         assert pool.compare(r"\prod_{k=1}^n k^k", r"\sum_{k=0}^{n} k^{k^k}") == "timeout"
         assert time.perf_counter() - start < 3
         assert pool.num_restarts == 1
+        start = time.perf_counter()
         assert pool.compare("1", r"\cos 0") == "correct"
+        assert time.perf_counter() - start < 1  # a fork, no import of sympy
 
 
 def test_a_worker_that_never_answers_is_late(tmp_path, monkeypatch):
     script = tmp_path / "worker.py"
-    script.write_text("import time; print('{\"ready\": true}', flush=True); time.sleep(60)")
+    ready = 'print(\'{"ready": true, "pid": 0}\', flush=True)'
+    script.write_text(f"import time; {ready}; time.sleep(60)")
     monkeypatch.setattr(symbolic, "_WORKER", script)
+    monkeypatch.setattr(symbolic, "_FORK_TIMEOUT", 0.5)
     pool = symbolic.SymbolicPool(0.2, 1, 1 << 30)
     pool.available = True
     start = time.perf_counter()
     assert pool.compare("1", "2") == "timeout"
     assert time.perf_counter() - start < 2
-    script.write_text("print('{\"ready\": true}', flush=True)")
+    script.write_text(ready)
+    assert pool.compare("1", "2") == "error"  # no child came after the one that was late
     assert pool.compare("1", "2") == "error"  # it ended without an answer
-    assert pool.num_restarts == 2
+    assert pool.num_restarts == 3
     pool.close()
 
 
@@ -297,7 +303,7 @@ def test_workers_that_die_are_replaced_and_threads_may_share():
 def test_workers_do_not_outlive_a_killed_trainer():
     code = (
         "from r1fast.rewards.math import MathReward; import os\n"
-        "g = MathReward(); assert g.verify(r'\\cos 0', '1') == 'correct'\n"
+        "g = MathReward(); assert g.verify(r'\\ln 8', r'3\\ln 2') == 'correct'\n"
         "w = g.pool._slots.get(); print(w.process.pid, flush=True); os.kill(os.getpid(), 9)"
     )
     root = str(Path(__file__).parents[1])
@@ -317,6 +323,67 @@ def _alive(pid):
         return " Z " not in Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
+
+
+HANGS = r"\sum_{k=0}^{n} k^{k^k}"  # what sympy is busy with for long; asked of the pool directly
+
+
+@needs_sympy
+def test_a_batch_keeps_its_order_and_its_deadline():
+    with MathReward(timeout=30, cpu_timeout=30, num_workers=2) as grader:
+        pool = grader.pool
+        assert pool.compare_all([("1", r"\cos 0"), ("2", r"\cos 0")]) == ["correct", "wrong"]
+        pairs = [("1", r"\cos 0"), (r"\prod_{k=1}^n k^k", HANGS), ("2", r"\cos 0")]
+        start = time.monotonic()
+        assert pool.compare_all(pairs, start + 2) == ["correct", "timeout", "wrong"]
+        assert time.monotonic() - start < 4
+        # both workers are busy until the deadline: what never began is no one's wrong answer
+        busy = [(r"\prod_{k=1}^n k^k", HANGS + f"+{i}") for i in range(2)]
+        start = time.monotonic()
+        assert pool.compare_all([*busy, ("1", r"\cos 0")], start + 1.5) == [
+            "timeout", "timeout", "error",
+        ]  # fmt: skip
+        assert time.monotonic() - start < 4
+        assert pool.compare("1", r"\cos 0") == "correct"
+
+
+@needs_sympy
+def test_processor_time_ends_a_comparison_before_the_clock_does():
+    with MathReward(timeout=60, cpu_timeout=0.3) as grader:
+        start = time.monotonic()
+        assert grader.pool.compare(r"\prod_{k=1}^n k^k", HANGS) == "timeout"
+        assert time.monotonic() - start < 30
+        assert grader.pool.compare("1", r"\cos 0") == "correct"
+
+
+def test_batches_have_the_verdicts_of_single_calls(exact):
+    rows = [(g, a) for g, a in SAME + DIFFERENT] * 2
+    graded = exact.grade_all(rows)
+    assert [g.verdict for g in graded] == [exact.verify(*row) for row in rows]
+    with pytest.raises(ValueError, match="deadline must be above 0 seconds, got 0"):
+        exact.grade_all(rows, deadline=0)
+
+
+@needs_sympy
+def test_event_loops_may_grade(grader):
+    async def main():
+        rows = [(r"\ln 8", r"3\ln 2"), ("7", r"\boxed{8}"), ("7", "")]
+        beats = 0
+
+        async def beat():
+            nonlocal beats
+            while True:
+                beats += 1
+                await asyncio.sleep(0.001)
+
+        heart = asyncio.create_task(beat())
+        batches = await asyncio.gather(*(grader.grade_all_async(rows) for _ in range(3)))
+        heart.cancel()
+        assert beats > 0
+        return batches
+
+    for batch in asyncio.run(main()):
+        assert [g.verdict for g in batch] == ["correct", "wrong", "no_answer"]
 
 
 def test_the_cache_answers_without_comparing_again(exact, monkeypatch):

@@ -276,13 +276,6 @@ def _factor(n: int) -> dict[int, int]:
 
 
 def _transcendental_power(base: Value, exponent: Value) -> Value:
-    if base.num == {(("e", ONE),): ONE} and base.den is _UNIT:
-        # e^(i pi r) where it is a power of i
-        monomial = tuple(sorted((("i", ONE), ("pi", ONE))))
-        if exponent.den is _UNIT and set(exponent.num) == {monomial}:
-            quarter = exponent.num[monomial] * 2
-            if quarter.denominator == 1:
-                return _whole_power(symbol("i"), quarter.numerator % 4)
     return opaque("pow", base, exponent)
 
 
@@ -309,7 +302,21 @@ def binomial(a: Value, b: Value) -> Value:
 
 
 def absolute(a: Value) -> Value:
-    return opaque("abs", a) if a.rational is None else constant(abs(a.rational))
+    if a.rational is not None:
+        return constant(abs(a.rational))
+    unit = (("i", ONE),)
+    if a.den is _UNIT and unit in a.num and a.num.keys() <= {(), unit}:
+        square = a.num.get((), Fraction(0)) ** 2 + a.num[unit] ** 2
+        return power(constant(square), constant(Fraction(1, 2)))
+    return opaque("abs", a)
+
+
+def pi_multiple(a: Value) -> Fraction | None:
+    """r where the value is r pi, as it is written."""
+    if not a.num:
+        return Fraction(0)
+    pi = (("pi", ONE),)
+    return a.num[pi] if a.den is _UNIT and a.num.keys() == {pi} else None
 
 
 def equal(a: Value, b: Value) -> bool | None:

@@ -12,17 +12,30 @@ from functools import lru_cache
 from r1fast.rewards import algebra
 from r1fast.rewards.algebra import TooBig, Value
 from r1fast.rewards.expression import MAX_DEPTH, Expression
-from r1fast.rewards.latex import FUNCTIONS, GREEK, Token, Unreadable, clean, tokenize
+from r1fast.rewards.latex import GREEK, Token, Unreadable, clean, tokenize
+from r1fast.rewards.units import take_unit
 
 MAX_ITEMS = 64
 _LETTER = re.compile(r"\(?([A-Za-z])[).:]*")
-_CHOICE = re.compile(r"(?:\(([A-J])\)|([A-J])[.):])\s*(\S.*)?", re.DOTALL)
+_CHOICE = re.compile(
+    r"(?:(?:[Oo]ption|[Cc]hoice)\s*)?(?:\(([A-J])\)|([A-J])[.):])\s*(\S.*)?", re.DOTALL
+)
+_OPTION = re.compile(r"(?:option|choice)\s+([A-J])\.?", re.IGNORECASE)
+_WRAPPED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\{([^{}]*)\}")
 _CHOICE_MARK = re.compile(r"\([A-J]\)|\b[A-J][.):]")
-# what may stand behind a number as its unit, and what a sentence would hold instead
-_NOT_UNITS = frozenset(
-    "is not isn't or and but wrong than to no if either neither nor maybe perhaps about more less "
-    "incorrect false true the answer so was are be unless except plus minus times squared cubed "
-    "factorial half halves thirds quarters tenths hundredths negative mod modulo dozen".split()
+_NUMBER_NAMES = {
+    name: str(n)
+    for n, name in enumerate(
+        "two three four five six seven eight nine ten eleven twelve".split(), 2
+    )
+} | {"sixteen": "16"}
+_BASE = re.compile(
+    r"\(?\s*([0-9][0-9A-Z]*|[A-F][0-9A-F]*[0-9][0-9A-F]*)\s*\)?\s*_\s*"
+    r"(?:([0-9])|\{\s*([0-9]+)\s*\}|\{?\s*\\text\s*\{\s*([a-z]+)\s*\}\s*\}?)"
+)
+_CLOCK = re.compile(
+    r"(?:\\text\s*\{)?\s*(\d{1,2})(?::(\d\d))?[\s~]*(?:\\(?:text|mathrm)\s*\{|\\[ ,])?[\s~]*"
+    r"([AaPp])\.?\s*[Mm]\.?\s*\}?"
 )
 _RELATIONS = {"=": "=", "<": "<", ">": ">", "le": "le", "ge": "ge", "ne": "ne"}
 _OPEN = {"(": "(", "[": "[", "\\{": "{", "langle": "("}
@@ -36,10 +49,11 @@ _MAGNITUDES = {
 class Answer:
     """One typed answer. `kind` says which of the fields are in use."""
 
-    kind: str  # value | tuple | list | set | union | matrix | relation | base | text
+    kind: str  # value | tuple | list | set | union | matrix | relation | base | time | text
     value: Value | None = None  # value
     items: tuple = ()  # Answers; rows of a matrix
-    mark: str = ""  # brackets "(]" of a tuple; operators of a relation; base; text
+    # brackets "(]" of a tuple; operators of a relation; "and", "or" of a list; base; time; text
+    mark: str = ""
     percent: bool = False  # of a value
     unit: str = ""
     digits: int = 0  # significant digits where the value was written as one plain decimal
@@ -54,12 +68,25 @@ def read_answer(text: str) -> Answer:
         raise Unreadable("an empty answer")
     if match := _LETTER.fullmatch(text):
         return Answer("value", value=algebra.symbol(match[1]))
+    if "_" in text and (match := _BASE.fullmatch(text)):
+        base = match[2] or match[3] or _NUMBER_NAMES.get(match[4])
+        if base is not None and (base.isdigit() and 2 <= int(base) <= 36):
+            return Answer("base", mark=f"{match[1].lstrip('0') or '0'}_{int(base)}")
+    if text[-1:] in "mM}" and (match := _CLOCK.fullmatch(text)):
+        return _clock(match)
     tokens = tokenize(text)
     if len(tokens) == 1 and tokens[0].kind == "text":
         return read_answer(tokens[0].value.strip() or "\\")
     if _is_prose(tokens):
         return _text(tokens)
     return _Reader(text).answer(tokens)
+
+
+def _clock(match: re.Match) -> Answer:
+    hour, minute, half = int(match[1]), int(match[2] or 0), match[3].lower()
+    if not 1 <= hour <= 12 or minute > 59:
+        raise Unreadable("no time of day")
+    return Answer("time", mark=f"{hour}:{minute:02} {half}m")
 
 
 def letter_of(answer: Answer) -> str | None:
@@ -74,8 +101,11 @@ def letter_of(answer: Answer) -> str | None:
 
 
 def choice_letter(text: str) -> str | None:
-    """The letter of "(B) Paris" or "B. Paris"; None where two choices are named."""
-    match = _CHOICE.fullmatch(text.strip())
+    """The letter of "(B) Paris", "B. Paris", "Option B"; None where two choices are named."""
+    text = _WRAPPED.sub(r"\1", text.strip().strip("$")).strip()
+    if match := _OPTION.fullmatch(text):
+        return match[1].upper()
+    match = _CHOICE.fullmatch(text)
     if match is None or _CHOICE_MARK.search(match[3] or ""):
         return None
     return match[1] or match[2]
@@ -144,19 +174,22 @@ class _Reader:
                     rest = tokens[2:]
                     if not any(t.value == "=" for t in rest):  # n = 1, 2, 3
                         name, tokens = tokens[0].value, rest
-            parts = [part for part in _split(tokens, _is_separator) if part]
-            if not parts:
-                raise Unreadable("only separators")
+            parts = _split(tokens, _is_separator)
+            if not parts[0] or not parts[-1]:
+                raise Unreadable("a separator at an end")
+            parts = [part for part in parts if part]  # "1, 2, and 3"
             if len(parts) > MAX_ITEMS:
                 raise TooBig(f"more than {MAX_ITEMS} items")
             items = [item for part in parts for item in self.items(part)]
             if len(items) == 1:
                 return replace(items[0], name=name) if name else items[0]
+            joiners = {_joiner(t) for t in _top_level(tokens) if _is_separator(t)}
+            mark = joiners.pop() if len(joiners) == 1 else ""
             names = {item.name for item in items}
             if len(names) == 1:  # x = 1 or x = 2
                 name = name or names.pop()
                 items = [replace(item, name="") for item in items]
-            return Answer("list", items=tuple(items), name=name)
+            return Answer("list", items=tuple(items), mark=mark, name=name)
         finally:
             self.depth -= 1
 
@@ -173,6 +206,9 @@ class _Reader:
     def item(self, tokens: list[Token]) -> Answer:
         if not tokens:
             raise Unreadable("an empty part")
+        without = _split(tokens, lambda t: t.kind == "command" and t.value == "setminus")
+        if len(without) == 2:
+            return Answer("without", items=tuple(self.item(part) for part in without))
         unions = _split(tokens, lambda t: t.kind == "command" and t.value == "cup")
         if len(unions) > 1:
             return Answer("union", items=tuple(self.item(part) for part in unions))
@@ -186,10 +222,18 @@ class _Reader:
             return self.matrix(tokens)
         if first.value in ("\\{", "{") and _matching(tokens, 0) == len(tokens) - 1:
             inside = tokens[1:-1]
+            if first.value == "\\{" and not inside:
+                return Answer("value", value=algebra.symbol("emptyset"))
             if first.value == "\\{" or any(_is_separator(t) for t in inside):
                 inner = self.answer(inside)
                 items = inner.items if inner.kind == "list" else (inner,)
                 return Answer("set", items=items)
+        if first.value in ("(", "[") and len(tokens) > 2 and tokens[1].value == "begin:array":
+            if (
+                tokens[-2].value == "end:array"
+                and _CLOSE.get(last.value) == ")]"["([".index(first.value)]
+            ):
+                return self.matrix(tokens[1:-1])
         if first.value in _OPEN and _matching(tokens, 0) == len(tokens) - 1:
             parts = _split(tokens[1:-1], lambda t: t.value in (",", ";"))
             if len(parts) > 1:
@@ -216,15 +260,26 @@ class _Reader:
         if operators == ("=",) and _is_name(sides[0]):
             side = self.item(sides[1])
             return replace(side, name="".join(t.value for t in sides[0]))
+        if operators == ("=",) and (names := _names(sides[0])):
+            side = self.item(sides[1])  # (a, b) = (1, 2)
+            if side.kind == "tuple" and side.mark == "()" and len(side.items) == len(names):
+                pairs = zip(side.items, names, strict=True)
+                return replace(side, items=tuple(replace(item, name=n) for item, n in pairs))
         items = tuple(self.item(side) for side in sides)
         return Answer("relation", items=items, mark=" ".join(operators))
 
     def matrix(self, tokens: list[Token]) -> Answer:
         name = tokens[0].value.removeprefix("begin:")
         end = tokens[-1]
-        if not name.rstrip("*").endswith("matrix") or end.value != f"end:{name}":
+        is_array = name == "array" and tokens[1].value == "{"
+        if not (name.rstrip("*").endswith("matrix") or is_array) or end.value != f"end:{name}":
             raise Unreadable(f"environment {name!r}")
         inside = tokens[1:-1]
+        if is_array:  # {c|c} says how columns are set
+            closing = _matching(inside, 0)
+            if not all(t.value.strip("lcr|") == "" for t in inside[1:closing]):
+                raise Unreadable("the columns of an array")
+            inside = inside[closing + 1 :]
         if any(t.value.startswith("begin:") for t in inside):
             raise Unreadable("a nested environment")
         rows = [r for r in _split(inside, lambda t: t.value == "\\\\") if r]
@@ -234,13 +289,11 @@ class _Reader:
             tuple(self.quantity(cell) for cell in _split(row, lambda t: t.value == "&"))
             for row in rows
         )
-        return Answer("matrix", items=cells)
+        return Answer("matrix", items=cells, mark="||" if name[0] in "vV" else "")
 
     def quantity(self, tokens: list[Token]) -> Answer:
         """An expression, perhaps with a percent sign, a unit or a base behind it."""
-        tokens, unit = _take_unit(tokens)
-        if unit == "base":
-            return Answer("base", mark="".join(t.value for t in tokens if t.value not in "{}"))
+        tokens, unit = take_unit(tokens)
         percent = False
         if tokens and tokens[-1].value == "%":
             percent, tokens = True, tokens[:-1]
@@ -261,6 +314,32 @@ class _Reader:
         if len(plain) == 1 and plain[0].kind == "number" and "." in plain[0].value:
             digits = len(re.sub(r"[eE].*|\.", "", plain[0].value).lstrip("0"))
         return Answer("value", value=value, percent=percent, unit=unit, digits=digits)
+
+
+def _names(tokens: list[Token]) -> tuple[str, ...]:
+    """("a", "b") of "(a, b)"; () for anything else."""
+    if len(tokens) < 5 or tokens[0].value != "(" or tokens[-1].value != ")":
+        return ()
+    inside = tokens[1:-1]
+    letters = [t.value for t in inside[::2] if t.kind == "word" and len(t.value) == 1]
+    commas = [t for t in inside[1::2] if t.value == ","]
+    whole = len(letters) == len(commas) + 1 and len(letters) + len(commas) == len(inside)
+    return tuple(letters) if whole and len(set(letters)) == len(letters) else ()
+
+
+def _joiner(t: Token) -> str:
+    word = t.value.strip().strip(",").casefold().strip()
+    return word if word in ("and", "or") else ""
+
+
+def _top_level(tokens: list[Token]) -> list[Token]:
+    """The tokens outside of all brackets."""
+    depth, kept = 0, []
+    for t in tokens:
+        depth += (t.value in _OPENING) - (t.value in _CLOSING)
+        if depth == 0:
+            kept.append(t)
+    return kept
 
 
 def _is_relation(t: Token, deep: object = None) -> bool:
@@ -310,48 +389,14 @@ def _matching(tokens: list[Token], start: int) -> int:
     """Index of the bracket that closes the one at `start`; half-open intervals may mix them."""
     depth = 0
     for i in range(start, len(tokens)):
-        if tokens[i].value in ("(", "[", "\\{", "{", "langle"):
+        if tokens[i].value in _OPENING:
             depth += 1
-        elif tokens[i].value in (")", "]", "\\}", "}", "rangle"):
+        elif tokens[i].value in _CLOSING:
             depth -= 1
             if depth == 0:
                 return i
     return -1
 
 
-def _take_unit(tokens: list[Token]) -> tuple[list[Token], str]:
-    """Take words, \text{...} with its power, and degree marks off the end: (the rest, unit)."""
-    end = len(tokens)
-    if (
-        end >= 3
-        and tokens[0].kind == "number"
-        and tokens[1].value == "_"
-        and all(t.kind == "number" or t.value in "{}" for t in tokens[2:])
-    ):
-        return tokens, "base"
-    if end >= 2 and tokens[-1].kind == "command" and tokens[-1].value == "circ":
-        return (tokens[:-1] if tokens[-2].value != "^" else tokens[:-2]), "degree"
-    unit_power = ""
-    tail = [t.value for t in tokens[-4:]]
-    if end > 2 and tail[-2:-1] == ["^"] and tail[-1] in ("2", "3"):
-        end, unit_power = end - 2, tail[-1]
-    elif end > 4 and tail[-3:-2] == ["{"] and tail[-1] == "}" and tail[0] == "^":
-        end, unit_power = end - 4, tail[-2]
-    stop = end
-    while stop > 0 and _is_unit_word(tokens[stop - 1], tokens[stop - 2] if stop > 1 else None):
-        stop -= 1
-    words = " ".join(t.value for t in tokens[stop:end]).casefold()
-    words = re.sub(r"[^\w/' ]", " ", words).split()
-    if stop == end or stop == 0 or not words:
-        return tokens, ""
-    if len(words) > 4 or any(w in _NOT_UNITS for w in words):
-        raise Unreadable("words behind a number that are no unit")
-    return tokens[:stop], " ".join(words) + unit_power
-
-
-def _is_unit_word(t: Token, before: Token | None) -> bool:
-    if t.kind == "text":
-        return not (before is not None and before.value in ("^", "_"))
-    if t.kind == "word":
-        return len(t.value) >= 3 and t.value not in FUNCTIONS and t.value not in ("sqrt", "frac")
-    return False
+_OPENING = frozenset(("(", "[", "\\{", "{", "langle"))
+_CLOSING = frozenset((")", "]", "\\}", "}", "rangle"))

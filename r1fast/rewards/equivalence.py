@@ -13,24 +13,17 @@ from r1fast.rewards import algebra
 from r1fast.rewards.answers import Answer
 from r1fast.rewards.expression import Expression
 from r1fast.rewards.latex import tokenize
+from r1fast.rewards.regions import as_intervals, unknown_of
+from r1fast.rewards.units import same_unit
 
-_UNITS = {
-    "cm": "centimeter", "mm": "millimeter", "km": "kilometer", "m": "meter", "kg": "kilogram",
-    "g": "gram", "mg": "milligram", "ft": "foot", "feet": "foot", "in": "inch", "inches": "inch",
-    "mi": "mile", "lb": "pound", "lbs": "pound", "oz": "ounce", "hr": "hour", "h": "hour",
-    "min": "minute", "s": "second", "sec": "second", "l": "liter", "ml": "milliliter",
-    "cent": "cent", "dollar": "dollar", "usd": "dollar", "day": "day", "week": "week",
-    "month": "month", "year": "year", "yard": "yard", "yd": "yard", "degree": "degree",
-    "radian": "radian", "rad": "radian",
-}  # fmt: skip
-_UNITS.update({name: name for name in list(_UNITS.values())})
 _FLIPPED = {"=": "=", "<": ">", ">": "<", "le": "ge", "ge": "le", "ne": "ne"}
 
 
 def same(gold: Answer, answer: Answer) -> bool | None:
     """Whether `answer` is `gold`; None where exact algebra leaves it open."""
     if gold.name and answer.name and gold.name != answer.name:
-        if gold.name.partition("(")[0] != answer.name.partition("(")[0]:
+        arguments = "(" in gold.name, "(" in answer.name  # f(x) = x and f = x may be the same
+        if all(arguments) or gold.name.partition("(")[0] != answer.name.partition("(")[0]:
             return False
     if gold.kind == "text" or answer.kind == "text":
         if gold.kind == answer.kind:
@@ -44,7 +37,28 @@ def same(gold: Answer, answer: Answer) -> bool | None:
     if gold.kind == "value" and answer.kind == "value":
         return _same_value(gold, answer)
     kinds = {gold.kind, answer.kind}
+    if "time" in kinds:
+        return _same_time(gold, answer)
+    if len(kinds) == 2 or "without" in kinds:  # x >= 3 and [3, oo)
+        regions = as_intervals(gold), as_intervals(answer)
+        if regions[0] is not None and regions[1] is not None:
+            return _same_items(regions[0], regions[1], as_set=True)
+    if kinds == {"tuple", "list"}:
+        pair = [_by_name(gold), _by_name(answer)]
+        if pair[0] is not None and pair[1] is not None:
+            return (
+                _all(same(g, a) for g, a in zip(*pair, strict=True))
+                if len(pair[0]) == len(pair[1])
+                else False
+            )
+    if kinds == {"tuple", "matrix"}:
+        pair = [_nested_rows(gold), _nested_rows(answer)]
+        if pair[0] is not None and pair[1] is not None:
+            gold, answer, kinds = pair[0], pair[1], {"matrix"}
     if kinds <= {"list", "set"}:
+        if gold.mark != answer.mark and gold.mark and answer.mark:
+            if any(item.kind == "relation" for item in gold.items + answer.items):
+                return False  # "x < 1 or x > 2" is not "x < 1 and x > 2"
         return _same_items(gold.items, answer.items, as_set="set" in kinds)
     if "list" in kinds or "set" in kinds:
         return False if "union" not in kinds else None
@@ -57,6 +71,8 @@ def same(gold: Answer, answer: Answer) -> bool | None:
     if gold.kind == "base":
         return gold.mark == answer.mark
     if gold.kind == "matrix":
+        if gold.mark != answer.mark:  # a determinant is no matrix
+            return False
         if [len(r) for r in gold.items] != [len(r) for r in answer.items]:
             return False
         pairs = zip(gold.items, answer.items, strict=True)
@@ -64,6 +80,52 @@ def same(gold: Answer, answer: Answer) -> bool | None:
     if gold.mark != answer.mark or len(gold.items) != len(answer.items):
         return False
     return _all(same(g, a) for g, a in zip(gold.items, answer.items, strict=True))
+
+
+def _same_time(gold: Answer, answer: Answer) -> bool:
+    """9:00 a.m.; where only one side says which half of the day, the clock decides."""
+    clocks = []
+    for side in (gold, answer):
+        if side.kind == "time":
+            clocks.append(side.mark)
+        elif side.kind == "tuple" and side.mark == "::" and len(side.items) == 2:
+            values = [
+                item.value.rational if item.value is not None else None for item in side.items
+            ]
+            if any(v is None or v.denominator != 1 for v in values):
+                return False
+            if any(item.unit for item in side.items):
+                return False
+            clocks.append(f"{values[0]}:{int(values[1]):02}")
+        else:
+            return False
+    if gold.kind != answer.kind:
+        clocks = [clock.partition(" ")[0] for clock in clocks]
+    return clocks[0] == clocks[1]
+
+
+def _by_name(answer: Answer) -> tuple[Answer, ...] | None:
+    """The items of (1, 2), or of "x = 1, y = 2" in the order of the names."""
+    if answer.kind == "tuple":
+        if answer.mark != "()":
+            return None
+        named = [item.name for item in answer.items]
+        if not all(named):
+            return None if any(named) else answer.items
+    names = [item.name for item in answer.items]
+    if len(set(names)) != len(names) or not all(len(name) == 1 for name in names):
+        return None
+    return tuple(sorted(answer.items, key=lambda item: item.name))
+
+
+def _nested_rows(answer: Answer) -> Answer | None:
+    """[[1, 2], [3, 4]] as a matrix."""
+    if answer.kind == "matrix":
+        return answer
+    rows = [item.items for item in answer.items if item.kind == "tuple" and item.mark == "[]"]
+    if answer.mark != "[]" or len(rows) != len(answer.items):
+        return None
+    return Answer("matrix", items=tuple(rows))
 
 
 def same_bounded(gold: Answer, answer: Answer) -> bool | None:
@@ -86,8 +148,10 @@ def _all(results) -> bool | None:
 def _same_value(gold: Answer, answer: Answer) -> bool | None:
     assert gold.value is not None
     assert answer.value is not None
-    if gold.unit and answer.unit and not _same_unit(gold.unit, answer.unit):
+    if gold.unit and answer.unit and not same_unit(gold.unit, answer.unit):
         return False
+    if "degree" in (gold.unit, answer.unit) and gold.unit != answer.unit:
+        return _same_angle(gold, answer)
     result = algebra.equal(gold.value, answer.value)
     if result is not False:
         return result
@@ -102,6 +166,21 @@ def _same_value(gold: Answer, answer: Answer) -> bool | None:
     return _rounds_to(g, answer, a)
 
 
+def _same_angle(gold: Answer, answer: Answer) -> bool | None:
+    """90 degrees is 90 where no unit is said, and pi/2; pi/4 degrees is not pi/4."""
+    degrees, other = (gold, answer) if gold.unit == "degree" else (answer, gold)
+    assert degrees.value is not None
+    assert other.value is not None
+    if other.unit not in ("", "radian", "radians", "rad"):
+        return False
+    if other.unit == "" and degrees.value.rational is not None and other.value.rational is not None:
+        return degrees.value.rational == other.value.rational
+    turn = algebra.pi_multiple(other.value)
+    if turn is None or degrees.value.rational is None:
+        return False
+    return degrees.value.rational == turn * 180
+
+
 def _rounds_to(gold: Fraction, answer: Answer, value: Fraction) -> bool:
     """Whether a decimal of 10 or more digits is a fraction written out, as 0.0833333333333333."""
     d = gold.denominator
@@ -112,18 +191,6 @@ def _rounds_to(gold: Fraction, answer: Answer, value: Fraction) -> bool:
     if answer.digits < 10 or d == 1:
         return False
     return abs(gold - value) * 10 ** (answer.digits - 1) < abs(gold)
-
-
-def _same_unit(a: str, b: str) -> bool:
-    """False only for two known units that differ: "12 cm" is not "12 m"."""
-
-    def known(unit: str) -> str | None:
-        bare = unit.rstrip("23").strip()
-        name = _UNITS.get(bare) or _UNITS.get(bare.removesuffix("s"))
-        return name and name + unit[len(unit.rstrip("23")) :]
-
-    x, y = known(a), known(b)
-    return x is None or y is None or x == y
 
 
 def _same_items(gold: tuple, items: tuple, as_set: bool) -> bool | None:
@@ -165,6 +232,10 @@ def _same_relation(gold: Answer, answer: Answer) -> bool | None:
             g = algebra.add(sides[0], sides[1], -1)
             a = algebra.add(sides[2], sides[3], -1)
             return algebra.proportional(g, a)
+    if unknown_of(gold) and unknown_of(gold) == unknown_of(answer):
+        regions = as_intervals(gold), as_intervals(answer)
+        if regions[0] is not None and regions[1] is not None:
+            return _same_items(regions[0], regions[1], as_set=True)
     if len(gold.items) != len(answer.items):
         return False
     flipped = replace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from r1fast.rewards import algebra
+from r1fast.rewards import algebra, trigonometry
 from r1fast.rewards.algebra import TooBig, Undefined, Value
 from r1fast.rewards.latex import FUNCTIONS, GREEK, Token, Unreadable
 
@@ -113,7 +113,7 @@ class Expression:
             self.at += 1
         exponent = self.power()  # right to left: 2^3^2 = 2^9
         self.depth -= 1
-        return algebra.power(base, algebra.neg(exponent) if negative else exponent)
+        return _power(base, algebra.neg(exponent) if negative else exponent)
 
     def mixed_number(self) -> Value | None:
         r"""1\frac{2}{3} or "1 2/3": a whole number and a proper fraction of whole numbers."""
@@ -168,9 +168,16 @@ class Expression:
 
     def postfix(self) -> Value:
         value = self.atom()
-        while (t := self.peek()) is not None and t.kind == "mark" and t.value in ("!", "'"):
+        while (t := self.peek()) is not None and t.value in ("!", "'", "circ"):
+            if t.kind == "mark" and t.value == "!":
+                value = algebra.factorial(value)
+            elif t.value == "circ" and t.kind == "command" and value.rational is not None:
+                value = algebra.mul(value, _DEGREE)
+            elif t.value == "'" and t.kind == "mark" and value.rational is None:
+                value = algebra.opaque("prime", value)
+            else:  # 7', or a composition of functions
+                raise Unreadable(f"{t.value!r} behind a number")
             self.at += 1
-            value = algebra.factorial(value) if t.value == "!" else algebra.opaque("prime", value)
         return value
 
     def atom(self) -> Value:
@@ -271,10 +278,17 @@ class Expression:
         return algebra.symbol(name)
 
     def function(self, name: str) -> Value:
-        arguments = []
+        arguments: list[Value] = []
+        exponent: Value | None = None
         while (t := self.peek()) is not None and t.value in ("_", "^"):  # log_2, sin^2
             self.at += 1
-            arguments.append(algebra.opaque(t.value, self.argument()))
+            if t.value == "^" and self.at < len(self.tokens) and self.tokens[self.at].value == "-":
+                raise Unreadable(f"{name}^-, which may be an inverse")
+            argument = self.argument()
+            if t.value == "^" and (argument.rational or 0) > 0:
+                exponent = argument
+            else:  # sin^{-1} is the inverse function, and no power
+                arguments.append(algebra.opaque(t.value, argument))
         t = self.peek()
         if t is None:
             raise Unreadable(f"{name} of nothing")
@@ -286,14 +300,28 @@ class Expression:
                 (t.kind == "word" and t.value not in FUNCTIONS) or t.value in ("pi", *GREEK)
             ):
                 inner = algebra.mul(inner, self.power())
-        return algebra.opaque(name, inner, *arguments)
+        value = None if arguments else trigonometry.evaluate(name, inner)
+        if value is None:
+            value = algebra.opaque(name, inner, *arguments)
+        return value if exponent is None else algebra.power(value, exponent)
 
 
 _SIGNS = ("+", "-", "pm", "mp")
 _FACTOR_COMMANDS = frozenset({"frac", "sqrt", "pi", "infty", "binom", "lfloor", "lceil"})
+_E = algebra.symbol("e")
+_DEGREE = algebra.mul(algebra.symbol("pi"), algebra.constant(Fraction(1, 180)))
 _PLUS_INFINITY = algebra.symbol(algebra.INFINITY)
 _MINUS_INFINITY = algebra.neg(_PLUS_INFINITY)
 
 
 def _number(text: str) -> Fraction:
+    r"""An integer, a decimal, or p/q: what tokenize makes of 0.1\overline{6}."""
     return Fraction(text if text[-1] != "." else text[:-1])
+
+
+def _power(base: Value, exponent: Value) -> Value:
+    if exponent.rational is None and algebra.equal(base, _E):
+        value = trigonometry.unit_circle(exponent)
+        if value is not None:
+            return value
+    return algebra.power(base, exponent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from r1fast.protocol import boxes
 
@@ -29,7 +30,7 @@ _UNICODE = {
     "∅": r"\emptyset ", "，": ",", "。": ".", "（": "(", "）": ")", "：": ":", "％": "%",
     "⟨": r"\langle ", "⟩": r"\rangle ", "€": "$", "£": "$", "¥": "$", "\u00a0": " ",
     "…": r"\ldots ",
-    "\u2044": "/", "\u2009": " ", "\u202f": " ", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
+    "¢": r" \text{cents}", "\u2044": "/", "\u2009": " ", "\u202f": " ", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
 }  # fmt: skip
 _UNICODE.update({chr(0xFF10 + d): str(d) for d in range(10)})  # full-width digits
 _TABLE = str.maketrans(_UNICODE)
@@ -39,7 +40,7 @@ _ALIASES = {
     "gt": ">", "ast": "*", "lbrace": "{", "rbrace": "}", "lvert": "|", "rvert": "|", "vert": "|",
     "lbrack": "[", "rbrack": "]", "mid": "|", "to": "rightarrow", "dots": "ldots", "cdots": "ldots",
     "degree": "circ", "infin": "infty", "varnothing": "emptyset", "colon": ":", "div": "/",
-    "textdegree": "circ", "mathpi": "pi",
+    "textdegree": "circ", "mathpi": "pi", "nicefrac": "frac", "sfrac": "frac", "xfrac": "frac",
 }  # fmt: skip
 _TEXT = frozenset(
     "text mbox textbf textrm textit textnormal textsf texttt mathrm mathbf mathit mathsf "
@@ -49,17 +50,46 @@ _BLANK = frozenset(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits "
     "quad qquad hspace vspace phantom hfill nolimits rm bf it dollar".split()
 )
+# 0.1\overline{6}, 0.\bar 3, 0.\dot{3}
+_REPEATING = re.compile(
+    r"([0-9]{0,40})\.([0-9]{0,40})\\(?:overline|bar|dot|overbar)\s*(?:\{\s*([0-9]{1,40})\s*\}|([0-9]))"
+    r"(?![0-9.\\])"
+)
+_OVER = re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}")
+_SCIENTIFIC = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)\s*[xX]\s*(10\s*\^\s*\{?\s*[+-]?[0-9]+\s*\}?)")
+# ]0, 1[ for (0, 1)
+_OUTWARD = re.compile(r"([\[\]])([^\[\](){}]{1,80}[,;][^\[\](){}]{1,80})([\[\]])")
+_ROW_GAP = re.compile(r"(?<=\\\\)\s*\[-?[0-9.]+(?:pt|em|ex|mm|cm)\]")  # \\[4pt]
+_WRAPPING = re.compile(r"\\(?:text|textbf|textrm|mbox)\{([^{}\\]{2,})\}\Z")
+_INFINITY = re.compile(r"([+-]?)\s*infinity", re.IGNORECASE)
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?|\\(.)", re.DOTALL)
 _NUMBER = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4}(?![0-9A-Za-z]))?")
 _WORD = re.compile(r"[A-Za-z]+")
 # 1,000 and 1 000
-_GROUPS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9]|,[0-9]|/)")
+_GROUPS = re.compile(
+    r"(?<![0-9.,])(?<![0-9] )[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9]|,[0-9]|/)"
+)
 _MARKED_GROUPS = re.compile(r"(?<=[0-9])(?:,\\!\s*|\{,\}\s*|\\,)(?=[0-9]{3}(?![0-9]))")  # 1{,}000
 ANSWER_PREFIX = re.compile(
     r"^(?:therefore|thus|so|hence)?,?\s*(?:the\s+)?(?:final\s+|correct\s+)?answer"
     r"\s*(?:is|=|:)\s*:?",
     re.IGNORECASE,
 )
+
+
+_PLAIN = re.compile(
+    r"\s*\$?\s*([+-]?)([0-9]{1,40}|[0-9]{1,3}(?:,[0-9]{3}){1,12})(?:\.([0-9]{0,40}))?\s*\$?\s*"
+)
+
+
+def plain_number(text: str) -> tuple[str, str, str] | None:
+    """(sign, digits, decimals) of an integer or a decimal, equal for equal numbers; else None."""
+    match = _PLAIN.fullmatch(text)
+    if match is None:
+        return None
+    sign, whole, decimals = match.groups()
+    whole, decimals = whole.replace(",", "").lstrip("0"), (decimals or "").rstrip("0")
+    return ("-" if sign == "-" and (whole or decimals) else ""), whole, decimals
 
 
 class Unreadable(ValueError):
@@ -88,6 +118,8 @@ def clean(text: str) -> str:
     if "\\\\" in text and "\\begin" not in text:
         text = re.sub(r"\\\\(?=[A-Za-z(){}\[\]%$,!;])", r"\\", text)  # escaped twice
     text = text.replace(r"\$", "").replace("$", "").replace(r"\%", "%").replace(r"\_", "_")
+    if "\\\\" in text:
+        text = _ROW_GAP.sub("", text)
     text = re.sub(r"\\[()\[\]]", " ", text)
     text = _MARKED_GROUPS.sub("", text).replace(r"\!", "")
     text = re.sub(r"(\d)\s*\^\s*\{?\s*\\circ\s*\}?", r"\1\\circ ", text)
@@ -98,7 +130,39 @@ def clean(text: str) -> str:
     if not (text.startswith("{") or any(bracket in text for bracket in ("(", "[", r"\{"))):
         # "1,234" is a number; "(1,234)" is a point and "100, 200" a list
         text = _GROUPS.sub(lambda m: m[0].replace(",", "").replace(" ", ""), text)
+    return _respelled(text)
+
+
+def _respelled(text: str) -> str:
+    """Rarer notation in the one that the grammar reads."""
+    if text.startswith("~"):
+        raise Unreadable("about a value is no value")
+    if "\\over" in text:
+        for _ in range(8):
+            text, count = _OVER.subn(r"\\frac{\1}{\2}", text)
+            if not count:
+                break
+    if text[:1].isdigit() or text[:1] in ("+", "-"):
+        if match := _SCIENTIFIC.fullmatch(text):
+            text = rf"{match[1]}\times {match[2]}"
+    if "infinity" in text.casefold() and (match := _INFINITY.fullmatch(text)):
+        text = match[1] + r"\infty"
+    if "[" in text and "]" in text and (text.startswith("]") or text.endswith("[")):
+        parts = re.split(r"(\\cup(?![A-Za-z]))", text)
+        text = " ".join(_OUTWARD.sub(_inward, part, count=1) for part in parts)
     return text
+
+
+def _inward(match: re.Match) -> str:
+    opening, inside, closing = match.groups()
+    return ("(" if opening == "]" else "[") + inside + (")" if closing == "[" else "]")
+
+
+def repeating_decimal(whole: str, start: str, period: str) -> Fraction:
+    """0.1\\overline{6}: ("0", "1", "6") -> 1/6."""
+    scale = 10 ** len(start)
+    fixed = Fraction(int((whole + start) or "0"), scale)
+    return fixed + Fraction(int(period), scale * (10 ** len(period) - 1))
 
 
 def tokenize(text: str) -> list[Token]:
@@ -110,7 +174,11 @@ def tokenize(text: str) -> list[Token]:
         if c.isspace() or c == "~":
             at, spaced = at + 1, True
             continue
-        if match := _NUMBER.match(text, at):
+        if (c.isdigit() or c == ".") and (match := _REPEATING.match(text, at)):
+            value = repeating_decimal(match[1], match[2], match[3] or match[4])
+            tokens.append(Token("number", str(value), spaced))
+            at = match.end()
+        elif match := _NUMBER.match(text, at):
             if len(match[0]) > MAX_DIGITS:
                 raise Unreadable(f"a number of {len(match[0])} digits; at most {MAX_DIGITS}")
             tokens.append(Token("number", match[0], spaced))
@@ -132,7 +200,11 @@ def tokenize(text: str) -> list[Token]:
             elif name in _TEXT or name.startswith("math"):
                 content, at = _group(text, at)
                 kind = "text" if name in _TEXT else "command"
-                value = content if kind == "text" else f"{name}{{{content}}}"
+                if content.strip() in ("%", "\\%"):
+                    kind, content = "mark", "%"
+                elif name == "operatorname" and content in FUNCTIONS:
+                    kind = "word"
+                value = f"{name}{{{content}}}" if kind == "command" else content
                 tokens.append(Token(kind, value, spaced))
             elif name in ("begin", "end"):
                 content, at = _group(text, at)
@@ -183,8 +255,9 @@ def squeeze(text: str) -> str:
         text = clean(text)
     except Unreadable:
         text = text.strip()
-    text = re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])", "", text)
+    text = re.sub(r"\s*\\(?:left|right|displaystyle)(?![A-Za-z])\s*", " ", text).strip()
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
+    text = _WRAPPING.sub(r"\1", text)
     return re.sub(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])", "", text)  # "1 2" is not 12
 
 
@@ -202,10 +275,13 @@ _UNFINISHED = frozenset(
     "int iint iiint oint sum prod lim limsup liminf bigcup bigcap forall exists ldots vdots ddots "
     "partial nabla".split()
 )
+_ARGUMENTS = ("frac", "binom", "_")
+_RELATIONS = frozenset(("=", "<", ">", "le", "ge", "ne"))
 MAX_SYMBOLIC_LENGTH = 500
 MAX_SYMBOLIC_DIGITS = 60
 MAX_SYMBOLIC_EXPONENT = 200
 MAX_SYMBOLIC_DEPTH = 12
+MAX_SYMBOLIC_NESTED = 3  # functions of functions: the LaTeX parser doubles its time with each
 
 
 def is_symbolic(text: str) -> bool:
@@ -220,38 +296,56 @@ def is_symbolic(text: str) -> bool:
         tokens = tokenize(clean(text))
     except Unreadable:
         return False
-    depth = powers = 0
+    depth = powers = nested = 0
     previous = ""
-    stack: list[int] = []
+    stack: list[tuple[int, int]] = []
     for i, t in enumerate(tokens):
         if t.kind == "text" or (t.kind == "word" and len(t.value) > 3 and t.value not in FUNCTIONS):
             return False
         if t.kind == "command" and t.value in _UNFINISHED:
             return False
+        if t.value in ("'", "prime", "circ"):  # math-verify leaves them out
+            return False
+        after = tokens[i + 1] if i + 1 < len(tokens) else None
+        if t.value == "%" and after is not None:
+            return False
+        if t.kind == "number" and after is not None:
+            if after.value == "_" or (after.kind == "number" and previous not in _ARGUMENTS):
+                return False  # a subscript of a number is left out, "3 1" multiplied
+        if t.value in _RELATIONS and (after is None or after.value in _RELATIONS):
+            return False
         if t.kind == "number" and (len(t.value) > MAX_SYMBOLIC_DIGITS or "e" in t.value.lower()):
             return False
         if t.value in ("(", "[", "{", "\\{"):
             depth += 1
-            stack.append(powers)
+            stack.append((powers, nested))
             powers += previous == "^"
-            if depth > MAX_SYMBOLIC_DEPTH or powers > 1:
+            nested += previous in FUNCTIONS
+            if depth > MAX_SYMBOLIC_DEPTH or powers > 1 or nested > MAX_SYMBOLIC_NESTED:
                 return False
         elif t.value in (")", "]", "}", "\\}"):
             depth -= 1
-            powers = stack.pop() if stack else 0
+            powers, nested = stack.pop() if stack else (0, 0)
         elif t.value == "^" and (powers or (i > 1 and tokens[i - 2].value == "^")):
             return False
         in_power = powers or previous == "^"
         if t.kind == "number" and (in_power or _follows(tokens, i, "!")):
-            if float(t.value) > MAX_SYMBOLIC_EXPONENT:
+            if Fraction(t.value.rstrip(".")) > MAX_SYMBOLIC_EXPONENT:
                 return False
         previous = t.value
-    return bool(tokens)
+    return any(t.kind != "mark" for t in tokens)
 
 
 def same_cases(a: str, b: str) -> bool:
-    """False where a letter stands as a capital and not: to math-verify they are the same."""
-    letters = {t.value for text in (a, b) for t in tokenize(clean(text)) if len(t.value) == 1}
+    """False where math-verify would not tell letters apart.
+
+    A letter that stands as a capital and not is the same to it, and a d in one of the two is taken
+    for a differential.
+    """
+    pair = [{t.value for t in tokenize(clean(text)) if len(t.value) == 1} for text in (a, b)]
+    letters = pair[0] | pair[1]
+    if ("d" in pair[0]) != ("d" in pair[1]):
+        return False
     return not any(c.isupper() and c.lower() in letters for c in letters)
 
 

@@ -7,7 +7,10 @@ correct | wrong | no_answer | unparseable | timeout | error.
 
 from __future__ import annotations
 
+import asyncio
+import re
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +35,10 @@ SEVERAL_BOXES = "several different boxes"
 # what a policy must not get away with: more than one answer is wrong, not unanswered
 _WRONG_FAULTS = frozenset({SECOND_ANSWER, TEXT_AFTER_ANSWER, SEVERAL_BOXES})
 _MAX_CACHE = 1 << 16
+# a number and a letter that may be its unit: "3 m", "1.5 L"
+_LETTER_UNIT = re.compile(r"(.*[0-9}])\s+(?:[mgshL])(?:\s*\^\s*\{?[23]\}?)?", re.DOTALL)
+_EMPHASIS = re.compile(r"\*\*([^*\n]+)\*\*")
+_HASHES = re.compile(r"####\s*(\S.*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,7 @@ def extract_answer(
         return Extracted(None, fault or "no answer")
     found = boxes(region)
     if not found:
-        answer = region.strip() if bare else _stated(region)
+        answer = _bare(region) if bare else _stated(region)
         return Extracted(answer, "" if answer else r"no \boxed{} in the summary")
     if several_boxes == "wrong" and any(_differ(found[-1], other) for other in found[:-1]):
         return Extracted(None, SEVERAL_BOXES)
@@ -97,9 +104,24 @@ def _behind_thought(text: str) -> str | None:
     return None if THINK in text else text
 
 
+def _bare(region: str) -> str | None:
+    """The answer of a region that is the answer; behind #### in the last line, GSM8K's way."""
+    region = region.strip()
+    last = region.rpartition("\n")[2].strip()
+    if match := _HASHES.fullmatch(last):
+        return match[1]
+    if "**" in region and "\n" not in region:  # bold, as in **Answer:** 7; 2**3 is a power
+        if region.count("**") == 2 and (region[:2] == "**" or "answer" in region.casefold()):
+            region = _EMPHASIS.sub(r"\1", region)
+    return region
+
+
 def _stated(region: str) -> str | None:
     """The answer of a summary without a box: "The answer is 7", or nothing but the answer."""
     lines = [line.strip() for line in region.strip().splitlines() if line.strip()]
+    if match := _HASHES.fullmatch(lines[-1]):
+        return match[1]
+    lines[-1] = _bare(lines[-1]) or lines[-1]
     if latex.ANSWER_PREFIX.match(lines[-1]):
         return latex.ANSWER_PREFIX.sub("", lines[-1], count=1).strip() or None
     if len(lines) == 1 and len(lines[0].split()) <= 3:
@@ -153,7 +175,8 @@ class Graded:
 class MathReward:
     """Grades answers; thread safe, to be closed. Also a TRL reward function.
 
-    `timeout` is the wall clock of one symbolic comparison, `num_workers` the processes for them.
+    `timeout` is the wall clock of one symbolic comparison, `cpu_timeout` its processor time,
+    `num_workers` the processes for them.
     `symbolic=False`, or no math-verify installed: tier 1 alone answers.
     """
 
@@ -167,11 +190,15 @@ class MathReward:
         symbolic: bool = True,
         several_boxes: str = "wrong",
         memory_bytes: int = 2 << 30,
+        cpu_timeout: float = 0.6,
     ):
-        if timeout <= 0:
-            raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
+        for name, value in (("timeout", timeout), ("cpu_timeout", cpu_timeout)):
+            if not value > 0:
+                raise ValueError(f"{name} must be above 0 seconds, got {value}")
         self.several_boxes = several_boxes
-        self.pool = SymbolicPool(timeout, num_workers, memory_bytes) if symbolic else None
+        self.pool = None
+        if symbolic:
+            self.pool = SymbolicPool(timeout, num_workers, memory_bytes, cpu_timeout)
         self.counts: Counter[str] = Counter()  # verdicts since the start
         self._cache: OrderedDict[tuple[str, str], Verdict] = OrderedDict()
         self._lock = threading.Lock()
@@ -193,11 +220,10 @@ class MathReward:
         texts = [_message_text(c) for c in completions or []]
         if len(answer) != len(texts):
             raise ValueError(f"{len(texts)} completions but {len(answer)} answers")
-        scores: list[float | None] = []
-        for gold, text in zip(answer, texts, strict=True):
-            verdict = "error" if gold is None else self.verify(str(gold), text)
-            scores.append(None if verdict == "error" else float(verdict == "correct"))
-        return scores
+        rows = [(str(g), t) for g, t in zip(answer, texts, strict=True) if g is not None]
+        graded = iter(self.grade_all(rows))
+        verdicts = ["error" if gold is None else next(graded).verdict for gold in answer]
+        return [None if v == "error" else float(v == "correct") for v in verdicts]
 
     def verify(self, gold: str, prediction: str) -> Verdict:
         """Grade a text that is an answer, or holds one in tags or boxes."""
@@ -213,21 +239,56 @@ class MathReward:
         prompt_opens_think: bool = False,
     ) -> Graded:
         """Extract by `protocol` and compare with `gold`."""
-        extracted = extract_answer(
-            text,
-            protocol,
-            special_token,
-            prompt_opens_think=prompt_opens_think,
-            several_boxes=self.several_boxes,
+        rows = [(gold, text)]
+        return self.grade_all(rows, protocol, special_token, prompt_opens_think=prompt_opens_think)[
+            0
+        ]
+
+    def grade_all(
+        self,
+        rows: Sequence[tuple[str, str]],
+        protocol: str | None = None,
+        special_token: str = SPECIAL_TOKEN,
+        *,
+        prompt_opens_think: bool = False,
+        deadline: float | None = None,
+    ) -> list[Graded]:
+        """Grade (gold, text) rows; the result has their order. Any thread may call.
+
+        `deadline` is the seconds that all of it may take. A comparison that it ends is a timeout,
+        one that was not begun an error, never a silent wrong.
+        """
+        if deadline is not None and not deadline > 0:
+            raise ValueError(f"deadline must be above 0 seconds, got {deadline}")
+        until = None if deadline is None else time.monotonic() + deadline
+        extracted = [
+            extract_answer(
+                text,
+                protocol,
+                special_token,
+                prompt_opens_think=prompt_opens_think,
+                several_boxes=self.several_boxes,
+            )
+            for _, text in rows
+        ]
+        pairs = dict.fromkeys(
+            (gold, e.answer)
+            for (gold, _), e in zip(rows, extracted, strict=True)
+            if e.answer is not None
         )
-        if extracted.answer is None:
-            verdict = extracted.verdict
+        verdicts = dict(zip(pairs, self.compare_all(list(pairs), until), strict=True))
+        graded = []
+        for (gold, _), e in zip(rows, extracted, strict=True):
+            verdict = e.verdict if e.answer is None else verdicts[gold, e.answer]
             assert verdict is not None
-        else:
-            verdict = self.compare(gold, extracted.answer)
+            graded.append(Graded(verdict, e.answer))
         with self._lock:
-            self.counts[verdict] += 1
-        return Graded(verdict, extracted.answer)
+            self.counts.update(g.verdict for g in graded)
+        return graded
+
+    async def grade_all_async(self, rows: Sequence[tuple[str, str]], *args, **kwargs):
+        """`grade_all` beside the event loop, which it does not hold up."""
+        return await asyncio.to_thread(self.grade_all, rows, *args, **kwargs)
 
     def equivalent(self, a: str, b: str) -> bool:
         """Whether two answers are the same: the classes that cons@k votes over."""
@@ -235,22 +296,47 @@ class MathReward:
 
     def compare(self, gold: str, answer: str) -> Verdict:
         """The verdict on an extracted answer, cached by (gold, answer)."""
-        pair = (gold, answer)
-        with self._lock:
-            if (verdict := self._cache.get(pair)) is not None:
-                self._cache.move_to_end(pair)
-                return verdict
-        verdict = self._compare(gold, answer)
-        if verdict not in ("error", "timeout"):  # a machine's failure may pass
-            with self._lock:
-                self._cache[pair] = verdict
-                if len(self._cache) > _MAX_CACHE:
-                    self._cache.popitem(last=False)
-        return verdict
+        return self.compare_all([(gold, answer)])[0]
 
-    def _compare(self, gold: str, answer: str) -> Verdict:
+    def compare_all(
+        self, pairs: Sequence[tuple[str, str]], until: float | None = None
+    ) -> list[Verdict]:
+        """`compare` for many pairs; `until` (of time.monotonic) is the deadline of the batch."""
+        verdicts: list[Verdict | None] = []
+        for pair in pairs:
+            with self._lock:
+                if (verdict := self._cache.get(pair)) is not None:
+                    self._cache.move_to_end(pair)
+            if verdict is None:
+                late = until is not None and time.monotonic() >= until
+                verdict = "error" if late else self._compare(*pair)
+                if verdict is not None:
+                    self._keep(pair, verdict)
+            verdicts.append(verdict)
+        left = [i for i, verdict in enumerate(verdicts) if verdict is None]
+        if left:
+            assert self.pool is not None
+            found = self.pool.compare_all([pairs[i] for i in left], until)
+            for i, verdict in zip(left, found, strict=True):
+                self._keep(pairs[i], verdict)
+                verdicts[i] = verdict
+        return [verdict for verdict in verdicts if verdict is not None]
+
+    def _keep(self, pair: tuple[str, str], verdict: Verdict) -> None:
+        if verdict in ("error", "timeout"):  # a machine's failure may pass
+            return
+        with self._lock:
+            self._cache[pair] = verdict
+            if len(self._cache) > _MAX_CACHE:
+                self._cache.popitem(last=False)
+
+    def _compare(self, gold: str, answer: str) -> Verdict | None:
+        """What the first tier says; None where the second has to."""
         if len(gold) > latex.MAX_LENGTH or len(answer) > latex.MAX_LENGTH:
             return "unparseable"
+        if (number := latex.plain_number(gold)) is not None:  # most golds, and most answers
+            if (other := latex.plain_number(answer)) is not None:
+                return "correct" if number == other else "wrong"
         if latex.squeeze(gold) == latex.squeeze(answer):
             return "correct"
         typed_gold = _read(gold)
@@ -261,6 +347,11 @@ class MathReward:
                 return "correct" if named == letter else "wrong"
             if isinstance(typed_answer, answers.Answer):
                 result = same_bounded(typed_gold, typed_answer)
+                if result is not True and _is_number(typed_gold):
+                    if match := _LETTER_UNIT.fullmatch(answer.strip()):
+                        number = _read(match[1])
+                        if isinstance(number, answers.Answer) and _is_number(number):
+                            result = same_bounded(typed_gold, number)
                 if result is not None:
                     return "correct" if result else "wrong"
         if isinstance(typed_gold, answers.Answer) and typed_gold.kind == "text":
@@ -272,7 +363,13 @@ class MathReward:
             return "unparseable"
         if self.pool is None or not latex.same_cases(gold, answer):
             return "unparseable"
-        return self.pool.compare(gold, answer)
+        return None if self.pool.available else "unparseable"
+
+
+def _is_number(answer: answers.Answer) -> bool:
+    """A rational number without a unit."""
+    plain = answer.kind == "value" and not answer.unit and not answer.name
+    return plain and answer.value is not None and answer.value.rational is not None
 
 
 def _read(text: str) -> answers.Answer | ValueError:

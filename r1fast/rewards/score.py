@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 from r1fast.config import RewardConfig, TemplateConfig
@@ -80,7 +80,9 @@ class RewardScorer:
             raise ValueError(
                 "rewards.judge needs a judge; set judge.url (or judge.path), or the weight to 0"
             )
-        self.grader = grader or MathReward(timeout=config.math_timeout)
+        self.grader = grader or MathReward(
+            timeout=config.math_timeout, num_workers=config.math_workers
+        )
         self.code = code or CodeReward(
             timeout=config.code_timeout,
             total_timeout=config.code_total_timeout,
@@ -97,7 +99,6 @@ class RewardScorer:
         self.errors: Counter[str] = Counter()  # failures by reward
         self._told: Counter[str] = Counter()  # what `judge_counts` has given before
         self._pending: Counter[str] | None = None  # verdicts inside `as_one_call`
-        self._grading = ThreadPoolExecutor(max_workers=4, thread_name_prefix="grade")
 
     def __enter__(self):
         return self
@@ -106,7 +107,6 @@ class RewardScorer:
         self.close()
 
     def close(self) -> None:
-        self._grading.shutdown(wait=True)
         self.grader.close()
         self.code.close()
 
@@ -207,20 +207,32 @@ class RewardScorer:
     def _grade(
         self, rows: list[tuple[RolloutGroup, Completion]]
     ) -> list[Graded | GradedCode | None]:
-        def grade(row: tuple[RolloutGroup, Completion]) -> Graded | Future[GradedCode] | None:
-            group, completion = row
-            problem, opens = group.problem, self.prompt_opens_think
-            place = completion.text, self.template.protocol, self.template.special_token
-            if problem.kind == "code":  # they run beside each other, as many as the sandbox takes
+        """Programs run beside each other, as many as the sandbox takes, and beside mathematics."""
+        place = self.template.protocol, self.template.special_token
+        opens = self.prompt_opens_think
+        graded: list[Graded | GradedCode | None] = [None] * len(rows)
+        running: dict[int, Future[GradedCode]] = {}
+        answers: dict[int, tuple[str, str]] = {}
+        for i, (group, completion) in enumerate(rows):
+            problem = group.problem
+            if problem.kind == "code":
                 code_problem = self.code.problem(problem.meta, problem.prompt)
-                return self.code.submit(code_problem, *place, prompt_opens_think=opens)
-            if problem.kind == "qa" or not _verifiable(problem):
-                return None
-            assert problem.answer is not None
-            return self.grader.grade(problem.answer, *place, prompt_opens_think=opens)
-
-        graded = list(self._grading.map(grade, rows))
-        return [g.result() if isinstance(g, Future) else g for g in graded]
+                running[i] = self.code.submit(
+                    code_problem, completion.text, *place, prompt_opens_think=opens
+                )
+            elif problem.kind != "qa" and _verifiable(problem):
+                assert problem.answer is not None
+                answers[i] = problem.answer, completion.text
+        found = self.grader.grade_all(
+            list(answers.values()),
+            *place,
+            prompt_opens_think=opens,
+            deadline=self.config.math_batch_timeout,
+        )
+        graded_answers = dict(zip(answers, found, strict=True))
+        for i in range(len(rows)):
+            graded[i] = running[i].result() if i in running else graded_answers.get(i)
+        return graded
 
     def _judged(
         self, rows: list[tuple[RolloutGroup, Completion]], graded: list[Graded | None]
@@ -401,8 +413,15 @@ def check_problems(
 ) -> None:
     """ValueError for problems the configured rewards cannot score, before the first step."""
     paid = {kind for kind in KINDS if config.weights(kind)["language"]}
-    for language in sorted({p.language for p in problems if p.kind in paid}):
-        check_language(language, config.lexicon)
+    first = {p.language: p.id for p in reversed(problems) if p.kind in paid}
+    for language, problem_id in sorted(first.items()):
+        try:
+            check_language(language, config.lexicon)
+        except ValueError as error:
+            raise ValueError(
+                f"problem {problem_id!r}: {error}; set its 'language' to one of them, "
+                "or rewards.language to 0"
+            ) from None
     for problem in problems:
         if problem.kind == "code":
             read = read_code_problem(problem.meta, problem.prompt)

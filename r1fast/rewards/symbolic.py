@@ -1,7 +1,9 @@
-"""Worker processes that compare symbolic answers, killed at a wall-clock deadline.
+"""Worker processes that compare symbolic answers, killed at a deadline and replaced.
 
-JSON lines over pipes: {"gold", "answer"} in, {"same": true | false | null} out. No signal is used
-in this process, so any thread may ask; a worker that is late or dies is replaced.
+JSON lines over pipes: {"gold", "answer"} in, {"same": true | false | null} out. A worker is a process
+that has sympy and its forked child that compares: at a deadline the child is killed and says
+{"late"} by way of its parent, the next one {"ready", "pid"}. No signal is handled in this process,
+so any thread may ask.
 """
 
 from __future__ import annotations
@@ -12,11 +14,14 @@ import logging
 import os
 import queue
 import select
+import signal
 import subprocess
 import sys
 import threading
 import time
 import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,17 +29,26 @@ from r1fast.types import Verdict
 
 _WORKER = Path(__file__).with_name("symbolic_worker.py")
 _START_TIMEOUT = 60.0  # importing sympy on a busy machine
+_FORK_TIMEOUT = 10.0  # a new child of a worker that is up
 _log = logging.getLogger(__name__)
 
 
 class SymbolicPool:
-    """`num_workers` processes, each started when it is first needed."""
+    """`num_workers` processes, each started when it is first needed, replaced when it is killed.
 
-    def __init__(self, timeout: float, num_workers: int, memory_bytes: int):
+    A comparison may take `timeout` seconds by the clock and `cpu_timeout` seconds of processor
+    time: the second holds it short, the first holds where the machine is busy or the worker stuck.
+    """
+
+    def __init__(
+        self, timeout: float, num_workers: int, memory_bytes: int, cpu_timeout: float = 0.6
+    ):
         if num_workers < 1:
             raise ValueError(f"num_workers must be at least 1, got {num_workers}")
         self.timeout = timeout
+        self.cpu_timeout = min(cpu_timeout, timeout)
         self.memory_bytes = memory_bytes
+        self.num_workers = num_workers
         self.available = find_spec("math_verify") is not None
         self.num_restarts = 0
         self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
@@ -42,55 +56,87 @@ class SymbolicPool:
         self._closed = False
         for _ in range(num_workers):
             self._slots.put(None)
-        self._num_workers = num_workers
 
-    def compare(self, gold: str, answer: str) -> Verdict:
-        """A verdict; unparseable where math-verify is missing or cannot read an answer."""
+    def compare(self, gold: str, answer: str, until: float | None = None) -> Verdict:
+        """A verdict; unparseable where math-verify is missing or cannot read an answer.
+
+        `until` (of time.monotonic) is the deadline of a whole batch: a comparison that it ends is a
+        timeout, one that did not begin before it is an error, for the answer had no part in that.
+        """
         if not self.available:
             return "unparseable"
         if self._closed:
             raise RuntimeError("the symbolic grader is closed")
-        worker = self._slots.get()
+        try:
+            left = None if until is None else max(0.0, until - time.monotonic())
+            worker = self._slots.get(timeout=left) if left != 0 else self._slots.get_nowait()
+        except queue.Empty:
+            return "error"
         try:
             if self._closed:
                 raise RuntimeError("the symbolic grader was closed")
+            if until is not None and time.monotonic() >= until:
+                return "error"
             if worker is not None and worker.process.poll() is not None:
                 worker.kill()
                 worker = None
             if worker is None:
-                worker = _Worker(self.memory_bytes)
-            reply = worker.ask({"gold": gold, "answer": answer}, self.timeout)
+                worker = _Worker(self.memory_bytes, self.cpu_timeout)
+            if not worker.is_ready(until):
+                return "error"
+            left = self.timeout if until is None else min(self.timeout, until - time.monotonic())
+            reply = worker.ask({"gold": gold, "answer": answer}, max(0.0, left))
         except _Late:
-            worker = self._replace(worker)
+            with self._lock:
+                self.num_restarts += 1
+            assert worker is not None
+            if not worker.kill_child():
+                worker = self._replacement(worker)
             return "timeout"
         except (OSError, ValueError) as error:
             _log.warning("symbolic worker failed: %s", error)
-            worker = self._replace(worker)
+            worker = self._replacement(worker)
             return "error"
         finally:
             self._slots.put(worker)
-        if reply.get("fatal"):
-            return "error"
         if reply.get("same") is None:
             return "unparseable"
         return "correct" if reply["same"] else "wrong"
 
-    def _replace(self, worker: _Worker | None) -> None:
+    def compare_all(
+        self, pairs: Sequence[tuple[str, str]], until: float | None = None
+    ) -> list[Verdict]:
+        """`compare` for (gold, answer) pairs, as many at once as there are workers, in order."""
+        if len(pairs) < 2 or self.num_workers == 1:
+            return [self.compare(gold, answer, until) for gold, answer in pairs]
+        threads = min(self.num_workers, len(pairs))
+        with ThreadPoolExecutor(threads, thread_name_prefix="symbolic") as executor:
+            return list(executor.map(lambda pair: self.compare(*pair, until), pairs))
+
+    def _replacement(self, worker: _Worker | None) -> _Worker | None:
+        """A new worker, which gets ready while nobody waits for it."""
         if worker is not None:
             worker.kill()
         with self._lock:
             self.num_restarts += 1
+        if self._closed:
+            return None
+        try:
+            return _Worker(self.memory_bytes, self.cpu_timeout)
+        except OSError as error:
+            _log.warning("no new symbolic worker: %s", error)
+            return None
 
     def close(self) -> None:
         """Kill the workers; one that is busy when its comparison ends or is late."""
         if self._closed:
             return
         self._closed = True
-        for _ in range(self._num_workers):
+        for _ in range(self.num_workers):
             worker = self._slots.get()
             if worker is not None:
                 worker.kill()
-        for _ in range(self._num_workers):  # wakes whoever still waits for a slot
+        for _ in range(self.num_workers):  # wakes whoever still waits for a slot
             self._slots.put(None)
 
 
@@ -99,11 +145,11 @@ class _Late(Exception):
 
 
 class _Worker:
-    def __init__(self, memory_bytes: int):
+    def __init__(self, memory_bytes: int, cpu_timeout: float):
         # -P: the folder of the script stays off sys.path, where math.py would hide the stdlib's
         kept = ("PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LANG", "LC_ALL", "SYSTEMROOT")
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(_WORKER), str(memory_bytes)],
+            [sys.executable, "-P", str(_WORKER), str(memory_bytes), str(cpu_timeout)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -112,20 +158,49 @@ class _Worker:
         )
         self._finalizer = weakref.finalize(self, _end, self.process)
         self.buffer = b""
+        self._start_by: float | None = time.monotonic() + _START_TIMEOUT  # None once it is ready
+        self._child = 0  # the process that compares
+
+    def is_ready(self, until: float | None) -> bool:
+        """Wait for it to come up; False where `until` comes first. OSError where it does not."""
+        if self._start_by is None:
+            return True
+        deadline = self._start_by if until is None else min(self._start_by, until)
         try:
-            ready = self._read(_START_TIMEOUT)
-        except BaseException:
-            self.kill()
-            raise
+            ready = self._read(deadline - time.monotonic())
+            while "pid" not in ready and ready.get("ready") is not False:  # of the last child
+                ready = self._read(deadline - time.monotonic())
+        except _Late:
+            if deadline == until:
+                return False
+            raise OSError("symbolic worker did not come up in time") from None
         if not ready.get("ready"):
-            self.kill()
             raise OSError(f"symbolic worker did not start: {ready}")
+        self._start_by, self._child = None, ready["pid"]
+        return True
+
+    def kill_child(self) -> bool:
+        """End the comparison that is late; False where the worker itself has ended."""
+        self._start_by = time.monotonic() + _FORK_TIMEOUT
+        if self.process.poll() is not None:
+            return False
+        if self._child:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._child, signal.SIGKILL)
+        self._child = 0
+        return True
 
     def ask(self, request: dict, timeout: float) -> dict:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request).encode() + b"\n")
         self.process.stdin.flush()
-        return self._read(timeout)
+        reply = self._read(timeout)
+        if "late" in reply:
+            self._child = 0
+            if reply["late"]:
+                raise _Late
+            raise OSError("the process that compares has died")
+        return reply
 
     def _read(self, timeout: float) -> dict:
         """One line of JSON, by polling the pipe: nothing here blocks beyond the deadline."""
@@ -133,8 +208,8 @@ class _Worker:
         descriptor = self.process.stdout.fileno()
         deadline = time.monotonic() + timeout
         while b"\n" not in self.buffer:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+            left = max(0.0, deadline - time.monotonic())
+            if not select.select([descriptor], [], [], left)[0]:
                 raise _Late
             chunk = os.read(descriptor, 65536)
             if not chunk:
@@ -151,6 +226,8 @@ class _Worker:
 
 
 def _end(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # its session: the child too
     process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout):

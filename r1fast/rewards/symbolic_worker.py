@@ -1,5 +1,8 @@
 """The process behind symbolic.py: reads two answers, says whether they are the same value.
 
+It imports sympy and forks a child that compares; the parent, or the child's own watch, ends a
+comparison that takes too long, and the next child is there in milliseconds.
+
 Not imported by the package; run as a script. math-verify reads the LaTeX. The comparison is our
 own, for math-verify's rounds to 6 decimals: 1/2004! = 1/2006!. Two expressions are the same when
 they agree to 40 digits at random points; one clear difference decides against.
@@ -10,6 +13,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
+import signal
 import sys
 import threading
 import time
@@ -17,22 +22,63 @@ import time
 NUM_POINTS = 6
 DIGITS = 60
 AGREE = 40  # digits
+OUT_OF_TIME = 3  # exit status, known to symbolic.py
 
 
 def main() -> None:
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    """Import sympy once, then fork: a comparison that is killed costs a fork, not an import."""
+    out = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a stray print must not break the protocol
     try:
-        import math_verify  # noqa: F401
-        import sympy  # noqa: F401
+        warm_up()
     except Exception as error:  # the parent must hear of it, whatever it is
-        replies.write(json.dumps({"ready": False, "why": repr(error)}) + "\n")
+        say(out, {"ready": False, "why": repr(error)})
         return
-    limit(int(sys.argv[1]))
-    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
-    replies.write(json.dumps({"ready": True}) + "\n")
+    memory_bytes, cpu_seconds = int(sys.argv[1]), float(sys.argv[2])
+    while True:
+        child = os.fork()
+        if child == 0:
+            serve(out, memory_bytes, cpu_seconds)
+        say(out, {"ready": True, "pid": child})
+        if (status := wait(child)) is None or os.waitstatus_to_exitcode(status) == 0:
+            return
+        say(out, {"late": os.waitstatus_to_exitcode(status) == OUT_OF_TIME})
+
+
+def say(out: int, message: dict) -> None:
+    os.write(out, json.dumps(message).encode() + b"\n")  # one write: lines never mix
+
+
+def wait(child: int) -> int | None:
+    """The status of the child when it ends; None, and no child, where the trainer has ended."""
+    poll = select.poll()
+    poll.register(0, 0)  # nothing but a hang-up
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return status
+        if poll.poll(20):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return None
+
+
+def warm_up() -> None:
+    """The parser learns its grammar by use: seconds at first, milliseconds later."""
+    for text in (
+        r"\frac{\sqrt{3}}{2}+x^{2}\cdot 5", r"\sin(\cos(\tan(2x)))", r"\ln(ab)-\log_2 8", r"e^{x+1}",
+        r"(x-1)(x+2)", r"\sqrt[3]{x^2-2}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"1<x\le 2", r"y=2x",
+    ):  # fmt: skip
+        compare(text, text)
+
+
+def serve(out: int, memory_bytes: int, cpu_seconds: float) -> None:
+    """Answer requests until there are no more; never returns."""
+    limit(memory_bytes)
+    watch = Watch(cpu_seconds)
     for line in sys.stdin:
         request = json.loads(line)
+        watch.begin()
         try:
             reply = {"same": compare(request["gold"], request["answer"])}
         except MemoryError:
@@ -41,14 +87,33 @@ def main() -> None:
             reply = {"same": None, "why": "recursion"}
         except Exception as error:  # sympy raises everything
             reply = {"same": None, "why": repr(error)[:200]}
-        replies.write(json.dumps(reply) + "\n")
+        watch.end()
+        say(out, reply)
+    os._exit(0)
 
 
-def end_with_parent(parent: int) -> None:
-    """A worker in the middle of a hopeless simplification must not outlive a killed trainer."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+class Watch:
+    """Ends the process when a comparison has used `seconds` of processor time."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.end_at = float("inf")  # of time.process_time
+        self.busy = threading.Event()
+        threading.Thread(target=self.look, daemon=True).start()
+
+    def begin(self) -> None:
+        self.end_at = time.process_time() + self.seconds
+        self.busy.set()
+
+    def end(self) -> None:
+        self.busy.clear()
+        self.end_at = float("inf")
+
+    def look(self) -> None:
+        while self.busy.wait():
+            if time.process_time() > self.end_at:
+                os._exit(OUT_OF_TIME)
+            time.sleep(0.02)
 
 
 def limit(memory_bytes: int) -> None:
@@ -123,6 +188,9 @@ def same(sympy, gold, answer) -> bool | None:
         return same_expression(sympy, gold, answer)
     sets = as_set(sympy, gold), as_set(sympy, answer)
     if None not in sets:
+        unknowns = [side.free_symbols for side in (gold, answer) if side.free_symbols]
+        if len(unknowns) == 2 and unknowns[0] != unknowns[1]:
+            return False
         return bool(sets[0] == sets[1]) or (None if sets[0].free_symbols else False)
     return None
 
@@ -153,10 +221,12 @@ def as_set(sympy, side):
 
 
 def same_expression(sympy, gold, answer) -> bool | None:
-    points = list(sample(sympy, gold, answer))
-    if any(not close(sympy, x, y) for x, y in points):
-        return False
-    return True if len(points) >= (2 if gold.free_symbols | answer.free_symbols else 1) else None
+    num_points = 0
+    for x, y in sample(sympy, gold, answer):
+        if not close(sympy, x, y):
+            return False  # most wrong answers end at the first point
+        num_points += 1
+    return True if num_points >= (2 if gold.free_symbols | answer.free_symbols else 1) else None
 
 
 def sample(sympy, a, b):

@@ -1,0 +1,100 @@
+"""Units behind numbers: taken off "12 cm", compared where both sides name one that is known."""
+
+from __future__ import annotations
+
+import re
+
+from r1fast.rewards.latex import FUNCTIONS, Token, Unreadable
+
+# what may stand behind a number as its unit, and what a sentence would hold instead
+_NOT_UNITS = frozenset(
+    "is not isn't or and but wrong than to no if either neither nor maybe perhaps about more less "
+    "incorrect false true the answer so was are be unless except plus minus times squared cubed "
+    "factorial half halves thirds quarters tenths hundredths negative mod modulo dozen".split()
+)
+# short words that are units behind a number, and letters that are behind "km/"
+_SHORT_UNITS = frozenset(
+    "cm mm km kg mg ft mi in yd lb lbs oz hr hrs min ml mL kW kJ Hz mph".split()
+)
+_PER_UNITS = _SHORT_UNITS | frozenset("h s m L sec hour minute second day".split())
+_UNIT_TEXT = re.compile(r"(?:[^\W\d_]|[\s.,/'~()-])*(?:(?<=[a-z])\^?\{?[23]\}?)?[\s.]*")
+_UNITS = {
+    "cm": "centimeter", "mm": "millimeter", "km": "kilometer", "m": "meter", "kg": "kilogram",
+    "g": "gram", "mg": "milligram", "ft": "foot", "feet": "foot", "in": "inch", "inches": "inch",
+    "mi": "mile", "lb": "pound", "lbs": "pound", "oz": "ounce", "hr": "hour", "h": "hour",
+    "min": "minute", "s": "second", "sec": "second", "l": "liter", "ml": "milliliter",
+    "cent": "cent", "dollar": "dollar", "usd": "dollar", "day": "day", "week": "week",
+    "month": "month", "year": "year", "yard": "yard", "yd": "yard", "degree": "degree",
+    "radian": "radian", "rad": "radian",
+}  # fmt: skip
+_UNITS.update({name: name for name in list(_UNITS.values())})
+_RATES = {"mph": "mile/hour", "kph": "kilometer/hour", "kmh": "kilometer/hour"}
+
+
+def take_unit(tokens: list[Token]) -> tuple[list[Token], str]:
+    r"""Take words, \text{...} with its power, and degree marks off the end: (the rest, unit)."""
+    end = len(tokens)
+    if end >= 2 and tokens[-1].kind == "command" and tokens[-1].value == "circ":
+        if any(t.value in FUNCTIONS for t in tokens):  # the angle of a cosine
+            return tokens, ""
+        return (tokens[:-1] if tokens[-2].value != "^" else tokens[:-2]), "degree"
+    unit_power = ""
+    tail = [t.value for t in tokens[-4:]]
+    if end > 2 and tail[-2:-1] == ["^"] and tail[-1] in ("2", "3"):
+        end, unit_power = end - 2, tail[-1]
+    elif end > 4 and tail[-3:-2] == ["{"] and tail[-1] == "}" and tail[0] == "^":
+        end, unit_power = end - 4, tail[-2]
+    stop = end
+    while stop > 0:
+        before = tokens[stop - 2] if stop > 1 else None
+        if _is_unit_word(tokens[stop - 1], before):
+            stop -= 1
+        elif stop > 3 and _is_rate(tokens[stop - 3 : stop]):  # km/h
+            stop -= 2 + (tokens[stop - 3].value == "m")
+        else:
+            break
+    words = " ".join(t.value for t in tokens[stop:end]).casefold()
+    if stop < end and not _UNIT_TEXT.fullmatch(words):
+        raise Unreadable("what stands behind a number is no unit")
+    words = re.sub(r"[^\w/' ]", " ", words).split()
+    if stop == end or stop == 0 or not words:
+        return tokens, ""
+    if len(words) > 4 or any(w in _NOT_UNITS for w in words):
+        raise Unreadable("words behind a number that are no unit")
+    if words[0] == "degrees":
+        words[0] = "degree"
+    return tokens[:stop], " ".join(words) + unit_power
+
+
+def _is_unit_word(t: Token, before: Token | None) -> bool:
+    if t.kind == "text":
+        return not (before is not None and before.value in ("^", "_"))
+    if t.kind == "word":
+        if t.value in _SHORT_UNITS:
+            return before is not None and (before.kind == "number" or before.value in ("}", "pi"))
+        return len(t.value) >= 3 and t.value not in FUNCTIONS and t.value not in ("sqrt", "frac")
+    return False
+
+
+def _is_rate(tokens: list[Token]) -> bool:
+    """km/h, m/s, miles/hour."""
+    first, slash, last = tokens
+    if slash.value != "/" or first.kind != "word" or last.kind != "word":
+        return False
+    known = first.value in _SHORT_UNITS or first.value == "m" or len(first.value) > 3
+    return known and last.value in _PER_UNITS
+
+
+def same_unit(a: str, b: str) -> bool:
+    """False only for two known units that differ: "12 cm" is not "12 m", km/h not m/s."""
+    pair = [re.split(r"\s*/\s*|\s+per\s+", _RATES.get(unit, unit)) for unit in (a, b)]
+    if len(pair[0]) != len(pair[1]):
+        return True
+    known = [(_known(x), _known(y)) for x, y in zip(*pair, strict=True)]
+    return not any(x and y and x != y for x, y in known)
+
+
+def _known(unit: str) -> str | None:
+    bare = unit.rstrip("23").strip()
+    name = _UNITS.get(bare) or _UNITS.get(bare.removesuffix("s"))
+    return name and name + unit[len(unit.rstrip("23")) :]
