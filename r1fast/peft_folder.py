@@ -13,6 +13,7 @@ import os
 import re
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from r1fast.config import LoraConfig
@@ -29,7 +30,7 @@ from r1fast.lora import adapters, add_lora, drop_lora, lora_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_PROJECTION = re.compile(r"\.(\w+)\.lora_[AB]\.weight$")
+_FACTOR = re.compile(r"(.*?)\.lora_([AB])\.weight")
 # options that change nothing of what a loaded adapter computes, or only beside another option
 IRRELEVANT = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "inference_mode",
@@ -72,7 +73,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, base: str = "") -
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """Put the adapter of a PEFT folder (or model id) on `model`, which is frozen.
 
-    Raises ValueError for variants of LoRA that are not computed here, and for one of another model.
+    Raises ValueError for variants of LoRA that are not computed here, for one of another model, and
+    where the model has adapters already; the model is then as it was.
     """
     folder = resolve_model_path(path)
     config = read_json(folder / CONFIG)
@@ -81,19 +83,85 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
             f"no {WEIGHTS} in {str(folder)!r}; other formats (.bin: pickles) are not read"
         )
     _check(config, folder)
-    found = (_PROJECTION.search(name) for name, _, _ in read_tensors(folder, WEIGHTS))
+    found = _adapted(folder, config["r"])
     lora = LoraConfig(
         rank=config["r"],
         alpha=float(config["lora_alpha"]),
         rslora=bool(config.get("use_rslora")),
-        targets=sorted({match[1] for match in found if match}),
+        targets=sorted({module.rpartition(".")[2] for module in found}),
     )
     try:
         add_lora(model, lora)
-        fill_tensors(folder, _peft_tensors(model), file=WEIGHTS)
+        try:
+            _check_targets(config["target_modules"], found, model)
+            fill_tensors(folder, _peft_tensors(model), file=WEIGHTS)
+        except BaseException:
+            drop_lora(model)
+            raise
     except ValueError as error:
-        drop_lora(model)
         raise ValueError(f"the adapter {str(folder)!r} does not fit this model: {error}") from None
+
+
+def _adapted(folder: Path, rank: int) -> set[str]:
+    """The modules that the weights are of, `model.layers.0.self_attn.q_proj` and so on."""
+    found = set()
+    for name, _, shape in read_tensors(folder, WEIGHTS):
+        if match := _FACTOR.fullmatch(name.removeprefix(PREFIX)):
+            found.add(match[1])
+            if match[2] == "A" and shape[:1] != (rank,):
+                raise ValueError(
+                    f"{folder}: {name!r} has the shape {shape}, and 'r' in {CONFIG} is {rank}"
+                )
+    return found
+
+
+def _check_targets(targets: str | list[str], found: set[str], model: nn.Module) -> None:
+    """Raises ValueError unless the weights are of those modules that `targets` means to PEFT.
+
+    That is a list of names or ends of names, a pattern for whole names, or "all-linear".
+    """
+    projections = [
+        f"model.layers.{layer.index}.{block}.{part}"
+        for layer in model.layers
+        for _, block, parts in layer.projections()
+        for part in parts
+    ]
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        asked = set(projections)
+    else:
+        known = [*projections, "model.embed_tokens", "lm_head"]
+        asked = {name for name in known if _is_target(targets, name)}
+    without, beyond = _some(asked - found), _some(found - asked)
+    if without or beyond:
+        raise ValueError(
+            f"its target_modules are {targets!r:.200}"
+            + f", but there are no weights for {without}" * bool(without)
+            + f", but there are weights for {beyond}" * bool(beyond)
+        )
+
+
+def _is_target(targets: str | list[str], name: str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _check_names(targets: object, where: str) -> None:
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"{where}: 'target_modules' is no pattern: {error}") from None
+    elif not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        raise ValueError(
+            f"{where}: 'target_modules' must be a list of names, a pattern or \"all-linear\", got "
+            f"{targets!r:.80}"
+        )
+
+
+def _some(names: set[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(sorted(names)[:limit]) + more
 
 
 def _check(config: dict, folder: Path) -> None:
@@ -106,8 +174,12 @@ def _check(config: dict, folder: Path) -> None:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
         raise ValueError(f"{where}: 'r' must be a whole number above 0, got {rank!r:.80}")
-    if type(alpha) not in (int, float) or not alpha > 0:
+    # the products are float32 at most; infinity and what is beyond would be NaN in the outputs
+    if type(alpha) not in (int, float) or not 0 < alpha <= torch.finfo(torch.float32).max:
         raise ValueError(f"{where}: 'lora_alpha' must be a number above 0, got {alpha!r:.80}")
+    if type(rslora := config.get("use_rslora", False)) is not bool:
+        raise ValueError(f"{where}: 'use_rslora' must be true or false, got {rslora!r:.80}")
+    _check_names(config.get("target_modules"), where)
     for key, value in config.items():
         if key in IRRELEVANT | READ or not value or value in ALLOWED.get(key, ()):
             continue

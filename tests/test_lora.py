@@ -354,17 +354,99 @@ REFUSED = {
     "peft_type": ("LOHA", "unsupported peft_type 'LOHA'; supported: LORA"),
     "r": (0, "'r' must be a whole number above 0, got 0"),
     "lora_alpha": ("x", "'lora_alpha' must be a number above 0, got 'x'"),
+    "lora_alpha ": (math.inf, "'lora_alpha' must be a number above 0, got inf"),
+    "lora_alpha  ": (10**400, "'lora_alpha' must be a number above 0, got 1000"),
+    "use_rslora": ("false", "'use_rslora' must be true or false, got 'false'"),
+    "use_rslora ": (1, "'use_rslora' must be true or false, got 1"),
+    "target_modules": (None, "'target_modules' must be a list of names, .* got None"),
+    "target_modules ": (["q_proj", 3], "'target_modules' must be a list of names"),
+    "target_modules  ": ("(q_proj", "'target_modules' is no pattern: missing"),
+    "r ": (3, r"lora_A.weight' has the shape \(4, 48\), and 'r' in adapter_config.json is 3"),
 }
+
+
+def change(folder, **values):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 @pytest.mark.parametrize("key", REFUSED)
 def test_other_kinds_of_adapters_are_refused(tmp_path, key):
     save_adapter(with_lora(tiny_model()), tmp_path / "a")
-    file = tmp_path / "a" / "adapter_config.json"
     value, message = REFUSED[key]
-    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    change(tmp_path / "a", **{key.strip(): value})
     with pytest.raises(ValueError, match=message):
         load_adapter(tiny_model(), tmp_path / "a")
+
+
+ALL, LAYERS = list(PROJECTIONS), r"model\.layers\.\d+\..*_proj"
+
+
+@pytest.mark.parametrize("targets", [ALL, "all-linear", "ALL-LINEAR", LAYERS, [*ALL, "c_attn"]])
+def test_targets_that_mean_what_there_is(transformers, peft, tmp_path, targets):
+    """To PEFT too: it finds no weight that is missing, and none that it does not know."""
+    make_theirs(transformers, "qwen2 untied").save_pretrained(tmp_path / "base")
+    model = with_lora(load_model(tmp_path / "base"))
+    save_adapter(model, tmp_path / "a")
+    change(tmp_path / "a", target_modules=targets)
+    other = load_model(tmp_path / "base")
+    load_adapter(other, tmp_path / "a")
+    assert all(torch.equal(x, lora_tensors(model)[name]) for name, x in lora_tensors(other).items())
+    assert not peft_misses(peft, tmp_path)
+
+
+def peft_misses(peft, folder) -> list[str]:
+    """Weights that PEFT expects and the folder has not, or the other way round."""
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", attn_implementation="eager")
+    theirs = peft.PeftModel.from_pretrained(base, folder / "a")
+    found = theirs.load_adapter(folder / "a", adapter_name="again")
+    return [name for name in (*found.missing_keys, *found.unexpected_keys) if "lora" in name]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["q_proj"], "there are weights for model.layers.0.mlp.down_proj, .* and 9 more"),
+        ([*ALL, "lm_head"], "there are no weights for lm_head$"),
+        ([*ALL, "embed_tokens"], "there are no weights for model.embed_tokens$"),
+        (r".*layers\.0\..*_proj", "there are weights for model.layers.1.mlp.down_proj"),
+        (".*(_proj|lm_head)", "there are no weights for lm_head$"),
+        ("q_proj", "there are weights for model.layers.0.mlp.down_proj"),
+        ([], "there are weights for"),
+    ],
+)
+def test_targets_that_mean_something_else_are_refused(
+    transformers, peft, tmp_path, targets, message
+):
+    make_theirs(transformers, "qwen2 untied").save_pretrained(tmp_path / "base")
+    save_adapter(with_lora(load_model(tmp_path / "base")), tmp_path / "a")
+    change(tmp_path / "a", target_modules=targets)
+    model = load_model(tmp_path / "base")
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, tmp_path / "a")
+    assert lora_of(model) is None
+    try:
+        assert peft_misses(peft, tmp_path)
+    except ValueError:
+        assert targets in ([], "q_proj")  # to PEFT they mean no module at all
+
+
+def test_adapters_that_are_there_stay(tmp_path):
+    """Whatever is wrong with the ones that should come."""
+    model = with_lora(tiny_model())
+    save_adapter(model, tmp_path / "a")
+    before = {name: x.clone() for name, x in lora_tensors(model).items()}
+    with pytest.raises(ValueError, match="does not fit this model: the model has adapters already"):
+        load_adapter(model, tmp_path / "a")
+    change(tmp_path / "a", target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="has adapters already"):
+        load_adapter(model, tmp_path / "a")
+    assert lora_of(model) is not None
+    assert lora_tensors(model).keys() == before.keys()
+    assert all(torch.equal(x, before[name]) for name, x in lora_tensors(model).items())
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "adapter" not in n)
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
