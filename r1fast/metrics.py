@@ -299,6 +299,8 @@ def step_line(row: Mapping[str, Any], total: int | None = None, width: int = LIN
         add(4, " cut ", "completions/clipped_ratio", _share)
         if row.get("train/steps_without_signal"):  # optimizer steps left out
             add(0, "  no signal ", "train/steps_without_signal", lambda v: f"{v:.0f}")
+        if row.get("train/updates_skipped"):
+            add(0, "  skipped ", "train/updates_skipped", lambda v: f"{v:.0f}")
     else:
         add(0, "  loss ", "loss", lambda v: f"{v:6.4f}")
         add(1, "  acc ", "accuracy", _share)

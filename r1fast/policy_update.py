@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from r1fast.policy import Policy
 from r1fast.reference import engine_logprobs, make_reference
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams
-from r1fast.step_plan import Fact, Key, MiniBatch, StepPlan
+from r1fast.step_plan import Fact, Key, MiniBatch, StepPlan, check_groups
 from r1fast.training import (
     Trainer,
     cost_per_token,
@@ -104,13 +105,12 @@ class PolicyUpdate(Trainer):
 
     def update(self, groups: list[RolloutGroup], step: int) -> dict[str, float]:
         """One pass (or `num_iterations`) over a rollout. Returns the metrics of the training part."""
-        g, G = self.config.grpo, self.config.rollout.num_generations
-        for group in groups:
-            if len(group.completions) != G:
-                raise ValueError(
-                    f"problem {group.problem.id!r} has {len(group.completions)} completions, "
-                    f"rollout.num_generations is {G}"
-                )
+        g = self.config.grpo
+        check_groups(
+            groups,
+            num_generations=self.config.rollout.num_generations,
+            vocab_size=self.model.spec.vocab_size,
+        )
         sequences, plan = self._plan(groups)
         split = f"{self.config.seed}/split/{step}/"
         if self.world_size > 1 and g.balance_ranks:
@@ -155,6 +155,7 @@ class PolicyUpdate(Trainer):
         row |= mismatch | {
             "learning_rate": lr,
             "train/steps_without_signal": num_parts - len(norms),
+            "train/updates_skipped": sum(not math.isfinite(norm) for norm in norms),
             "train/old_logprobs_recomputed": int(replaced),
         }
         return row | self.read_norms(norms)
@@ -363,6 +364,7 @@ class PolicyUpdate(Trainer):
             except NonFiniteError as error:
                 warn(str(error))
                 self.optimizer.spoil()
+                totals["loss"] = diffs.new_tensor(math.nan)  # there is none, on any rank
                 continue
             with self.timer.part("backward"):
                 loss.backward()

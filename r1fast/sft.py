@@ -168,6 +168,7 @@ class SFTTrainer(Trainer):
             except NonFiniteError as error:
                 warn(str(error))
                 self.optimizer.spoil()
+                sums["loss"] = math.nan  # there is none, on any rank
                 continue
             with self.timer.part("backward"):
                 loss.backward()

@@ -3,14 +3,45 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 from r1fast.config import GRPOConfig
+from r1fast.types import RolloutGroup
 
 Key = tuple[int, int]  # (position of the group in the step, sample)
+
+
+def check_groups(groups: Sequence[RolloutGroup], *, num_generations: int, vocab_size: int) -> None:
+    """Raises ValueError, with problem and completion, for groups that no engine gives: what is dropped too."""
+    for group in groups:
+        name = f"problem {group.problem.id!r}"
+        if len(group.completions) != num_generations:
+            raise ValueError(
+                f"{name} has {len(group.completions)} completions, "
+                f"rollout.num_generations is {num_generations}"
+            )
+        _check_ids(f"{name}, prompt", group.prompt_ids, vocab_size)
+        for i, completion in enumerate(group.completions):
+            what, n = f"{name}, completion {i}", len(completion.token_ids)
+            _check_ids(what, completion.token_ids, vocab_size)
+            if len(completion.logprobs) != n:
+                raise ValueError(
+                    f"{what}: {len(completion.logprobs)} log-probabilities for {n} tokens; every token "
+                    "needs that of the policy that sampled it"
+                )
+
+
+def _check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
+    if not ids:
+        raise ValueError(f"{what} is empty")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        n = next(n for n, token in enumerate(ids) if not 0 <= token < vocab_size)
+        raise ValueError(
+            f"{what}: token {n} has the id {ids[n]}; the model's are 0 to {vocab_size - 1}"
+        )
 
 
 class Fact(NamedTuple):

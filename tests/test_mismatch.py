@@ -89,6 +89,23 @@ def test_the_default_bound_lies_between_rounding_and_an_error(tmp_path, dtype):
     assert all(10 * row["logprob_mismatch/mean"] < trainer.max_mismatch for row in rows)
 
 
+def test_one_token_far_off_is_no_mismatch_of_the_forwards(tmp_path):
+    """The mean decides: the largest is one token's, and the step keeps the sampler's."""
+    trainer = make_trainer(tmp_path, BOUND)
+    real = trainer.rollout
+
+    def rollout(step):
+        groups = real(step)
+        groups[0].completions[0].logprobs[0] += 1.0
+        return groups
+
+    trainer.rollout = rollout
+    row = trainer.train_step(0)
+    assert row["logprob_mismatch/max"] == pytest.approx(1, abs=1e-3)
+    assert row["logprob_mismatch/mean"] < trainer.max_mismatch == 0.05
+    assert row["train/old_logprobs_recomputed"] == 0
+
+
 def test_a_step_in_which_nothing_is_forwarded_has_nothing_to_compare(tmp_path):
     trainer = make_trainer(tmp_path, BOUND, "--grpo.kl_coef=0", off=0.2)
     trainer.scorer.reward = lambda ids: 1.0

@@ -1,9 +1,10 @@
 """Mini-batches of a step: every completion once, the same on all ranks, denominators as stated."""
 
 import pytest
-from tiny import tiny_config
+from tiny import TokenScorer, random_groups, tiny_config, tiny_policy, tiny_problems
 
 from r1fast.step_plan import Fact, StepPlan
+from r1fast.trainer import GRPOTrainer
 
 G = 4
 
@@ -62,3 +63,38 @@ def test_nothing_at_all_is_as_many_empty_mini_batches():
     config = tiny_config("--grpo.num_mini_batches=3").grpo
     parts = StepPlan({}, config, drops=True).mini_batches("0/0")
     assert [(part.keys, part.live, part.num_tokens) for part in parts] == [([], [], 0)] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g, c: c.logprobs.pop(), r"'g1', completion 2: {short} log-probabilities for {n} tokens"),
+        (lambda g, c: c.logprobs.append(-1.0), r"'g1', completion 2: {long} log-probabilities for {n} "),
+        (lambda g, c: c.token_ids.__setitem__(-1, 10**6), r"'g1', completion 2: token {last} has the id 10+; "
+                                                         r"the model's are 0 to 319"),
+        (lambda g, c: c.token_ids.__setitem__(0, -5), r"'g1', completion 2: token 0 has the id -5"),
+        (lambda g, c: c.token_ids.__setitem__(0, 320), r"'g1', completion 2: token 0 has the id 320"),
+        (lambda g, c: (c.token_ids.clear(), c.logprobs.clear()), r"'g1', completion 2 is empty"),
+        (lambda g, c: g.prompt_ids.append(320), r"'g1', prompt: token {prompt} has the id 320"),
+        (lambda g, c: g.prompt_ids.clear(), r"'g1', prompt is empty"),
+        (lambda g, c: g.completions.pop(), r"'g1' has 3 completions, rollout.num_generations is 4"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("has_signal", [True, False])
+def test_malformed_groups_are_named(tmp_path, change, message, has_signal):
+    """Also where the completion would have been dropped, its advantage being 0."""
+    policy = tiny_policy()
+    assert policy.model.spec.vocab_size == 320
+    trainer = GRPOTrainer(
+        policy, tiny_config("--grpo.kl_coef=0"), tmp_path, tiny_problems(), TokenScorer()
+    )
+    groups = random_groups(3, 4, 320)
+    for group in groups:
+        for i, reward in enumerate(group.rewards):
+            reward.total = float(has_signal * i)
+    n, prompt = len(groups[1].completions[2].token_ids), len(groups[1].prompt_ids)
+    change(groups[1], groups[1].completions[2])
+    named = message.format(n=n, short=n - 1, long=n + 1, last=n - 1, prompt=prompt)
+    with pytest.raises(ValueError, match=f"^problem {named}"):
+        trainer.update(groups, 0)
+    assert trainer.optimizer_step == 0

@@ -8,7 +8,9 @@ import torch
 from tiny import TokenScorer, random_groups, tiny_config, tiny_policy, tiny_problems
 
 from r1fast.config import RewardConfig, TemplateConfig
-from r1fast.metrics import read_metrics
+from r1fast.metrics import read_metrics, step_line
+from r1fast.recording import read_recording
+from r1fast.report import write_report
 from r1fast.rewards.score import RewardScorer
 from r1fast.trainer import GRPOTrainer
 from r1fast.types import Problem
@@ -266,6 +268,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_five_in_a_row_stop(tmp_pat
     for attempt in range(1, 5):
         row = trainer.update(groups, attempt)
         assert not math.isfinite(row["grad_norm"])
+        assert math.isnan(row["loss"])
+        assert row["train/updates_skipped"] == 1
+        assert row["train/steps_without_signal"] == 0
         assert trainer.num_skipped == attempt
     assert_same_tensors(dict(policy.model.named_parameters()), before)
     assert "gradient is not finite, update skipped" in " ".join(capsys.readouterr().err.split())
@@ -274,6 +279,38 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_five_in_a_row_stop(tmp_pat
     with pytest.raises(FloatingPointError, match="5 gradients in a row were not finite"):
         for attempt in range(5):
             trainer.update(groups, attempt)
+
+
+@pytest.mark.parametrize("budget", [10_000, 40])
+def test_a_skipped_update_is_in_its_row_and_in_the_report(tmp_path, budget):
+    """One micro-batch of several is enough; what is written is JSON, which has no NaN."""
+    trainer = make_trainer(
+        tmp_path, f"--grpo.token_budget={budget}", "--grpo.num_steps=3", '--log.record="2"'
+    )
+    real = trainer.rollout
+
+    def rollout(step):
+        groups = real(step)
+        if step == 1:
+            groups[0].completions[0].logprobs[0] = math.nan
+        return groups
+
+    trainer.rollout = rollout
+    trainer.run()
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [row["train/updates_skipped"] for row in rows] == [0, 1, 0]
+    assert [row["loss"] is None for row in rows] == [False, True, False]
+    assert set(rows[1]["nonfinite"]) >= {"loss", "grad_norm"}
+    assert [("skipped 1" in step_line(row)) for row in rows] == [False, True, False]
+    assert math.isnan(read_recording(tmp_path, 2).state["row"]["loss"])
+    (tmp_path / "manifest.json").write_text("{}")
+    write_report(tmp_path)
+    assert "NaN" not in (tmp_path / "report.html").read_text()
 
 
 def test_general_prompts_join_in_the_last_steps_only(tmp_path):
