@@ -11,7 +11,7 @@ trained, token for token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from r1fast.config import LoraConfig
 from r1fast.config_check import lora_targets
+from r1fast.kernels.linear import linear_fwd
 from r1fast.kernels.lora_linear import lora_linear
 
 
@@ -38,6 +39,7 @@ class Adapter(nn.Module):
         self.A = nn.Parameter(torch.empty(len(self.parts) * lora.rank, in_features, **factory))
         self.B = nn.Parameter(torch.zeros(num_out, lora.rank, **factory))
         self.instead: tuple[Tensor, Tensor] | None = None  # of A and B, see `exchanged`
+        self.stack: tuple[Tensor, Tensor] | None = None  # of both, see `with_stacks`
         self.is_on = True
 
     @property
@@ -46,6 +48,9 @@ class Adapter(nn.Module):
         return (self.instead or (self.A, self.B)) if self.is_on else None
 
     def forward(self, x: Tensor, linear: nn.Linear) -> Tensor:  # (T, D) -> (T, N)
+        if self.stack is not None:
+            A, B = self.stack
+            return linear_fwd(x, linear.weight, linear.bias).addmm_(linear_fwd(x, A, None), B.t())
         A, B = self.factors
         parts = list(self.parts.values())
         return lora_linear(x, linear.weight, linear.bias, A, B, parts, self.scale)
@@ -63,7 +68,7 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def stacked(self, num_out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """(P r, D) and (N, P r) for a forward that packs its weights: y = x W^T + (x A^T) B^T.
+        """(P r, D) and (N, P r) for a forward without gradients: y = x W^T + (x A^T) B^T.
 
         The factors as they count now, rounded as in `lora_linear`; B has the scale and is block-diagonal.
         """
@@ -181,6 +186,29 @@ def exchanged(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
     finally:
         for adapter in named.values():
             adapter.instead = None
+
+
+def stacks(model: nn.Module) -> list[tuple[Tensor, Tensor] | None]:
+    """`Adapter.stacked` of every adapter."""
+    return [
+        linear.adapter.stacked(len(linear.weight), linear.weight.dtype)
+        for layer in model.layers
+        for linear, _, _ in layer.projections()
+        if linear.adapter is not None
+    ]
+
+
+@contextmanager
+def with_stacks(model: nn.Module, stacks: Sequence[tuple[Tensor, Tensor] | None]) -> Iterator[None]:
+    """Within it adapters count as in `stacks`, and are two products a layer. Without gradients."""
+    found = [adapter for _, adapter in adapters(model)]
+    try:
+        for adapter, stack in zip(found, stacks, strict=True):
+            adapter.stack = stack
+        yield
+    finally:
+        for adapter in found:
+            adapter.stack = None
 
 
 def lora_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -264,6 +264,50 @@ def test_the_sampler_has_the_policy_that_is_trained(monkeypatch, family, name, n
         torch.testing.assert_close(torch.as_tensor(actual), expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LORA)
+def test_without_the_native_forward_sampling_stacks_the_factors(monkeypatch, name, dtype):
+    """Once for each version: two products a layer, whatever the number of its parts, as near as training's."""
+    from r1fast import lora
+
+    monkeypatch.setattr("r1fast.rollout.runner.is_supported", lambda model: False)
+    model = with_lora(tiny_model("qwen3").to(dtype), LORA[name], std=0.1)
+    engine = Engine(model, [3])
+    calls = {"stacked": 0, "lora_linear": 0}
+
+    def count(owner, key):
+        real = getattr(owner, key)
+
+        def counted(*args, **kwargs):
+            calls[key] += 1
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, key, counted)
+
+    count(lora.Adapter, "stacked")
+    count(lora, "lora_linear")
+    rows = []
+    for _ in range(2):
+        (group,) = engine.generate([[4, 5, 6]], 2, SamplingParams(max_tokens=6), seed=1)
+        rows.append([c.logprobs for c in group.completions])
+    assert rows[0] == rows[1]
+    assert calls == {"stacked": len(list(adapters(model))), "lora_linear": 0}
+    x = torch.randn(5, model.spec.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    linear = model.layers[0].qkv
+    with torch.no_grad():
+        plain = linear(x)
+        with lora.with_stacks(model, lora.stacks(model)):
+            stacked = linear(x)
+        exact = x.double() @ linear.weight.double().T
+        for part, (start, end) in linear.adapter.parts.items():
+            A, B = linear.adapter.of_part(part)
+            exact[:, start:end] += linear.adapter.scale * (x.double() @ A.double().T @ B.double().T)
+    if linear.bias is not None:
+        exact += linear.bias.double()
+    assert (stacked - exact).norm() <= 1.5 * (plain - exact).norm()
+    assert all(adapter.stack is None for _, adapter in adapters(model))
+
+
 needs_native = pytest.mark.skipif(not is_supported(tiny_model()), reason="needs AVX-512")
 needs_bf16 = pytest.mark.skipif(
     not is_supported(tiny_model().to(torch.bfloat16)), reason="needs AVX512-BF16"

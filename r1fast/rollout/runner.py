@@ -14,6 +14,7 @@ from torch import Tensor
 
 from r1fast.kernels.attention import PackedAttention
 from r1fast.kernels.paged_attention import DecodePlan, paged_attention, read_kv
+from r1fast.lora import stacks, with_stacks
 from r1fast.model import Decoder
 from r1fast.rollout.cuda_graphs import Capture, CudaCapture, DecodeGraphs
 from r1fast.rollout.decode_step import DecodeStep, Inputs, slots_of
@@ -55,6 +56,7 @@ class Runner:
         not graphs that read them where they still are.
         """
         self._native: NativeForward | None = None
+        self._stacks: list | None = None  # of adapters, for the model's own forward on a CPU
         self.device = self.model.head_weight.device
         self.is_native = is_supported(self.model)
         if self.batch_invariant and not self.is_native:
@@ -152,7 +154,12 @@ class Runner:
             cache.write(layer, k, v, x.slots)
             return attend(layer, q)
 
-        return self.model(x.tokens, x.positions, write_and_attend)
+        if self.device.type != "cpu":  # graphs read the adapters where they lie
+            return self.model(x.tokens, x.positions, write_and_attend)
+        if self._stacks is None:
+            self._stacks = stacks(self.model)
+        with with_stacks(self.model, self._stacks):
+            return self.model(x.tokens, x.positions, write_and_attend)
 
     def _tensor(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.device, non_blocking=True)
