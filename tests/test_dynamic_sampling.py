@@ -207,6 +207,40 @@ def test_without_any_signal_there_is_no_step(tmp_path):
     assert trainer.train_step(1)["grad_norm"] > 0
 
 
+def test_a_run_without_any_signal_ends_and_resumes(tmp_path):
+    """Each step draws max_rollout_factor batches and no more; the weights stay, the schedule goes on."""
+
+    class Crashing(ByDraw):
+        def score(self, groups, step_from_end=None):
+            if step_from_end == 1:
+                raise InterruptedError
+            super().score(groups, step_from_end)
+
+    def never(draw):
+        return False
+
+    overrides = ("--checkpoint.every_steps=2", "--optim.weight_decay=0.1",
+                 "--grpo.max_rollout_factor=2", "--rollout.max_completion_tokens=8")  # fmt: skip
+    whole = make_trainer(tmp_path / "whole", *overrides, scorer=ByDraw(never))
+    before = weights(whole)
+    whole.run()
+    with pytest.raises(InterruptedError):
+        make_trainer(tmp_path / "parts", *overrides, scorer=Crashing(never)).run()
+    parts = make_trainer(tmp_path / "parts", *overrides, scorer=ByDraw(never))
+    assert parts.step == parts.optimizer_step == 2
+    parts.run()
+    for trainer in (whole, parts):
+        assert all(torch.equal(before[name], x) for name, x in weights(trainer).items())
+        assert trainer.optimizer_step == 4
+    of_process = ("tokens_per_second", "rollout/cache_mib")  # the most that its engine ever held
+    rows = [[{k: v for k, v in row.items() if "time" not in k and k not in of_process}
+             for row in read_metrics(tmp_path / name)] for name in ("whole", "parts")]  # fmt: skip
+    assert rows[0] == rows[1]
+    assert [row["rollout/groups_generated"] for row in rows[0]] == [8] * 4
+    assert [row["rollout/groups_missing"] for row in rows[0]] == [4] * 4
+    assert [row["train/steps_without_signal"] for row in rows[0]] == [1] * 4
+
+
 def test_a_small_data_set_is_drawn_once(tmp_path):
     trainer = make_trainer(tmp_path, num_problems=10, scorer=ByDraw(lambda draw: False))
     assert rollout_metrics(trainer)[1]["groups_generated"] == 10

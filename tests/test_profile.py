@@ -118,6 +118,27 @@ def test_a_run_that_stops(tmp_path):
     assert stored(tmp_path / "signal")["steps"] == [4]
 
 
+def test_a_profile_of_a_run_that_goes_on_changes_nothing(tmp_path):
+    """Adapters and their reference, interrupted among the traced steps, go on as if neither had been."""
+    overrides = ("--lora.rank=3", "--optim.lr=0.01", "--grpo.ref_refresh_steps=3",
+                 "--grpo.num_steps=6", "--checkpoint.every_steps=2")  # fmt: skip
+    whole = grpo(tmp_path / "whole", *overrides)
+    whole.run()
+    overrides += ("--log.profile_steps=2",)
+    with pytest.raises(Stopped):
+        grpo(tmp_path / "parts", *overrides, scorer=StoppingScorer(2)).run()
+    assert stored(tmp_path / "parts")["steps"] == [2]
+    parts = grpo(tmp_path / "parts", *overrides)
+    assert parts.step == 2
+    parts.run()
+    assert stored(tmp_path / "parts")["steps"] == [4, 5]
+    assert_same_tensors(dict(whole.model.named_parameters()), dict(parts.model.named_parameters()))
+    assert_same_tensors(whole.optimizer.state_tensors(), parts.optimizer.state_tensors())
+    assert_same_tensors(whole.reference.tensors(), parts.reference.tensors())
+    assert whole.reference.version == parts.reference.version == 6
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
+
+
 def test_only_the_first_rank_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "is_main", lambda: False)
     grpo(tmp_path, "--log.profile_steps=2").run()

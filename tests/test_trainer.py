@@ -313,6 +313,20 @@ def test_a_skipped_update_is_in_its_row_and_in_the_report(tmp_path, budget):
     assert "NaN" not in (tmp_path / "report.html").read_text()
 
 
+def test_an_update_leaves_nothing_of_the_weights_that_sampled(tmp_path):
+    """Neither cached prefixes nor packed weights: they would take memory until the next rollout."""
+    problems = [Problem(f"What is {i} + {i}? " * 8, str(2 * i), f"p{i}") for i in range(4)]
+    trainer = make_trainer(tmp_path, "--rollout.max_prompt_tokens=99", problems=problems)
+    groups = trainer.rollout(0)
+    assert all(len(group.prompt_ids) > 16 for group in groups)  # a block
+    trainer.scorer.score(groups)
+    assert trainer.engine.stats.blocks_cached > 0
+    trainer.update(groups, 0)
+    assert trainer.engine.stats.blocks_cached == 0
+    assert trainer.engine.runner._native is None
+    assert trainer.engine.runner._stacks is None
+
+
 def test_general_prompts_join_in_the_last_steps_only(tmp_path):
     general = [Problem(f"Say {w}", None, f"g{w}", "general") for w in ("a", "b", "c")]
     overrides = ("--grpo.num_steps=5", "--rewards.preference_last_steps=2",
