@@ -172,6 +172,23 @@ def test_strided_inputs_and_gradients():
             assert torch.equal(x, y)
 
 
+def test_heads_that_lie_apart():
+    """Elements side by side, but not heads: a slice of wider ones."""
+    lengths, prefix_of = PACKS["groups"]
+    inputs = make_inputs(lengths, 4, 2, 24)
+    wide = [torch.cat((x, torch.full_like(x, torch.nan)), 2).float() for x in inputs]
+    apart = [x[:, :, :24] for x in wide]
+    assert all(x.stride()[1:] == (48, 1) for x in apart)
+    op = native((lengths, prefix_of))
+    results = []
+    for q, k, v, dout in (apart, [x.contiguous() for x in apart]):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = op(*leaves)
+        results.append([out, *torch.autograd.grad(out, leaves, dout)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert not any(bool(x.isnan().any()) for x in results[0])
+
+
 def test_recomputed_under_checkpoint():
     pack = PACKS["groups"]
     inputs = make_inputs(pack[0], 4, 2, 16)

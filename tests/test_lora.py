@@ -202,6 +202,11 @@ def test_adapters_off_is_the_base_bit_for_bit():
                 assert torch.equal(hidden(model), hidden(base))
             assert torch.equal(hidden(model), hidden(other))
         assert not torch.allclose(hidden(model), hidden(other), atol=0.1)
+        with adapters_off(model):
+            with adapters_off(model):
+                assert torch.equal(hidden(model), hidden(base))
+            assert torch.equal(hidden(model), hidden(base))  # as it was before the inner one
+        assert not torch.allclose(hidden(model), hidden(base), atol=0.1)
 
 
 def rollout(model, ban=None, first=(), **options):
