@@ -155,7 +155,6 @@ class PolicyUpdate(Trainer):
         row |= mismatch | {
             "learning_rate": lr,
             "train/steps_without_signal": num_parts - len(norms),
-            "train/updates_skipped": sum(not math.isfinite(norm) for norm in norms),
             "train/old_logprobs_recomputed": int(replaced),
         }
         return row | self.read_norms(norms)
