@@ -6,7 +6,9 @@ commands
   sft        supervised fine-tuning on data.sft (or on GSM8K-style data.train)
   distill    the same, of a smaller model on the kept samples of a larger one
   sample     rejection sampling: correct and readable completions as JSONL
-  evaluate   pass@1 over k samples, cons@k, format, language, length
+  evaluate   CONFIG or MODEL: pass@k, cons@k, format, language, length; every sample stored
+             [--preset NAME --data FILE [--baseline FILE]] [--judge-url URL --judge-model NAME]
+             --rescore RUN: grade stored samples again; --compare RUN_A RUN_B: is b better? [--json]
   reward-model  helpfulness from data.preference (pairwise), safety from data.safety (pointwise)
   preferences   pairs for data.preference, by a judge, of prompts in data.general
   win-rate   responses against the reference answers of data.general, by a judge in both orders
@@ -39,14 +41,14 @@ import os
 import sys
 
 CONFIG_COMMANDS = (
-    "pipeline", "grpo", "sft", "distill", "sample", "evaluate", "reward-model", "preferences",
-    "win-rate", "plan",
+    "pipeline", "grpo", "sft", "distill", "sample", "reward-model", "preferences", "win-rate", "plan",
 )  # fmt: skip
-COMMANDS = (*CONFIG_COMMANDS, "report", "replay", "generate", "merge", "serve")
+COMMANDS = (*CONFIG_COMMANDS, "evaluate", "report", "replay", "generate", "merge", "serve")
 _SAMPLING = "temperature top-p top-k min-p repetition-penalty max-tokens min-tokens seed"
 OPTIONS = {
     "plan": ["stage", "gpu", "ranks", "completion-tokens"],
     "pipeline": ["from", "only"],
+    "evaluate": "preset data baseline judge-url judge-model rescore compare json".split(),
     "replay": ["step", "json"],
     "generate": f"prompt num {_SAMPLING} stop stop-token-id json top-logprobs".split(),
     "merge": ["adapter", "out"],
@@ -90,9 +92,14 @@ def parse(argv: list[str]) -> tuple[str, str, list[str], Options]:
             raise ValueError(
                 f"unknown option {word!r}; known: {names}, --section.key=value, --help"
             )
+    if command == "evaluate" and "rescore" in options:
+        positional.append(options["rescore"])
     if len(positional) != 1:
+        if "compare" in options:
+            raise ValueError(f"--compare takes two run folders, got {1 + len(positional)}")
         what = {"report": "a run folder", "replay": "a run folder", "generate": "a config file or a model",
                 "merge": "a config file or a model", "serve": "a config file or a model",
+                "evaluate": "a config file or a model",
                 }.get(command, "a config file")  # fmt: skip
         raise ValueError(f"r1fast {command} takes {what}, got {len(positional)}: {positional}")
     return command, positional[0], overrides, options
@@ -102,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help") or "--help" in argv or "-h" in argv:
         sys.stdout.write(__doc__)
-        if argv and argv[0] in CONFIG_COMMANDS:
+        if argv and argv[0] in (*CONFIG_COMMANDS, "evaluate"):
             from r1fast.config_keys import describe_keys
 
             sys.stdout.write(f"\nThe config, with its defaults:\n\n{describe_keys()}\n")
@@ -115,6 +122,10 @@ def main(argv: list[str] | None = None) -> int:
             from r1fast.config import load_config
 
             target = load_config(target, overrides)  # before torch: a typo answers at once
+        elif command == "evaluate" and not options.keys() & {"rescore", "compare"}:
+            from r1fast.config import load_config
+
+            load_config(target if target.endswith(".toml") else None, overrides)
         from r1fast import commands
 
         commands.run(command, target, overrides, options)

@@ -88,8 +88,9 @@ def _rl_2_keeps(sft: dict, rl: dict, demo: bool) -> tuple[str, bool]:
 def _distilled_accuracy(distilled: dict, rl: dict, demo: bool) -> tuple[str, bool]:
     a, b = distilled["pass@1"], rl["pass@1"]
     # "no lower": within the error of the difference of two measured means
-    error = (distilled["pass@1_stderr"] ** 2 + rl["pass@1_stderr"] ** 2) ** 0.5
-    errors = (distilled["pass@1_stderr"], rl["pass@1_stderr"])
+    # one problem has no error to estimate
+    errors = (distilled["pass@1_stderr"] or 0.0, rl["pass@1_stderr"] or 0.0)
+    error = (errors[0] ** 2 + errors[1] ** 2) ** 0.5
     return f"{a:.3f} ±{errors[0]:.3f} against {b:.3f} ±{errors[1]:.3f}", a >= b - 2 * error
 
 

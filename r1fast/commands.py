@@ -15,6 +15,8 @@ from r1fast.assemble import (
 from r1fast.config import Config, to_dict
 from r1fast.data import Example, detect_format, gsm8k_examples, load_examples
 from r1fast.evaluate import evaluate, short_evaluation
+from r1fast.evaluate_command import run_evaluate
+from r1fast.evaluation_table import show_evaluation
 from r1fast.generate import Options, generate, model_config
 from r1fast.hf_folder import read_json, resolve_model_path, write_json
 from r1fast.metrics import say, table
@@ -45,6 +47,8 @@ def run(command: str, target: Config | str, overrides: list[str], options: Optio
                 plan_config(target, options)
             else:
                 _COMMANDS[command](target, force)
+        elif command == "evaluate":
+            run_evaluate(target, overrides, options)
         elif command == "report":
             say(f"report: {write_report(target)}")
         elif command == "replay":
@@ -107,7 +111,7 @@ def _grpo(config: Config, force: bool) -> None:
         folder = _begin(config, "grpo")
         trainer.run()
         if held_out:
-            _show_eval(
+            show_evaluation(
                 evaluate(policy, held_out, config, scorer, folder=folder, title="evaluation")
             )
     _finish(folder)
@@ -122,7 +126,7 @@ def _sft(config: Config, force: bool, command: str = "sft") -> None:
     trainer.run()
     if held_out:
         with make_scorer(config, tokenizer=policy.tokenizer, rules_only=True) as scorer:
-            _show_eval(
+            show_evaluation(
                 evaluate(policy, held_out, config, scorer, folder=folder, title="evaluation")
             )
     _finish(folder)
@@ -161,19 +165,6 @@ def _sample(config: Config, force: bool) -> None:
         rows = [["kept", accounting["kept"]], *accounting["dropped"].items()]
         table(f"{accounting['sampled']} completions", ["what became of them", "number"], rows)
     say(f"\nkept samples: {folder / 'sampled.jsonl'}")
-
-
-def _evaluate(config: Config, force: bool) -> None:
-    policy = _policy(config)
-    _, held_out = problem_sets(config)
-    if not held_out:
-        raise ValueError(
-            "data.eval is empty: name a file of problems, for instance gsm8k test.jsonl"
-        )
-    with make_scorer(config, tokenizer=policy.tokenizer, rules_only=True) as scorer:
-        folder = _begin(config, "evaluate")
-        _show_eval(evaluate(policy, held_out, config, scorer, folder=folder, title="evaluation"))
-    _finish(folder)
 
 
 def _reward_model(config: Config, force: bool) -> None:
@@ -240,30 +231,6 @@ def _win_rate(config: Config, force: bool) -> None:
     say(f"\ncomparisons: {folder / 'comparisons.jsonl'}")
 
 
-def _show_eval(result: dict) -> None:
-    rows = []
-    for key, name in (
-        ("pass@1", "pass@1"),
-        ("cons@k", f"cons@{result['k']}"),
-        ("format_rate", "format"),
-        ("language_share", "target language"),
-        ("wait_rate", "re-checks"),
-        ("mean_length", "mean length, tokens"),
-        ("clip_rate", "cut off"),
-    ):
-        value = result.get(key)
-        if value is not None:
-            error = f" ±{result['pass@1_stderr']:.3f}" if key == "pass@1" else ""
-            rows.append([name, f"{value:.1f}" if key == "mean_length" else f"{value:.3f}{error}"])
-    verdicts = ", ".join(f"{n} {name}" for name, n in result.get("verdicts", {}).items())
-    table(
-        f"{result['num_problems']} problems, {result['k']} samples each",
-        ["", "value"],
-        rows,
-        f"verdicts: {verdicts}" if verdicts else (),
-    )
-
-
 def _finish(folder: Path) -> None:
     if distributed.is_main():
         report_on(folder)
@@ -311,7 +278,6 @@ _COMMANDS = {
     "sft": _sft,
     "distill": _distill,
     "sample": _sample,
-    "evaluate": _evaluate,
     "reward-model": _reward_model,
     "preferences": _preferences,
     "win-rate": _win_rate,

@@ -1,13 +1,16 @@
 import json
 import math
+from fractions import Fraction
+from itertools import combinations
 from types import SimpleNamespace
+from zlib import crc32
 
 import pytest
 from tiny import TokenScorer, tiny_config, tiny_policy, tiny_problems
 
 from r1fast.config import RewardConfig, TemplateConfig
 from r1fast.data import read_jsonl
-from r1fast.evaluate import evaluate, sample_groups, summarise, vote
+from r1fast.evaluate import evaluate, pass_at_k, sample_groups, summarise, vote
 from r1fast.rewards.score import RewardScorer
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.types import Problem
@@ -78,7 +81,10 @@ def test_summary_by_hand():
 def test_errors_of_one_problem_and_one_sample():
     s = summarise([row()], same)
     assert s["pass@1"] == s["cons@k"] == 1
-    assert s["pass@1_stderr"] == s["pass@1_run_stderr"] == 0
+    assert s["pass@1_stderr"] is s["pass@1_run_stderr"] is None  # nothing to estimate them from
+    s = summarise([row("a"), row("a", "wrong"), row("b"), row("b")], same)
+    assert s["pass@1_stderr"] == pytest.approx(math.sqrt(1 / 8 / 2))
+    assert s["pass@1_run_stderr"] == pytest.approx(math.sqrt(1 / 4) / 2)
     s = summarise([row("a", None, None)], same)
     assert "pass@1" not in s
     assert s["clip_rate"] == 0
@@ -107,12 +113,110 @@ def test_the_error_is_that_of_repeated_runs():
 
 
 def test_subsets():
-    rows = [row("a", subset="algebra"), row("b", "wrong", subset="geometry"), row("c")]
-    assert summarise(rows, same)["subsets"] == {"algebra": 1.0, "geometry": 0.0}
+    rows = [row("a", subset="algebra"), row("b", "wrong", subset="geometry"), row("c"),
+            row("d", "wrong", subset="algebra", num_tokens=30, finish_reason="length")]  # fmt: skip
+    found = summarise(rows, same)["subsets"]
+    assert list(found) == ["algebra", "geometry"]
+    algebra = found["algebra"]
+    assert (algebra["num_problems"], algebra["pass@1"], algebra["cons@k"]) == (2, 0.5, 0.5)
+    assert (algebra["mean_length"], algebra["clip_rate"]) == (20, 0.5)
+    assert algebra["pass@1_stderr"] == pytest.approx(0.5)
+    assert found["geometry"]["pass@1"] == 0
+
+
+def brute_force(n: int, c: int, k: int) -> Fraction:
+    draws = list(combinations([True] * c + [False] * (n - c), k))
+    return Fraction(sum(map(any, draws)), len(draws))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 9])
+def test_pass_at_k_is_what_counting_all_draws_gives(n):
+    for c in range(n + 1):
+        for k in range(1, n + 1):
+            assert pass_at_k(n, c, k) == pytest.approx(float(brute_force(n, c, k)), rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "k"),
+    [(64, 3, 16), (1000, 1, 1), (1000, 999, 2), (10**6, 1, 3), (5000, 7, 2500), (5000, 2400, 1)],
+)
+def test_pass_at_k_keeps_its_digits(n, c, k):
+    whole = math.comb(n, k)
+    exact = Fraction(whole - math.comb(n - c, k), whole)
+    assert pass_at_k(n, c, k) == pytest.approx(float(exact), rel=1e-12)
+
+
+def test_pass_at_k_refuses_what_cannot_be():
+    for n, c, k in [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5), (0, 0, 1)]:
+        with pytest.raises(ValueError, match=r"0 <= c <= n and 1 <= k <= n, got"):
+            pass_at_k(n, c, k)
+
+
+def test_the_curve():
+    rows = [
+        row(p, "correct" if i < c else "wrong") for p, c in (("a", 1), ("b", 6)) for i in range(6)
+    ]
+    s = summarise(rows, same)
+    assert [k for k in s if k.startswith("pass@") and not k.endswith("stderr")] == [
+        "pass@1", "pass@2", "pass@4", "pass@6",
+    ]  # fmt: skip
+    assert s["pass@2"] == pytest.approx((1 / 3 + 1) / 2)
+    assert s["pass@6"] == 1
+    values = [s["pass@1"], s["pass@2"], s["pass@4"], s["pass@6"]]
+    assert values == sorted(values)
+    assert s["pass@4_stderr"] == pytest.approx(math.sqrt((1 - 2 / 3) ** 2 / 2 / 2))
+
+
+def test_a_grader_that_failed_is_no_zero():
+    rows = [row("a"), row("a", "error", None), row("a", "error", None), row("b", "wrong"), row("b", "wrong"),
+            row("b", "wrong"), *[row("c", "error", None)] * 3]  # fmt: skip
+    s = summarise(rows, same)
+    assert s["pass@1"] == 0.5
+    assert (s["num_errors"], s["num_unjudged_problems"]) == (5, 1)
+    assert s["pass@1_run_stderr"] is None  # one judged sample of a tells nothing
+    assert "pass@2" not in s
+    s = summarise([row("a", "error", None)], same)
+    assert "pass@1" not in s
+    assert s["num_errors"] == 1
+
+
+def test_instructions_and_short_answers_and_pairs():
+    followed = row("a", kind="if", instructions=["x", "y"], followed=[True, False],
+                   followed_loosely=[True, True], verdict="wrong")  # fmt: skip
+    s = summarise([followed, followed | {"followed": [True, True], "verdict": "correct"}], same)
+    assert (s["prompt_strict"], s["prompt_loose"]) == (0.5, 1.0)
+    assert (s["instruction_strict"], s["instruction_loose"]) == (0.75, 1.0)
+    assert s["instructions"]["y"] == {"num": 2, "strict": 0.5, "loose": 1.0}
+    assert "cons@k" not in s
+    short = [
+        row(str(i), v, kind="qa") for i, v in enumerate(["correct", "wrong", "no_answer", "error"])
+    ]
+    s = summarise(short, same)
+    assert s["pass@1"] == pytest.approx(1 / 3)
+    assert s["attempted_rate"] == pytest.approx(2 / 3)
+    assert s["correct_given_attempted"] == 0.5
+    assert s["f_score"] == pytest.approx(2 * (1 / 3) * 0.5 / (1 / 3 + 0.5))
+    pairs = [
+        row(str(i), v, kind="open", outcome=o, score=x, summary_chars=10, baseline_chars=30)
+        for i, (o, v, x) in enumerate(
+            [
+                ("win", "correct", 1.0),
+                ("tie", "wrong", 0.5),
+                ("loss", "wrong", 0.0),
+                ("error", "error", None),
+            ]
+        )
+    ]
+    s = summarise(pairs, same)
+    assert s["win_rate"] == 0.5
+    assert s["win_rate_stderr"] == pytest.approx(0.5 / math.sqrt(3))
+    assert s["outcomes"] == {"win": 1, "tie": 1, "loss": 1, "error": 1}
+    assert (s["summary_chars"], s["baseline_chars"]) == (10, 30)
+    assert "pass@1" not in s
 
 
 class ParityScorer(TokenScorer):
-    """Correct where the first token is even; answers with it."""
+    """Correct where a checksum of the text is even; answers with the rest of it by three."""
 
     grader = SimpleNamespace(equivalent=same)
 
@@ -120,8 +224,9 @@ class ParityScorer(TokenScorer):
         super().score(groups, step_from_end)
         for group in groups:
             for c, reward in zip(group.completions, group.rewards, strict=True):
-                reward.verdict = "wrong" if c.token_ids[0] % 2 else "correct"
-                reward.answer = str(c.token_ids[0] % 3)
+                number = crc32(c.text.encode())
+                reward.verdict = "wrong" if number % 2 else "correct"
+                reward.answer = str(number % 3)
 
 
 def test_stored_samples_recompute_the_scores(tmp_path):

@@ -68,7 +68,8 @@ def test_a_large_model_without_its_weights_and_without_a_gpu(model, plan):
 def test_a_config_of_this_machine_reads_its_problems(files, plan):
     code, out, err = plan(*TINY, f"--model.path={files / 'model'}", "--completion-tokens=4",
                         f"--data.train={files / 'problems.jsonl'}",
-                        f"--data.sft={files / 'examples.jsonl'}")  # fmt: skip
+                        f"--data.sft={files / 'examples.jsonl'}",
+                        "--grpo.token_budget=4096")  # fmt: skip
     assert code == 0, err
     assert "grpo: " in out
     assert "sft: " in out

@@ -281,7 +281,9 @@ def test_same_problem_from_every_stage_highlighted(finished):
 
 
 def test_the_first_sample_is_shown_not_the_best(tmp_path):
-    _dump_rows(tmp_path / "samples.jsonl", [
+    _dump(tmp_path / "manifest.json", {"stages": [{"name": "base"}]})
+    (tmp_path / "base").mkdir()
+    _dump_rows(tmp_path / "base" / "samples.jsonl", [
         {"problem_id": "p", "sample": 1, "text": "the good one", "verdict": "correct"},
         {"problem_id": "p", "sample": 0, "text": "the first one", "verdict": "wrong"},
     ])  # fmt: skip

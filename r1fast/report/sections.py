@@ -9,6 +9,8 @@ from html import escape
 from typing import Any
 
 from r1fast.metrics import duration, metric_help
+from r1fast.report import evaluation
+from r1fast.report.browser import browser
 from r1fast.report.charts import Series, curve_chart
 from r1fast.report.page import cell, details, keys, section, table, text
 from r1fast.report.plan import plans
@@ -48,9 +50,18 @@ def body(run: Run, title: str) -> str:
     parts = (
         _heading(run, title),
         section("The claims, measured", _claims(run)),
-        section("Stages" if run.is_pipeline else "Evaluation", *_stages(run)),
+        section(
+            "Stages" if run.is_pipeline else "Evaluation",
+            *(evaluation.scores(run) if evaluation.is_evaluation(run) else _stages(run)),
+        ),
+        section("How pass@k grows with k", *evaluation.pass_curves(run)),
+        section("By subset", *evaluation.subsets(run)),
+        section("By instruction", *evaluation.instructions(run)),
         section("Training curves", *_curves(run)),
-        section("The same problems, before and after", *_problems(run)),
+        section(
+            "The same problems, before and after", *(_problems(run) if run.is_pipeline else [])
+        ),
+        section("The samples", *browser(run)),
         section("What sampling kept, and why the rest went", *map(_accounting, run.stages)),
         section("Where the time went", *_time(run), *map(_profile, run.stages)),
         section("Planned and measured", *plans(run)),
@@ -61,6 +72,7 @@ def body(run: Run, title: str) -> str:
 
 def _heading(run: Run, title: str) -> str:
     kind = "pipeline run" if run.is_pipeline else "training run"
+    kind = "evaluation" if evaluation.is_evaluation(run) else kind
     started = shown(run.manifest.get("started"))[:19].replace("T", " ")
     parts = [f'<p class="eyebrow">r1fast · {kind}{escape(" · " + started if started else "")}</p>']
     parts.append(f'<h1>{escape(title)}</h1>\n<p class="lead">{escape(_summary(run))}</p>')
@@ -91,6 +103,8 @@ def _hacking(stage: Stage) -> str:
 
 def _summary(run: Run) -> str:
     """One sentence: what changed, and whether the claims hold."""
+    if evaluation.is_evaluation(run) and (told := evaluation.summary(run)):
+        return told
     scored = [(s, number(s.eval.get("pass@1"))) for s in run.stages if s.name not in SMALL_STAGES]
     scored = [(s, score) for s, score in scored if score is not None]
     sentences = []

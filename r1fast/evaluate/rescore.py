@@ -1,0 +1,109 @@
+"""`r1fast evaluate --rescore RUN`: stored samples graded again by the graders of now, without a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from r1fast.config import Config, config_of
+from r1fast.data import read_jsonl, write_jsonl
+from r1fast.evaluate.run import completion_of_row, final_row, grader_version
+from r1fast.evaluate.statistics import by_problem, summarise
+from r1fast.hf_folder import read_json, write_json
+from r1fast.metrics import warn
+from r1fast.types import Problem, RolloutGroup
+
+
+def stored_setup(folder: str | Path) -> dict:
+    """evaluation.json of a run folder. Raises ValueError where it is no evaluated one."""
+    folder = Path(folder)
+    for name in ("samples.jsonl", "evaluation.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{str(folder)!r} has no {name}: it is no evaluated run folder")
+    return read_json(folder / "evaluation.json")
+
+
+def stored_config(setup: Mapping, overrides: list[str]) -> Config:
+    """The template and rewards that the samples were made and graded with, and overrides."""
+    values = {
+        "template": setup["template"],
+        "rewards": setup["rewards"],
+        "rollout": {"max_completion_tokens": setup["max_completion_tokens"]},
+        "eval": {"temperature": setup["temperature"], "top_p": setup["top_p"]},
+        "seed": setup["seed"],
+    }
+    return config_of(values, overrides)
+
+
+def stored_problems(folder: str | Path) -> list[Problem]:
+    path = Path(folder) / "problems.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{str(folder)!r} has no problems.jsonl: what was asked is not known")
+    return [Problem(**row) for _, row in read_jsonl(path)]
+
+
+def rescore(
+    folder: str | Path,
+    scorer: Any,
+    setup: dict,
+    *,
+    keep: Callable[[dict], bool] = lambda row: False,
+) -> dict:
+    """Grade all samples anew; samples.jsonl, eval.json and evaluation.json are replaced.
+
+    rescored.json tells what changed: the numbers before, and each verdict that is another now. Rows
+    for which `keep` says so stay as they are. Returns what rescored.json holds.
+    """
+    folder = Path(folder)
+    problems = {problem.id: problem for problem in stored_problems(folder)}
+    old = [row for _, row in read_jsonl(folder / "samples.jsonl")]
+    before = read_json(folder / "eval.json") if (folder / "eval.json").is_file() else {}
+    if unknown := sorted({row["problem_id"] for row in old} - problems.keys()):
+        raise ValueError(
+            f"samples.jsonl has problems that problems.jsonl lacks: {', '.join(unknown[:5])}"
+        )
+    groups, rows = [], []
+    for name, samples in by_problem(old).items():
+        again = [row for row in samples if not keep(row)]
+        completions = [completion_of_row(row) for row in again]
+        groups.append(RolloutGroup(problems[name], [], completions))
+        rows.append(again)
+    with scorer.as_one_call():
+        scorer.score(groups)
+    version = grader_version(scorer)
+    new = {
+        (row["problem_id"], row["sample"]): final_row(group.problem, row, reward, version)
+        for group, samples in zip(groups, rows, strict=True)
+        for row, reward in zip(samples, group.rewards, strict=True)
+    }
+    final = [new.get((row["problem_id"], row["sample"]), row) for row in old]
+    result = summarise(final, scorer.grader.equivalent)
+    result |= {name: setup[name] for name in ("temperature", "top_p", "seed")}
+    changed = [
+        {
+            "problem_id": a["problem_id"], "sample": a["sample"],
+            "before": a["verdict"], "after": b["verdict"],
+            "extracted_before": a["extracted"], "extracted_after": b["extracted"],
+        }
+        for a, b in zip(old, final, strict=True)
+        if (a["verdict"], a["extracted"], a.get("score")) != (b["verdict"], b["extracted"], b.get("score"))
+    ]  # fmt: skip
+    moves = Counter(f"{c['before']} -> {c['after']}" for c in changed if c["before"] != c["after"])
+    told = {
+        "grader_before": setup.get("grader", ""),
+        "grader": version,
+        "num_samples": len(old),
+        "num_changed": len(changed),
+        "moves": dict(moves),
+        "eval_before": before,
+        "changed": changed,
+    }
+    if errors := sum(row["verdict"] == "error" for row in final):
+        warn(f"{errors} of {len(final)} samples could not be judged")
+    write_json(folder / "rescored.json", told)
+    write_jsonl(folder / "samples.jsonl", final)
+    write_json(folder / "eval.json", result)
+    write_json(folder / "evaluation.json", setup | {"grader": version})
+    return told

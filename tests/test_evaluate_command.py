@@ -1,0 +1,267 @@
+"""`r1fast evaluate` from the command line: presets, a judge over HTTP, rescoring, comparing, the page."""
+
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from tiny import tiny_checkpoint
+
+from r1fast.__main__ import main, parse
+from r1fast.data import read_jsonl, write_jsonl
+from r1fast.evaluate_command import evaluation_config
+from r1fast.report.browser import MAX_CHARS, MAX_SAMPLES, choose
+from r1fast.report.evaluation import curve
+
+TINY = [
+    "--rollout.max_completion_tokens=8",
+    "--model.device=cpu",
+    "--rollout.max_prompt_tokens=700",
+]
+GSM8K = [{"question": f"What is {i} + 1?", "answer": f"so\n#### {i + 1}"} for i in range(4)]
+MMLU = [
+    {"question": f"{i}?", "subject": f"s{i % 2}", "choices": ["1", "2"], "answer": i % 2}
+    for i in range(4)
+]
+IFEVAL = [{"key": i, "prompt": f"Say {i}", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+          for i in range(3)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    tiny_checkpoint(folder / "model", max_position_embeddings=1024)
+    for name, rows in (("gsm8k", GSM8K), ("mmlu", MMLU), ("ifeval", IFEVAL)):
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    return folder
+
+
+def go(files, *words, out) -> int:
+    return main(["evaluate", *map(str, words), *TINY, f"--output_dir={out}"])
+
+
+def read(folder, name="eval.json") -> dict:
+    return json.loads((folder / name).read_text())
+
+
+def test_a_preset_of_a_model_by_itself(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    words = [files / "model", "--preset", "gsm8k", "--data", files / "gsm8k.jsonl"]
+    assert go(files, *words, out=tmp_path) == 0
+    shown = capsys.readouterr()
+    assert "4 problems, 4 samples each" in shown.out
+    assert (
+        max(map(len, shown.out.splitlines())) <= 100
+    )  # the path of the report is as long as it is
+    assert "template: chat; answers are read by protocol think" in " ".join(shown.err.split())
+    result, setup = read(tmp_path), read(tmp_path, "evaluation.json")
+    assert (result["temperature"], result["top_p"], result["k"]) == (0.6, 0.95, 4)
+    assert {"pass@1", "pass@2", "pass@4", "cons@k", "pass@1_run_stderr"} <= result.keys()
+    assert (setup["preset"], setup["template"]["name"]) == ("gsm8k", "chat")
+    assert setup["grader"].startswith("math-")
+    assert read(tmp_path, "manifest.json")["preset"] == "gsm8k"
+    page = (tmp_path / "report.html").read_text()
+    assert "How pass@k grows with k" in page
+    # what the command line says goes before the preset
+    assert go(files, *words, "--eval.num_samples=2", "--eval.temperature=0", out=tmp_path) == 0
+    assert (read(tmp_path)["k"], read(tmp_path)["temperature"]) == (2, 0)
+
+
+def test_rescore_and_compare(files, tmp_path, capsys):
+    words = ["--data", files / "gsm8k.jsonl", "--preset=gsm8k"]
+    for seed in (0, 1):
+        assert go(files, files / "model", *words, f"--seed={seed}", out=tmp_path / str(seed)) == 0
+    # what was sampled is given another text: the right answer
+    path = tmp_path / "1" / "samples.jsonl"
+    rows = [
+        row | {"text": f"The answer is \\boxed{{{row['answer']}}}."} for _, row in read_jsonl(path)
+    ]
+    write_jsonl(path, rows)
+    capsys.readouterr()
+    assert main(["evaluate", "--rescore", str(tmp_path / "1")]) == 0
+    shown = capsys.readouterr().out
+    assert "16 samples graded again, 16 changed" in shown
+    assert read(tmp_path / "1")["pass@1"] == 1
+    assert main(["evaluate", "--compare", str(tmp_path / "0"), str(tmp_path / "1")]) == 0
+    shown = capsys.readouterr().out
+    assert "paired bootstrap over problems" in shown
+    assert max(map(len, shown.split("a = ")[0].splitlines())) <= 80
+    assert main(["evaluate", "--compare", str(tmp_path / "0"), str(tmp_path / "1"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["all"]["difference"] == pytest.approx(1 - read(tmp_path / "0")["pass@1"])
+    assert told["all"]["p_value"] < 0.01
+
+
+@pytest.mark.parametrize(("preset", "key"), [("mmlu", "pass@1"), ("ifeval", "instruction_strict")])
+def test_other_presets(files, tmp_path, capsys, preset, key):
+    assert (
+        go(
+            files,
+            files / "model",
+            "--preset",
+            preset,
+            "--data",
+            files / f"{preset}.jsonl",
+            out=tmp_path,
+        )
+        == 0
+    )
+    assert key in read(tmp_path)
+    shown = capsys.readouterr().out
+    assert ("By subset" if preset == "mmlu" else "By instruction") in shown
+    assert main(["evaluate", "--rescore", str(tmp_path)]) == 0
+    assert "0 changed" in capsys.readouterr().out
+    if preset == "ifeval":  # a random model writes no comma most of the time
+        assert read(tmp_path)["instructions"]["punctuation:no_comma"]["num"] == 12
+
+
+def test_prompts_that_do_not_fit(files, tmp_path, capsys):
+    words = [files / "model", "--preset=gsm8k", "--data", files / "gsm8k.jsonl"]
+    assert (
+        main(
+            [
+                "evaluate",
+                *map(str, words),
+                "--rollout.max_prompt_tokens=5",
+                f"--output_dir={tmp_path}",
+            ]
+        )
+        == 2
+    )
+    assert "none of the 4 prompts fits into rollout.max_prompt_tokens = 5" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+class JudgeHandler(BaseHTTPRequestHandler):
+    """An OpenAI-compatible endpoint that finds every answer right."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(body["messages"][-1]["content"])  # type: ignore[attr-defined]
+        reply = {"choices": [{"message": {"content": '{"verdict": "correct"}'}}], "usage": {}}
+        data = json.dumps(reply).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_judged_preset_asks_the_endpoint(files, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), JudgeHandler)
+    server.asked = []  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        (tmp_path / "s.csv").write_text("metadata,problem,answer\nx,Who?,Ada\n")
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        words = [files / "model", "--preset=simpleqa", f"--data={tmp_path / 's.csv'}",
+                 f"--judge-url={url}", "--judge-model=kind"]  # fmt: skip
+        assert go(files, *words, out=tmp_path / "run") == 0
+        result = read(tmp_path / "run")
+        assert result["verdicts"].get("correct", 0) + result["verdicts"].get("no_answer", 0) == 4
+        assert result["f_score"] == 1 or result["verdicts"].get("no_answer")
+        assert all("Question:\nWho?\n" in text for text in server.asked)  # type: ignore[attr-defined]
+        rows = [row for _, row in read_jsonl(tmp_path / "run" / "samples.jsonl")]
+        assert rows[0]["grader"].endswith(" kind")
+        num_asked = len(server.asked)  # type: ignore[attr-defined]
+        assert go(files, *words, out=tmp_path / "run") == 0  # nobody is asked again
+        assert len(server.asked) == num_asked  # type: ignore[attr-defined]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["MODEL"], "data.eval is empty: name a file of problems"),
+        (["MODEL", "--preset=gsm"], "unknown preset 'gsm'; known: gsm8k"),
+        (["MODEL", "--preset=gsm8k"], "--preset gsm8k needs --data FILE: test.jsonl"),
+        (["MODEL", "--preset=simpleqa", "--data=x"], "preset simpleqa is judged"),
+        (["MODEL", "--preset=gsm8k", "--data=none.jsonl"], "'none.jsonl' does not exist"),
+        (
+            ["MODEL", "--preset=simpleqa", "--data=x", "--judge-url=http://x"],
+            "needs both --judge-url and",
+        ),
+        (["MODEL", "--eval.num_sample=3"], "did you mean 'num_samples'"),
+        (["--compare", "a"], "--compare takes two run folders, got 1"),
+        (["--compare", "nowhere", "nothing"], "'nowhere' has no samples.jsonl"),
+        (["--rescore", "nowhere"], "'nowhere' has no samples.jsonl"),
+        (["--rescore", "a", "b"], "takes a config file or a model, got 2"),
+        (["--rescore=a", "--preset=gsm8k"], "two different things to do"),
+    ],
+)
+def test_wrong_words(files, tmp_path, capsys, words, message):
+    words = [str(files / "model") if word == "MODEL" else word for word in words]
+    assert main(["evaluate", *words]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_where_a_model_by_itself_is_evaluated():
+    config = evaluation_config("some/Model-1B", [], {"preset": "aime", "data": "a.jsonl"})
+    assert config.output_dir == "runs/evaluate/Model-1B-aime"
+    assert config.model.path == "some/Model-1B"
+    assert (config.eval.num_samples, config.rollout.max_completion_tokens) == (64, 32768)
+    config = evaluation_config("m", ["--output_dir=x", "--eval.num_samples=3"], {"data": "b.jsonl"})
+    assert (config.output_dir, config.data.eval, config.eval.num_samples) == ("x", "b.jsonl", 3)
+    assert parse(["evaluate", "--compare", "a", "b"]) == ("evaluate", "b", [], {"compare": "a"})
+
+
+def row(i: int, verdict: str = "correct", sample: int = 0, **changes) -> dict:
+    return {"problem_id": f"p{i}", "kind": "math", "subset": "", "prompt": f"question {i}", "answer": "1",
+            "sample": sample, "text": "text", "finish_reason": "stop", "num_tokens": 3, "extracted": "1",
+            "verdict": verdict} | changes  # fmt: skip
+
+
+def test_the_page_stays_small(tmp_path):
+    rows = [row(i, "wrong" if i % 50 == 0 else "correct", j) for i in range(1000) for j in range(2)]
+    kept = choose(rows)
+    assert len(kept) == MAX_SAMPLES
+    assert sum(r["verdict"] == "wrong" for r in kept) == 40  # all of the rare ones
+    assert len({r["problem_id"] for r in kept}) == 380  # second samples of the rare ones alone
+    long = [row(i, text="x" * 10**5, prompt="y" * 10**5) for i in range(1000)]
+    assert 0 < sum(9500 for _ in choose(long)) <= MAX_CHARS
+    (tmp_path / "manifest.json").write_text(json.dumps({"kind": "evaluate", "title": "e"}))
+    (tmp_path / "eval.json").write_text(json.dumps({"num_problems": 1000, "k": 1, "pass@1": 0.5}))
+    write_jsonl(tmp_path / "samples.jsonl", long)
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert len(page) < 2 * MAX_CHARS
+    assert re.search(r"\d+ of 1,000 samples, so that the page stays small", page)
+    assert "[94,000 characters left out]" in page
+
+
+def test_the_page_shows_each_kind_and_escapes_what_was_written(tmp_path):
+    evil = "</details><script>alert(1)</script>"
+    rows = [
+        row(0, evil, subset=evil, text=evil, prompt=evil, extracted=evil, answer=evil),
+        row(1, "wrong", kind="if", instructions=["a:b", evil], followed=[True, False],
+            followed_loosely=[True, True], extracted="missed"),
+        row(2, "wrong", kind="open", outcome="tie", score=0.5, answer=None),
+        row(3, "timeout", finish_reason="length", why=evil),
+    ]  # fmt: skip
+    (tmp_path / "manifest.json").write_text(json.dumps({"kind": "evaluate", "title": "e"}))
+    result = {"num_problems": 4, "k": 1, "win_rate": 0.5, "win_rate_stderr": None, "outcomes": {"tie": 1},
+              "subsets": {evil: {"num_problems": 1, "win_rate": 0.5}},
+              "instructions": {evil: {"num": 1, "strict": 0.0, "loose": 1.0}}}  # fmt: skip
+    (tmp_path / "eval.json").write_text(json.dumps(result))
+    write_jsonl(tmp_path / "samples.jsonl", rows)
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<script>") == 1
+    assert page.count("<details") == page.count("</details>")
+    assert "win rate is 0.500" in page
+    assert "(loosely followed)" in page
+    assert 'data-verdict="tie"' in page
+    assert 'data-cut="1"' in page
+
+
+def test_the_curve_of_a_stage():
+    found = curve(
+        {"pass@1": 0.5, "pass@16": 0.9, "pass@2": 0.6, "pass@2_stderr": 0.1, "pass@1_run_stderr": 1}
+    )
+    assert found == [(1, 0.5, None), (2, 0.6, 0.1), (16, 0.9, None)]
