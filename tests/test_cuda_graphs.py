@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, SHAPE, tiny_model
+from tiny import FAMILIES, SHAPE, has_fixed_sums, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1fast.kernels.paged_attention import DecodePlan, PagedLayout, paged_attention, write_kv
@@ -54,6 +54,8 @@ def small_buckets(monkeypatch):
 @pytest.fixture(params=["native", "model"])
 def forward(request, monkeypatch):
     """The CPU's own forward, whose rows do not depend on padding; and the model's, as on a GPU."""
+    if request.param == "native" and not has_fixed_sums():
+        pytest.skip("needs AVX-512")
     if request.param == "model":
         monkeypatch.setattr(runner, "is_supported", lambda model: False)
     return request.param
@@ -79,7 +81,10 @@ def rollout(engine, prompts, sizes, max_tokens=30, temperature=1.0):
     return [c for group in groups for c in group.completions]
 
 
-def assert_equal(actual, expected, atol=0.0):
+def assert_equal(actual, expected, atol=None):
+    """To the bit where a row's sums do not depend on padding, or within `atol`."""
+    if atol is None:
+        atol = 0.0 if has_fixed_sums() else 1e-5
     assert len(actual) == len(expected) > 0
     for a, e in zip(actual, expected, strict=True):
         assert a.token_ids == e.token_ids
