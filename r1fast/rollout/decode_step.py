@@ -32,7 +32,7 @@ class DecodeStep:
     group_starts: np.ndarray  # (G + 1,) int32
     shared_blocks: np.ndarray  # (G,) int32
     query_starts: np.ndarray | None  # (B + 1,) int64; None: a token a row
-    tails: np.ndarray | None  # (B, TILE) int32, as in DecodePlan
+    tails: np.ndarray | None = None  # (B, TILE) int32, as in DecodePlan
 
     @classmethod
     def of(
