@@ -80,7 +80,8 @@ def recorded(trainer: Trainer, groups: list[RolloutGroup], step: int) -> Iterato
 
 def snapshot(trainer: Trainer) -> dict:
     """Counters and digests of what a step starts from or leads to."""
-    known = ("stage", "data", "config", "base_path")  # in the recording itself, or no matter
+    # in the recording itself, or of no matter to an update
+    known = ("stage", "data", "config", "base_path", "monitor")
     counters = {name: value for name, value in trainer.state().items() if name not in known}
     return {"counters": counters, "digests": digests(trainer.state_tensors())}
 

@@ -108,7 +108,7 @@ def test_every_stage_of_a_pipeline_and_one_of_them(plan):
         (["--gpu=tpu"], "--gpu must be one of a100, l40s, h100, h200, got 'tpu'"),
         (["--stage=magic"], "--stage must be one of base, small_base, r1_zero"),
         (["--stage=rejection"], "stage 'rejection' trains no policy; those that do: base, "),
-        (["--ranks=x", "--gpu=h100"], "--ranks must be a whole number, got 'x'"),
+        (["--ranks=x", "--gpu=h100"], "--ranks must be a whole number of at least 1, got 'x'"),
         (["--grpo.token_budget=100", "--gpu=h100"],
          'grpo.token_budget = 100 is less than the longest sequence, 2047 tokens: set it to that or '
          'more, or to "auto"'),

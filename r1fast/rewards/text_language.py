@@ -1,7 +1,7 @@
 """Which language a whole text is in: by its script, and by function words among those that share one.
 
-`lingua` (the extra `lang`) decides among languages of one script where it is installed and knows the
-one asked for; the words here decide otherwise, and are right for a text of a few sentences.
+`lingua` (the extra `lang`) decides among languages of one script where it is installed and knows all
+of them; the words here decide otherwise, and are right for a text of a few sentences.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def is_language(text: str, language: str) -> bool:
     rivals = tuple(name for name, s in SCRIPTS.items() if s == script)
     if len(rivals) == 1:
         return True
-    if _lingua_knows(language):
+    if all(map(_lingua_knows, rivals)):  # it takes Nepali, which it does not know, for Hindi
         return _detect(text) == language
     words = re.findall(
         r"[^\W\d_]+(?:[\u0900-\u097f\u200c\w])*", unicodedata.normalize("NFC", text).lower()
