@@ -11,7 +11,6 @@ commands
              --rescore RUN: grade stored samples again; --compare RUN_A RUN_B: is b better? [--json]
   reward-model  helpfulness from data.preference (pairwise), safety from data.safety (pointwise)
   preferences   pairs for data.preference, by a judge, of prompts in data.general
-  win-rate   responses against the reference answers of data.general, by a judge in both orders
   plan       memory, token budget, FLOPs and seconds of a step, from config.json alone
              [--stage NAME] [--gpu a100|l40s|h100|h200] [--ranks N] [--completion-tokens N]
   report     RUN: one self-contained HTML page of a run folder
@@ -41,7 +40,7 @@ import os
 import sys
 
 CONFIG_COMMANDS = (
-    "pipeline", "grpo", "sft", "distill", "sample", "reward-model", "preferences", "win-rate", "plan",
+    "pipeline", "grpo", "sft", "distill", "sample", "reward-model", "preferences", "plan",
 )  # fmt: skip
 COMMANDS = (*CONFIG_COMMANDS, "evaluate", "report", "replay", "generate", "merge", "serve")
 _SAMPLING = "temperature top-p top-k min-p repetition-penalty max-tokens min-tokens seed"

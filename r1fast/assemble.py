@@ -15,9 +15,8 @@ from r1fast.hf_classifier import ScoreFn, load_score_fn
 from r1fast.judge_engine import make_chat
 from r1fast.metrics import warn
 from r1fast.policy import pick_device
-from r1fast.rewards.code_problem import read_code_problem
+from r1fast.rewards.graders import check_problem
 from r1fast.rewards.judge import Judge
-from r1fast.rewards.math import parse_gold
 from r1fast.rewards.pairwise import PairwiseJudge
 from r1fast.rewards.preference import PreferenceRewards
 from r1fast.rewards.score import RewardScorer, check_problems
@@ -47,8 +46,7 @@ def problem_sets(config: Config) -> tuple[list[Problem], list[Problem]]:
                 format=d.format,
                 language=d.language,
                 max_problems=limit,
-                check_gold=parse_gold,
-                check_code=read_code_problem,
+                check=check_problem,
             )
             if path
             else []
@@ -138,7 +136,7 @@ def make_scorer(
         config.rollout.max_completion_tokens,
         preference=preference,
         judge=Judge(chat) if chat is not None else None,
-        pairwise=PairwiseJudge(chat) if "judge" in kept and chat is not None else None,
+        pairwise=PairwiseJudge(chat) if chat is not None else None,
         prompt_opens_think=prompt_opens_think(config.template, tokenizer),
     )
 

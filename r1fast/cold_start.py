@@ -14,8 +14,8 @@ from pathlib import Path
 
 from r1fast import distributed
 from r1fast.config import Config
-from r1fast.data import Example, load_examples
 from r1fast.evaluate import sample_groups
+from r1fast.examples import Example, load_examples
 from r1fast.hf_folder import read_json, write_json
 from r1fast.metrics import say
 from r1fast.policy import Policy

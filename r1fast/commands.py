@@ -10,13 +10,13 @@ from r1fast.assemble import (
     make_pairwise,
     make_scorer,
     problem_sets,
-    with_reference,
 )
 from r1fast.config import Config, to_dict
-from r1fast.data import Example, detect_format, gsm8k_examples, load_examples
+from r1fast.data import detect_format
 from r1fast.evaluate import evaluate, short_evaluation
 from r1fast.evaluate_command import run_evaluate
 from r1fast.evaluation_table import show_evaluation
+from r1fast.examples import Example, gsm8k_examples, load_examples
 from r1fast.generate import Options, generate, model_config
 from r1fast.hf_folder import read_json, resolve_model_path, write_json
 from r1fast.metrics import say, table
@@ -31,7 +31,6 @@ from r1fast.replay import replay
 from r1fast.report import report_on, write_report
 from r1fast.sft import SFTTrainer, encode_examples
 from r1fast.trainer import GRPOTrainer
-from r1fast.win_rate import win_rate
 
 
 def run(command: str, target: Config | str, overrides: list[str], options: Options) -> None:
@@ -211,26 +210,6 @@ def _preferences(config: Config, force: bool) -> None:
     say(f"\npairs: {folder / 'preference.jsonl'}")
 
 
-def _win_rate(config: Config, force: bool) -> None:
-    """data.general's reference answers against the model's responses, by a judge."""
-    judge = make_pairwise(config)
-    problems = [with_reference(problem) for problem in general_problems(config)]
-    if not problems:
-        raise ValueError("data.general is empty: name a JSONL file of prompts with an 'answer'")
-    policy = _policy(config)
-    folder = _begin(config, "win-rate")
-    result = win_rate(policy, problems, config, judge, folder=folder)
-    rows = [["win rate", f"{result['win_rate']:.3f} ±{result['win_rate_stderr']:.3f}"]]
-    rows += [[name, str(result[name])] for name in ("won", "tied", "lost", "errors")]
-    rows += [
-        [name.replace("_", " "), f"{result[name]:.3f}"]
-        for name in ("position_bias", "inconsistent")
-        if name in result
-    ]
-    table(f"{result['num_samples']} responses against references", ["", "value"], rows)
-    say(f"\ncomparisons: {folder / 'comparisons.jsonl'}")
-
-
 def _finish(folder: Path) -> None:
     if distributed.is_main():
         report_on(folder)
@@ -280,5 +259,4 @@ _COMMANDS = {
     "sample": _sample,
     "reward-model": _reward_model,
     "preferences": _preferences,
-    "win-rate": _win_rate,
 }

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from r1fast import distributed
-from r1fast.assemble import make_scorer, problem_sets
+from r1fast.assemble import has_judge, make_scorer, problem_sets
 from r1fast.config import Config, load_config, to_dict
 from r1fast.evaluate.compare import compare_runs
 from r1fast.evaluate.presets import (
@@ -23,18 +20,21 @@ from r1fast.evaluate.presets import (
 )
 from r1fast.evaluate.rescore import rescore, stored_config, stored_problems, stored_setup
 from r1fast.evaluate.run import evaluate
-from r1fast.evaluate.scorer import EvalScorer
 from r1fast.evaluation_table import show_comparison, show_evaluation, show_rescored
 from r1fast.hf_folder import read_json, write_json
 from r1fast.metrics import note, say
 from r1fast.policy import Policy, policy_of
 from r1fast.provenance import provenance
 from r1fast.report import report_on
-from r1fast.rewards.judge import Judge
+from r1fast.rewards.graders import JUDGED_KINDS
 from r1fast.types import Problem
 
 Options = Mapping[str, str | list[str]]  # of the command line, without their dashes
 MAX_PROMPT_TOKENS = 4096  # of a preset's prompts
+JUDGES = (
+    "name an OpenAI-compatible endpoint (--judge-url and --judge-model, or judge.url and judge.model), "
+    "or judge.path for a model in process"
+)
 
 
 def run_evaluate(target: str, overrides: list[str], options: Options) -> None:
@@ -94,14 +94,10 @@ def evaluation_config(target: str, overrides: list[str], options: Options) -> Co
 
 
 def _evaluate(target: str, overrides: list[str], options: Options) -> None:
-    config = evaluation_config(target, overrides, options)
+    config = _with_judge(evaluation_config(target, overrides, options), options)
     preset = find_preset(str(options["preset"])) if "preset" in options else None
-    judge = _judge_name(options)
-    if preset is not None and preset.needs_judge and not judge:
-        raise ValueError(
-            f"preset {preset.name} is judged: name an OpenAI-compatible endpoint, --judge-url and "
-            "--judge-model"
-        )
+    if preset is not None and preset.needs_judge and not has_judge(config):
+        raise ValueError(f"preset {preset.name} is judged: {JUDGES}")
     if preset is not None:
         # a wrong file is refused before the model is loaded
         preset.load(str(options["data"]), str(options.get("baseline", "")))
@@ -109,8 +105,7 @@ def _evaluate(target: str, overrides: list[str], options: Options) -> None:
     if not target.endswith(".toml") and not any(w.startswith("--template.") for w in overrides):
         config = _own_template(config, policy)
     problems = _problems(config, preset, options)
-    scorer = _scorer(config, preset.kind if preset else "", options, policy.tokenizer)
-    with scorer:
+    with make_scorer(config, tokenizer=policy.tokenizer, rules_only=True) as scorer:
         folder = Path(config.output_dir)
         if distributed.is_main():
             folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +116,7 @@ def _evaluate(target: str, overrides: list[str], options: Options) -> None:
                 "starts_from": config.model.path,
                 "preset": preset.name if preset else "",
                 "data_file": str(options.get("data", config.data.eval)),
-                "judge": judge,
+                "judge": scorer.judge_name if judged(problems) else "",
                 "config": to_dict(config),
                 "seed": config.seed,
                 **provenance(),
@@ -160,54 +155,29 @@ def _problems(config: Config, preset: Preset | None, options: Options) -> list[P
     return problems[: min(limits)] if limits else problems
 
 
-def _scorer(config: Config, kind: str, options: Options, tokenizer: Any) -> Any:
-    """The graders of a preset's kind; without a preset the rules alone."""
-    rules = make_scorer(config, tokenizer=tokenizer, rules_only=True)
-    if not kind:
-        return rules
-    check, compare = None, None
-    if _judge_name(options):
-        check, compare = _judges(config, options)
-    return EvalScorer(rules, kind, judge=check, compare=compare, judge_name=_judge_name(options))
+def judged(problems: Iterable[Problem]) -> bool:
+    return any(problem.kind in JUDGED_KINDS for problem in problems)
 
 
-def _judge_name(options: Options) -> str:
-    """What verdicts are marked with: the model that gave them."""
+def _with_judge(config: Config, options: Options) -> Config:
+    """--judge-url and --judge-model in the place of what [judge] names."""
     url, model = str(options.get("judge-url", "")), str(options.get("judge-model", ""))
     if bool(url) != bool(model):
         raise ValueError("a judge needs both --judge-url and --judge-model")
-    return model
-
-
-def _judges(config: Config, options: Options) -> tuple[Any, Any]:
-    """(check answers, compare pairs) of the judge behind --judge-url; no pairs without rewards/pairwise."""
-    url, model = str(options["judge-url"]), str(options["judge-model"])
-    key, timeout = os.environ.get("R1FAST_JUDGE_API_KEY", ""), config.sample.judge_timeout
-    if find_spec("r1fast.rewards.pairwise") is None:
-        return Judge(url, model, timeout=timeout, api_key=key).judge_all, None
-    from r1fast.rewards.chat import ChatEndpoint
-    from r1fast.rewards.pairwise import PairwiseJudge
-
-    chat = ChatEndpoint(url, model, timeout=timeout, api_key=key)
-    pairs = PairwiseJudge(chat)
-    return Judge(chat).judge_all, lambda rows: [found.winner for found in pairs.compare(rows)]
+    if not url:
+        return config
+    return replace(config, judge=replace(config.judge, url=url, model=model, path=""))
 
 
 def _rescore(folder: str, overrides: list[str], options: Options) -> None:
     if distributed.world_size() > 1:
         raise ValueError("--rescore runs in one process: start it without torchrun")
     setup = stored_setup(folder)
-    config = stored_config(setup, overrides)
-    kinds = {problem.kind for problem in stored_problems(folder)}
-    kind = find_preset(setup["preset"]).kind if setup.get("preset") else ""
-    if kinds & {"qa", "open"} and not _judge_name(options):
-        raise ValueError(
-            f"{folder} was judged: --judge-url and --judge-model name the judge that grades it again"
-        )
-    scorer = _scorer(config, kind, options, None)
-    rules = getattr(scorer, "rules", scorer)
-    rules.prompt_opens_think = setup["prompt_opens_think"]
-    with scorer:
+    config = _with_judge(stored_config(setup, overrides), options)
+    if judged(stored_problems(folder)) and not has_judge(config):
+        raise ValueError(f"{folder} was judged, and is to be again: {JUDGES}")
+    with make_scorer(config, rules_only=True) as scorer:
+        scorer.prompt_opens_think = setup["prompt_opens_think"]
         told = rescore(folder, scorer, setup | {"rewards": to_dict(config)["rewards"]})
     show_rescored(told, read_json(Path(folder) / "eval.json"))
     report_on(folder)

@@ -28,6 +28,12 @@ def show_evaluation(result: Mapping[str, Any]) -> None:
         notes.append(f"{label}: {', '.join(f'{n} {name}' for name, n in counts.items())}")
     if failed := result.get("num_errors"):
         notes.append(f"{failed} samples could not be judged and do not count")
+    if judge := result.get("judge"):
+        tokens = judge["prompt_tokens"] + judge["completion_tokens"]
+        notes.append(
+            f"judge {judge['model']}: {judge['requests']:,} requests, {judge['retries']:,} retries, "
+            f"{judge['cached']:,} cached, {judge['failed']:,} failed, {tokens:,} tokens"
+        )
     if any(row[2] or row[3] for row in rows):
         columns = ["", "value", "± problems", "± runs"]
     else:
@@ -56,6 +62,8 @@ def _names(result: Mapping) -> list[tuple[str, str]]:
         ("language_share", "target language"),
         ("wait_rate", "re-checks"),
         ("mean_length", "mean length, tokens"),
+        ("position_bias", "judge: position bias"),
+        ("inconsistent", "judge: inconsistent"),
         ("summary_chars", "answer, characters"),
         ("baseline_chars", "baseline, characters"),
         ("clip_rate", "cut off"),

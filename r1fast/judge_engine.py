@@ -28,8 +28,9 @@ class EngineChat(ChatModel):
         *,
         num_retries: int = 3,
         max_reply_tokens: int = 512,
+        name: str = "",
     ):
-        super().__init__()
+        super().__init__(name)
         self._load, self._rollout = load, rollout
         self.num_retries, self.max_reply_tokens = num_retries, max_reply_tokens
         self._policy: Policy | None = None
@@ -127,6 +128,7 @@ def make_chat(config: Config) -> ChatModel | None:
         config.rollout,
         num_retries=j.num_retries,
         max_reply_tokens=j.max_reply_tokens,
+        name=j.path,
     )
 
 

@@ -11,7 +11,7 @@ from r1fast import distributed, running_sum
 from r1fast.assemble import problem_sets
 from r1fast.config import STAGES, Config, LoraConfig, stage_config
 from r1fast.costs import Size
-from r1fast.data import load_examples
+from r1fast.examples import load_examples
 from r1fast.hf_folder import read_model_config
 from r1fast.lora import add_lora
 from r1fast.machine import GPU

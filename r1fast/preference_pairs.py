@@ -14,9 +14,9 @@ from pathlib import Path
 
 from r1fast import distributed
 from r1fast.config import Config
-from r1fast.data import write_jsonl
 from r1fast.evaluate import sample_groups
 from r1fast.hf_folder import write_json
+from r1fast.jsonl import write_jsonl
 from r1fast.metrics import say
 from r1fast.policy import Policy
 from r1fast.protocol import split_completion

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from r1fast import cold_start, distributed, rejection, running_sum
 from r1fast.assemble import general_problems, make_scorer, problem_sets
 from r1fast.config import Config, LoraConfig, stage_config
-from r1fast.data import load_examples
 from r1fast.evaluate import short_evaluation
+from r1fast.examples import load_examples
 from r1fast.hf_folder import read_json, write_json
 from r1fast.metrics import say
 from r1fast.policy import Policy, load_policy

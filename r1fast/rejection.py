@@ -15,9 +15,10 @@ from pathlib import Path
 
 from r1fast import distributed
 from r1fast.config import Config
-from r1fast.data import Example, has_completions, load_examples, write_jsonl
 from r1fast.evaluate import sample_groups
+from r1fast.examples import Example, has_completions, load_examples
 from r1fast.hf_folder import write_json
+from r1fast.jsonl import write_jsonl
 from r1fast.judge_engine import rejection_chat
 from r1fast.metrics import say
 from r1fast.policy import Policy

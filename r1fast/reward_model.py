@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1fast import _C
-from r1fast.data import read_jsonl
 from r1fast.hf_folder import (
     fill_tensors,
     read_json,
@@ -28,6 +27,7 @@ from r1fast.hf_folder import (
     write_json,
     write_tensors,
 )
+from r1fast.jsonl import read_jsonl
 from r1fast.kernels.attention import PackedAttention
 from r1fast.metrics import warn
 from r1fast.model import Decoder, ModelSpec

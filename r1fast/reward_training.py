@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from r1fast import _C, distributed
 from r1fast.config import Config, LoraConfig
-from r1fast.data import batch_indices
+from r1fast.data_order import batch_indices
 from r1fast.metrics import Timer
 from r1fast.reward_model import (
     TOKEN_BUDGET,

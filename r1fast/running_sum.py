@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 
 from r1fast.config import Config
-from r1fast.data import Example, write_jsonl
+from r1fast.examples import Example
+from r1fast.jsonl import write_jsonl
 from r1fast.model import Decoder, ModelSpec, load_tokenizer
 from r1fast.policy import Policy, pick_device
 from r1fast.protocol import join_completion

@@ -9,7 +9,8 @@ from r1fast import distributed
 from r1fast.batch import pack
 from r1fast.config import Config
 from r1fast.costs import Size
-from r1fast.data import Example, batch_indices
+from r1fast.data_order import batch_indices
+from r1fast.examples import Example
 from r1fast.kernels.linear_cross_entropy import linear_cross_entropy
 from r1fast.kernels.loss_rows import NonFiniteError
 from r1fast.metrics import warn

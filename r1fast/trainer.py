@@ -11,7 +11,7 @@ from pathlib import Path
 
 from r1fast import distributed
 from r1fast.config import Config
-from r1fast.data import batch_indices
+from r1fast.data_order import batch_indices
 from r1fast.dynamic_sampling import Drawn, DynamicSampler
 from r1fast.hacking_monitor import HackingMonitor, RewardHackingError
 from r1fast.hf_folder import write_json
@@ -19,7 +19,7 @@ from r1fast.metrics import warn
 from r1fast.policy import Policy
 from r1fast.policy_update import PolicyUpdate, check_loss_options
 from r1fast.recording import recorded
-from r1fast.rewards.code_problem import COLUMNS
+from r1fast.rewards.graders import GRADED_BY
 from r1fast.rewards.score import RewardScorer, judge_row
 from r1fast.rollout.result import EngineStats
 from r1fast.rollout.sampler import sample_seed
@@ -32,8 +32,8 @@ from r1fast.types import Problem, RolloutGroup
 def _scored_by(problem: Problem) -> list[int]:
     """What of a problem decides its rewards, as numbers for the digest."""
     scored = [problem.answer, problem.language, problem.kind]
-    if problem.kind == "code":
-        scored.append({name: problem.meta[name] for name in COLUMNS if name in problem.meta})
+    if columns := GRADED_BY.get(problem.kind):
+        scored.append({name: problem.meta[name] for name in columns if name in problem.meta})
     return list(json.dumps(scored).encode())
 
 

@@ -11,14 +11,15 @@ if TYPE_CHECKING:
 
 Verdict = Literal["correct", "wrong", "no_answer", "unparseable", "timeout", "error"]
 VERDICTS: tuple[str, ...] = get_args(Verdict)
-# of problems, each with a reward of its own: rules verify math, tests code, a judge qa, nothing general
-KINDS = ("math", "code", "qa", "general")
+# of problems, each with a grader of its own (rewards/graders.py); nothing verifies general ones
+KINDS = ("math", "code", "choice", "if", "qa", "open", "general")
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One task. `answer` is None where nothing can be verified (general prompts), or tests do (code)."""
+    """One task. `answer` is None where nothing can be verified (general prompts), or columns of `meta`
+    tell what is right (code, if, open)."""
 
     prompt: str  # the user's words, before any template
     answer: str | None = None  # the gold answer
@@ -73,6 +74,7 @@ class Reward:
     parts: dict[str, float | None]  # unweighted
     verdict: Verdict | None  # of the accuracy reward; None where nothing can be verified
     answer: str | None = None  # what was extracted
+    detail: dict = field(default_factory=dict)  # what else its grader says, for stored samples
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from mutants import wrong_mutants
 from r1fast.data import load_problems
 from r1fast.rewards import CodeReward
 from r1fast.rewards.code_problem import read_code_problem
+from r1fast.rewards.graders import check_problem
 from r1fast.rewards.sandbox import SandboxUnavailable
 
 SHARED = Path(__file__).parents[2] / "shared/data"
@@ -34,7 +35,7 @@ def reward():
 
 def humaneval(path):
     """(problem, its code problem, the reference, its test code) of each row."""
-    for row in load_problems(path, check_code=read_code_problem):
+    for row in load_problems(path, check=check_problem):
         code = row.prompt + row.meta["canonical_solution"]
         test = f"{row.meta['test']}\ncheck({row.meta['entry_point']})"
         yield row, read_code_problem(row.meta, row.prompt), code, test
@@ -72,7 +73,7 @@ def test_humaneval(reward):
 @needs_data
 @pytest.mark.slow
 def test_sanitized_mbpp(reward):
-    rows = load_problems(SHARED / "mbpp/sanitized-mbpp.json", check_code=read_code_problem)
+    rows = load_problems(SHARED / "mbpp/sanitized-mbpp.json", check=check_problem)
     assert len(rows) == 427
     futures = [reward.run(read_code_problem(row.meta), row.meta["code"]) for row in rows]
     failed = {row.id: future.result() for row, future in zip(rows, futures, strict=True)

@@ -13,6 +13,7 @@ from r1fast.rewards import CodeReward
 from r1fast.rewards.code import GradedCode, judged
 from r1fast.rewards.code_answer import extract_code, fenced_blocks
 from r1fast.rewards.code_problem import read_code_problem
+from r1fast.rewards.graders import check_problem
 from r1fast.rewards.program_output import same_output
 from r1fast.rewards.sandbox import SandboxUnavailable, TrialResult, find_compiler
 from r1fast.rewards.score import RewardScorer, check_problems
@@ -141,11 +142,11 @@ def test_names_that_tests_call():
 
 
 def test_rows_of_public_sets():
-    rows = load_problems(FIXTURES / "humaneval_excerpt.jsonl", check_code=read_code_problem)
+    rows = load_problems(FIXTURES / "humaneval_excerpt.jsonl", check=check_problem)
     assert {row.kind for row in rows} == {"code"}
     assert rows[0].id == "HumanEval/0"
     assert "poly" in read_code_problem(rows[3].meta, rows[3].prompt).setup
-    rows = load_problems(FIXTURES / "mbpp_excerpt.json", check_code=read_code_problem)
+    rows = load_problems(FIXTURES / "mbpp_excerpt.json", check=check_problem)
     assert rows[0].id == "MBPP/2"
     assert rows[0].prompt.count("assert") == 1, "one test shows the function's name"
     assert len(read_code_problem(rows[0].meta).tests) == 3
@@ -156,9 +157,9 @@ def test_a_row_without_tests_is_refused_with_its_line(tmp_path):
     good = {"prompt": "add", "kind": "code", **ADD}
     path.write_text(json.dumps(good) + "\n" + json.dumps({**good, "tests": []}) + "\n")
     with pytest.raises(ValueError, match=r"code.jsonl:2: 'tests' holds no tests"):
-        load_problems(path, check_code=read_code_problem)
+        load_problems(path, check=check_problem)
     path.write_text(json.dumps(good))
-    (problem,) = load_problems(path, check_code=read_code_problem)
+    (problem,) = load_problems(path, check=check_problem)
     assert (problem.kind, problem.answer) == ("code", None)
 
 

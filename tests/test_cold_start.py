@@ -9,7 +9,8 @@ from tiny import tiny_config
 
 from r1fast import cold_start
 from r1fast.cold_start import clean, collect, read_back
-from r1fast.data import load_examples, read_jsonl, write_jsonl
+from r1fast.examples import load_examples
+from r1fast.jsonl import read_jsonl, write_jsonl
 from r1fast.types import Completion, Problem, Reward, RolloutGroup
 
 PROBLEMS = [Problem("3 + 5", "8", "p0"), Problem("2 + 2", "4", "p1")]

@@ -10,7 +10,7 @@ from r1fast import __main__ as cli
 from r1fast import commands
 from r1fast.__main__ import COMMANDS, main, parse
 from r1fast.checkpoint import load_checkpoint
-from r1fast.data import read_jsonl, write_jsonl
+from r1fast.jsonl import read_jsonl, write_jsonl
 from r1fast.metrics import read_metrics
 from r1fast.model import load_tokenizer
 from r1fast.preferences import train_reward_models

@@ -10,16 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1fast.data import (
-    batch_indices,
-    epoch_order,
-    gsm8k_examples,
-    has_completions,
-    load_examples,
-    load_problems,
-    read_jsonl,
-    write_jsonl,
-)
+from r1fast.data import load_problems
+from r1fast.data_order import batch_indices, epoch_order
+from r1fast.examples import gsm8k_examples, has_completions, load_examples
+from r1fast.jsonl import read_jsonl, write_jsonl
 from r1fast.protocol import split_completion
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -125,12 +119,12 @@ def test_gold_is_checked_at_load(tmp_path):
         {"prompt": "c", "answer": "bad"},
     )
 
-    def check(gold):
-        if gold != "1":
-            raise ValueError(f"gold {gold!r} cannot be read")
+    def check(problem):
+        if problem.kind == "math" and problem.answer != "1":
+            raise ValueError(f"gold {problem.answer!r} cannot be read")
 
     with pytest.raises(ValueError, match=r"a\.jsonl:3: gold 'bad' cannot be read"):
-        load_problems(path, check_gold=check)
+        load_problems(path, check=check)
 
 
 def test_gsm8k_rows(tmp_path):

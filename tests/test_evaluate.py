@@ -9,8 +9,8 @@ import pytest
 from tiny import TokenScorer, tiny_config, tiny_policy, tiny_problems
 
 from r1fast.config import RewardConfig, TemplateConfig
-from r1fast.data import read_jsonl
 from r1fast.evaluate import evaluate, pass_at_k, sample_groups, summarise, vote
+from r1fast.jsonl import read_jsonl
 from r1fast.rewards.score import RewardScorer
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.types import Problem

@@ -2,15 +2,14 @@
 
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from test_judge import by_length, endpoint  # noqa: F401
 from tiny import tiny_checkpoint
 
 from r1fast.__main__ import main, parse
-from r1fast.data import read_jsonl, write_jsonl
 from r1fast.evaluate_command import evaluation_config
+from r1fast.jsonl import read_jsonl, write_jsonl
 from r1fast.report.browser import MAX_CHARS, MAX_SAMPLES, choose
 from r1fast.report.evaluation import curve
 
@@ -134,45 +133,139 @@ def test_prompts_that_do_not_fit(files, tmp_path, capsys):
     )
 
 
-class JudgeHandler(BaseHTTPRequestHandler):
-    """An OpenAI-compatible endpoint that finds every answer right."""
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append(body["messages"][-1]["content"])  # type: ignore[attr-defined]
-        reply = {"choices": [{"message": {"content": '{"verdict": "correct"}'}}], "usage": {}}
-        data = json.dumps(reply).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
+def answers_right(system: str, user: str) -> str:
+    return '{"verdict": "correct"}'
 
 
-def test_a_judged_preset_asks_the_endpoint(files, tmp_path):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), JudgeHandler)
-    server.asked = []  # type: ignore[attr-defined]
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        (tmp_path / "s.csv").write_text("metadata,problem,answer\nx,Who?,Ada\n")
-        url = f"http://127.0.0.1:{server.server_address[1]}"
-        words = [files / "model", "--preset=simpleqa", f"--data={tmp_path / 's.csv'}",
-                 f"--judge-url={url}", "--judge-model=kind"]  # fmt: skip
-        assert go(files, *words, out=tmp_path / "run") == 0
-        result = read(tmp_path / "run")
-        assert result["verdicts"].get("correct", 0) + result["verdicts"].get("no_answer", 0) == 4
-        assert result["f_score"] == 1 or result["verdicts"].get("no_answer")
-        assert all("Question:\nWho?\n" in text for text in server.asked)  # type: ignore[attr-defined]
-        rows = [row for _, row in read_jsonl(tmp_path / "run" / "samples.jsonl")]
-        assert rows[0]["grader"].endswith(" kind")
-        num_asked = len(server.asked)  # type: ignore[attr-defined]
-        assert go(files, *words, out=tmp_path / "run") == 0  # nobody is asked again
-        assert len(server.asked) == num_asked  # type: ignore[attr-defined]
-    finally:
-        server.shutdown()
-        server.server_close()
+def test_a_judged_preset_asks_the_endpoint(files, tmp_path, endpoint, capsys):  # noqa: F811
+    endpoint.judge = answers_right
+    (tmp_path / "s.csv").write_text("metadata,problem,answer\nx,Who?,Ada\n")
+    words = [files / "model", "--preset=simpleqa", f"--data={tmp_path / 's.csv'}",
+             f"--judge-url={endpoint.url}", "--judge-model=kind"]  # fmt: skip
+    assert go(files, *words, out=tmp_path / "run") == 0
+    result = read(tmp_path / "run")
+    assert result["verdicts"].get("correct", 0) + result["verdicts"].get("no_answer", 0) == 4
+    assert result["f_score"] == 1 or result["verdicts"].get("no_answer")
+    users = [body["messages"][1]["content"] for *_, body in endpoint.requests]
+    assert all("Question:\nWho?\n" in text for text in users)
+    assert result["judge"]["model"] == "kind"
+    assert result["judge"]["requests"] == len(users)
+    assert f"judge kind: {len(users)} requests" in " ".join(capsys.readouterr().out.split())
+    rows = [row for _, row in read_jsonl(tmp_path / "run" / "samples.jsonl")]
+    assert rows[0]["grader"].endswith(" kind")
+    assert read(tmp_path / "run", "manifest.json")["judge"] == "kind"
+    assert go(files, *words, out=tmp_path / "run") == 0  # nobody is asked again
+    assert len(endpoint.requests) == len(users)
+    # the config's judge is as good, and what the command line names goes before it
+    other = [*words[:3], f"--judge.url={endpoint.url}", "--judge.model=strict"]
+    assert go(files, *other, out=tmp_path / "strict") == 0
+    assert endpoint.requests[-1][2]["model"] == "strict"
+    over = [*words, "--judge.url=http://127.0.0.1:9", "--judge.model=other"]
+    assert go(files, *over, out=tmp_path / "over") == 0
+    assert endpoint.requests[-1][2]["model"] == "kind"
+
+
+OPEN = [
+    {"instruction": f"Say {word}", "output": f"{word} " * n, "dataset": f"d{n % 2}"}
+    for n, word in ((1, "hi"), (40, "bye"), (3, "so"))
+]
+
+
+def open_words(files, tmp_path, url: str) -> list:
+    (tmp_path / "alpaca.json").write_text(json.dumps(OPEN))
+    judge = [f"--judge-url={url}", "--judge-model=m", "--judge.num_retries=0"] * bool(url)
+    return [files / "model", "--preset=alpaca_eval", f"--data={tmp_path / 'alpaca.json'}", *judge,
+            "--eval.num_samples=3", "--eval.temperature=1"]  # fmt: skip
+
+
+def test_pairs_by_a_judge_that_goes_by_content(files, tmp_path, endpoint, capsys):  # noqa: F811
+    endpoint.judge = by_length
+    words = open_words(files, tmp_path, endpoint.url)
+    assert go(files, *words, out=tmp_path / "run") == 0
+    result = read(tmp_path / "run")
+    rows = [row for _, row in read_jsonl(tmp_path / "run" / "samples.jsonl")]
+    assert (result["num_problems"], result["num_samples"], len(rows)) == (3, 9, 9)
+    for row in rows:  # this judge prefers the longer
+        answer = "" if row["extracted"] is None else row["extracted"]
+        baseline = next(x["output"] for x in OPEN if x["instruction"] == row["prompt"])
+        longer = len(answer) - len(baseline.strip())
+        score = 0.0 if not answer else 1.0 if longer > 0 else 0.0 if longer < 0 else 0.5
+        assert row["score"] == score, row
+    assert result["win_rate"] == pytest.approx(sum(row["score"] for row in rows) / 9)
+    assert 0 < result["win_rate"] < 1
+    assert result["position_bias"] == result["inconsistent"] == 0.0
+    assert result["judge"]["requests"] == len(endpoint.requests) > 0
+    assert result["judge"]["failed"] == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ("win rate", "judge: position bias", "judge: inconsistent", "judge m: "):
+        assert text in shown
+    # responses are a function of the seed: the judge is asked the same again
+    assert go(files, *words, out=tmp_path / "again") == 0
+    assert read(tmp_path / "again") == result
+    # samples are graded again by another judge, without a model
+    endpoint.judge = lambda system, user: '{"verdict": "A=B"}'
+    rescored = ["evaluate", "--rescore", str(tmp_path / "run")]
+    assert main(rescored) == 2
+    assert "was judged, and is to be again: name an OpenAI" in capsys.readouterr().err
+    assert main([*rescored, f"--judge-url={endpoint.url}", "--judge-model=tied"]) == 0
+    now = read(tmp_path / "run")
+    assert now["outcomes"]["tie"] == sum(bool(row["extracted"]) for row in rows)
+    assert now["judge"]["model"] == "tied"
+
+
+def test_a_judge_of_places_alone_shows(files, tmp_path, endpoint):  # noqa: F811
+    endpoint.judge = lambda system, user: '{"verdict": "A>>B"}'
+    assert go(files, *open_words(files, tmp_path, endpoint.url), out=tmp_path) == 0
+    result = read(tmp_path)
+    assert result["position_bias"] == result["inconsistent"] == 1.0
+    rows = [row for _, row in read_jsonl(tmp_path / "samples.jsonl")]
+    judged = [row for row in rows if row["grades"]]
+    assert judged
+    assert {(row["outcome"], *row["grades"]) for row in judged} == {("tie", 2, -2)}
+    assert "Judge: position bias" in (tmp_path / "report.html").read_text()
+
+
+def test_a_judge_that_fails_is_no_score(files, tmp_path, endpoint, capsys):  # noqa: F811
+    """One failed judgement leaves its comparison out; more than half, and there is no number."""
+    endpoint.judge = by_length
+    endpoint.replies = [(500, "down")]
+    words = [*open_words(files, tmp_path, endpoint.url), "--judge.num_threads=1"]
+    assert go(files, *words, out=tmp_path / "once") == 0
+    result = read(tmp_path / "once")
+    assert (result["num_errors"], result["outcomes"]["error"], result["judge"]["failed"]) == (
+        1, 1, 1,
+    )  # fmt: skip
+    rows = [row for _, row in read_jsonl(tmp_path / "once" / "samples.jsonl")]
+    assert [row["score"] for row in rows if row["verdict"] == "error"] == [None]
+    down = open_words(files, tmp_path, "http://127.0.0.1:9")
+    capsys.readouterr()
+    assert go(files, *down, out=tmp_path / "down") == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert re.search("failed on . of .*last failure: .*reached", error), error
+    assert not (tmp_path / "down" / "eval.json").exists()
+    few = [*down, "--eval.num_problems=1"]
+    assert go(files, *few, out=tmp_path / "down") == 1
+    assert "the judge failed on 3 of 3 answers" in " ".join(capsys.readouterr().err.split())
+    assert go(files, *words, out=tmp_path / "down") == 0  # a judge that is there goes on
+    assert "samples were drawn before and are used again" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert read(tmp_path / "down")["num_samples"] == 9
+
+
+def test_a_judge_in_process(files, tmp_path, capsys):
+    """A random model says nothing that can be read, which is an error, never a score."""
+    words = [*open_words(files, tmp_path, ""), f"--judge.path={files / 'model'}",
+             "--judge.num_retries=1", "--judge.max_reply_tokens=4"]  # fmt: skip
+    assert go(files, *words, out=tmp_path) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "failed on" in error
+    assert "the judge's reply cannot be read" in error
+    chat = EngineChat(lambda: load_policy(files / "model"), RolloutConfig(max_batch_size=4), name="x")
+    chat._generate = lambda engine, requests, prompts, todo, attempt: [
+        by_length(requests[i].system, requests[i].user) for i in todo
+    ]
+    assert PairwiseJudge(chat).compare([("q", "long text", "x")])[0].winner == "a"
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from r1fast.data import write_jsonl
 from r1fast.evaluate.compare import compare_runs, compare_scores, resampled_means
+from r1fast.jsonl import write_jsonl
 
 
 def test_against_all_resamples_of_a_small_case():

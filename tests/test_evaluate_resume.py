@@ -11,9 +11,9 @@ import pytest
 from test_evaluate import ParityScorer
 from tiny import tiny_config, tiny_policy, tiny_problems
 
-from r1fast.data import read_jsonl
 from r1fast.evaluate import evaluate, run
 from r1fast.evaluate.row_log import RowLog
+from r1fast.jsonl import read_jsonl
 
 CONFIG = ("--eval.num_samples=3", "--eval.top_p=1.0", "--seed=7")
 FILES = ("samples.jsonl", "eval.json", "problems.jsonl", "evaluation.json")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from r1fast.data import write_jsonl
 from r1fast.evaluate.presets import PRESETS, find_preset
+from r1fast.jsonl import write_jsonl
 from r1fast.types import Problem
 
 HUMANEVAL = {

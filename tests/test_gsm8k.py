@@ -12,8 +12,9 @@ import torch
 from tiny import tiny_checkpoint, tiny_tokenizer
 
 from r1fast.__main__ import main
-from r1fast.data import load_problems, read_jsonl
+from r1fast.data import load_problems
 from r1fast.evaluate import summarise
+from r1fast.jsonl import read_jsonl
 from r1fast.kernels.attention import PackedAttention
 from r1fast.metrics import read_metrics
 from r1fast.model import load_model

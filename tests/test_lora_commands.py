@@ -10,7 +10,7 @@ from tiny import tiny_checkpoint
 
 from r1fast.__main__ import main
 from r1fast.checkpoint import load_checkpoint
-from r1fast.data import write_jsonl
+from r1fast.jsonl import write_jsonl
 from r1fast.model import load_model
 from r1fast.peft_folder import load_adapter
 

@@ -14,7 +14,7 @@ from tiny import TokenScorer, random_groups, tiny_config, tiny_policy, tiny_prob
 
 from r1fast.checkpoint import load_checkpoint
 from r1fast.config import LoraConfig
-from r1fast.data import Example
+from r1fast.examples import Example
 from r1fast.kernels import vocab_head
 from r1fast.lora import adapters, add_lora, lora_tensors, merge_lora
 from r1fast.metrics import read_metrics

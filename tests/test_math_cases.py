@@ -13,7 +13,8 @@ import pytest
 
 from r1fast.data import load_problems
 from r1fast.rewards.answers import read_answer
-from r1fast.rewards.math import MathReward, parse_gold
+from r1fast.rewards.graders import check_problem
+from r1fast.rewards.math import MathReward
 
 FIXTURE = Path(__file__).parent / "fixtures" / "math_cases.jsonl"
 CASES = [json.loads(line) for line in FIXTURE.read_text(encoding="utf-8").splitlines()]
@@ -115,7 +116,7 @@ def _terminates(number: Fraction) -> bool:
 )  # fmt: skip
 def test_public_golds_written_in_other_ways(name):
     exact = MathReward(symbolic=False)
-    problems = load_problems(DATA / name, check_gold=parse_gold)
+    problems = load_problems(DATA / name, check=check_problem)
     for problem in problems:
         ways = rewritten(problem.answer)
         assert len(ways) >= 3, problem.answer

@@ -20,6 +20,7 @@ from r1fast.data import load_problems
 from r1fast.rewards import symbolic
 from r1fast.rewards.answers import read_answer
 from r1fast.rewards.equivalence import same
+from r1fast.rewards.graders import check_problem
 from r1fast.rewards.math import MathReward, extract_answer, parse_gold
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -165,13 +166,13 @@ def test_gold_errors_name_the_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a", "answer": "1"}\n{"prompt": "b", "answer": "\\\\frac{1"}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl:2: gold .* cannot be read.*correct the answer"):
-        load_problems(path, check_gold=parse_gold)
+        load_problems(path, check=check_problem)
 
 
 @needs_shared
 @pytest.mark.parametrize("name", ["gsm8k/test.jsonl", "math500/test.jsonl", "mgsm/mgsm_de.tsv"])
 def test_public_golds_are_typed_and_equal_themselves(exact, name):
-    for problem in load_problems(SHARED / "data" / name, check_gold=parse_gold):
+    for problem in load_problems(SHARED / "data" / name, check=check_problem):
         gold = read_answer(problem.answer)  # raises where the grammar cannot read it
         assert same(gold, gold) is True, problem.answer
         assert exact.verify(problem.answer, rf"So \boxed{{{problem.answer}}}.") == "correct"

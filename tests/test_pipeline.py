@@ -10,7 +10,7 @@ import pytest
 
 from r1fast import running_sum
 from r1fast.config import load_config, stage_config
-from r1fast.data import read_jsonl, write_jsonl
+from r1fast.jsonl import read_jsonl, write_jsonl
 from r1fast.metrics import read_metrics
 from r1fast.pipeline import Pipeline
 from r1fast.recipe import RECIPE

@@ -8,7 +8,7 @@ from tiny import CONFIG as TINY
 from tiny import FAMILIES, SHAPE, tiny_checkpoint
 
 from r1fast.__main__ import main
-from r1fast.data import write_jsonl
+from r1fast.jsonl import write_jsonl
 from r1fast.report import write_report
 
 QWEN_7B = {

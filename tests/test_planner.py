@@ -13,7 +13,7 @@ from r1fast import planning
 from r1fast.batch import pack
 from r1fast.config import LoraConfig
 from r1fast.costs import Size, apart, cache_bytes, count, forward_flops, rollout_flops
-from r1fast.data import Example
+from r1fast.examples import Example
 from r1fast.kernels.linear_cross_entropy import linear_cross_entropy
 from r1fast.lora import add_lora
 from r1fast.machine import GIB, GPUS, PeakMemory, available_memory

@@ -8,7 +8,8 @@ import pytest
 from tiny import tiny_config
 
 from r1fast import rejection
-from r1fast.data import Example, load_examples, write_jsonl
+from r1fast.examples import Example, load_examples
+from r1fast.jsonl import write_jsonl
 from r1fast.rejection import general_examples, mix, rejection_sample, write_examples
 from r1fast.types import Completion, Problem, Reward, RolloutGroup
 

@@ -9,7 +9,7 @@ from tiny import TokenScorer, tiny_config, tiny_policy, tiny_problems
 
 from r1fast import distributed
 from r1fast.checkpoint import load_checkpoint
-from r1fast.data import Example
+from r1fast.examples import Example
 from r1fast.interrupt import SIGNALS, StopRequest
 from r1fast.metrics import read_metrics
 from r1fast.sft import SFTTrainer, encode_examples

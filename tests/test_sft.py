@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_policy, tiny_tokenizer
 
-from r1fast.data import Example
+from r1fast.examples import Example
 from r1fast.metrics import read_metrics
 from r1fast.sft import SFTTrainer, encode_examples
 from r1fast.types import Sequence

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from r1fast.data import read_jsonl
 from r1fast.evaluate.statistics import by_problem, error_of_mean, mean, run_error, score_of
+from r1fast.jsonl import read_jsonl
 
 CHUNK = 1 << 22  # draws held in memory at once
 

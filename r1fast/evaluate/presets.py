@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from r1fast.evaluate import sets
-from r1fast.rewards.choice import LETTERS
+from r1fast.problem_rows import choice_prompt
 from r1fast.types import Problem
 
 TEMPERATURE, TOP_P, MAX_COMPLETION_TOKENS = 0.6, 0.95, 32768
@@ -65,17 +65,6 @@ def word(problem: Problem, wording: str) -> str:
     if problem.kind == "code":
         return code_prompt(problem)
     return wording.replace("{prompt}", problem.prompt).replace("{{}}", "{}")
-
-
-def choice_prompt(question: str, options: list[str]) -> str:
-    """The zero-shot wording of openai/simple-evals (MIT), which the paper used, for any number of options."""
-    letters = LETTERS[: len(options)]
-    listed = "\n".join(f"{letter}) {text}" for letter, text in zip(letters, options, strict=True))
-    return (
-        "Answer the following multiple choice question. The last line of your response should be "
-        "of the following format: 'Answer: $LETTER' (without quotes) where LETTER is one of "
-        f"{letters}. Think step by step before answering.\n\n{question}\n\n{listed}"
-    )
 
 
 def code_prompt(problem: Problem) -> str:

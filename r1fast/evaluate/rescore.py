@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from r1fast.config import Config, config_of
-from r1fast.data import read_jsonl, write_jsonl
-from r1fast.evaluate.run import completion_of_row, final_row, grader_version
+from r1fast.evaluate.run import (
+    check_judge,
+    completion_of_row,
+    final_row,
+    grader_versions,
+    judge_totals,
+    what_graded,
+)
 from r1fast.evaluate.statistics import by_problem, summarise
 from r1fast.hf_folder import read_json, write_json
+from r1fast.jsonl import read_jsonl, write_jsonl
 from r1fast.metrics import warn
 from r1fast.types import Problem, RolloutGroup
 
@@ -54,7 +61,8 @@ def rescore(
     """Grade all samples anew; samples.jsonl, eval.json and evaluation.json are replaced.
 
     rescored.json tells what changed: the numbers before, and each verdict that is another now. Rows
-    for which `keep` says so stay as they are. Returns what rescored.json holds.
+    for which `keep` says so stay as they are. Returns what rescored.json holds. RuntimeError, and
+    nothing is replaced, where the judge failed on more than half of what it was asked.
     """
     folder = Path(folder)
     problems = {problem.id: problem for problem in stored_problems(folder)}
@@ -70,17 +78,23 @@ def rescore(
         completions = [completion_of_row(row) for row in again]
         groups.append(RolloutGroup(problems[name], [], completions))
         rows.append(again)
+    costs = judge_totals(scorer)
     with scorer.as_one_call():
         scorer.score(groups)
-    version = grader_version(scorer)
+    versions = grader_versions(scorer, (problem.kind for problem in problems.values()))
+    version = "; ".join(filter(None, versions.values()))
     new = {
-        (row["problem_id"], row["sample"]): final_row(group.problem, row, reward, version)
+        (row["problem_id"], row["sample"]): final_row(
+            group.problem, row, reward, versions[group.problem.kind]
+        )
         for group, samples in zip(groups, rows, strict=True)
         for row, reward in zip(samples, group.rewards, strict=True)
     }
     final = [new.get((row["problem_id"], row["sample"]), row) for row in old]
     result = summarise(final, scorer.grader.equivalent)
     result |= {name: setup[name] for name in ("temperature", "top_p", "seed")}
+    check_judge(final, scorer)
+    result |= what_graded(scorer, costs)
     changed = [
         {
             "problem_id": a["problem_id"], "sample": a["sample"],

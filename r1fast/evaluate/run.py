@@ -8,7 +8,8 @@ grew: samples of the same model, settings, prompt and seed are used again.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from hashlib import blake2b
@@ -17,14 +18,15 @@ from typing import Any
 
 from r1fast import distributed
 from r1fast.config import Config
-from r1fast.data import read_jsonl, write_jsonl
-from r1fast.evaluate.grader_version import version_of
+from r1fast.evaluate.grader_version import versions_of
 from r1fast.evaluate.row_log import Key, RowLog
 from r1fast.evaluate.sampling import Ask, asks_of, sample_missing
 from r1fast.evaluate.statistics import summarise
 from r1fast.hf_folder import read_json, write_json
+from r1fast.jsonl import read_jsonl, write_jsonl
 from r1fast.metrics import note, progress
 from r1fast.policy import Policy
+from r1fast.rewards.graders import JUDGED_KINDS
 from r1fast.rewards.score import RewardScorer
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.rollout.weights import checksums, weights
@@ -34,6 +36,8 @@ GRADED_AT_ONCE = 256  # samples; what is stored between two of them survives a k
 SAMPLED = ("sample", "seed", "prompt_hash", "text", "finish_reason", "num_tokens")
 # of evaluation.json: what samples depend on besides prompt and seed, and verdicts besides samples
 OF_SAMPLES = ("weights", "dtype", "eos_ids", "temperature", "top_p", "max_completion_tokens")
+SLOW_KINDS = ("code", *JUDGED_KINDS)  # whose grading shows progress
+JUDGE_COSTS = ("requests", "retries", "cached", "failed", "prompt_tokens", "completion_tokens")
 OF_VERDICTS = ("template", "rewards", "prompt_opens_think", "grader")
 Place = tuple[int, int]  # in this rank's problems, sample
 
@@ -52,7 +56,9 @@ def evaluate(
     """Sample and score `problems`. Writes eval.json, samples.jsonl, problems.jsonl and
     evaluation.json into `folder` where given, and resumes what a killed call has left there.
 
-    Returns the same on every rank. Raises ValueError where there is nothing to evaluate.
+    Returns the same on every rank. Raises ValueError where there is nothing to evaluate, and, where a
+    folder is given, RuntimeError where the judge failed on more than half of what it was asked: there
+    is no number then, and the samples wait for the same command.
     """
     if not problems:
         raise ValueError("there are no evaluation problems (see data.eval)")
@@ -62,7 +68,8 @@ def evaluate(
     )
     num_samples = num_samples or e.num_samples
     asks = asks_of(policy, problems, config, num_samples, "eval")
-    setup = setup_of(policy, config, scorer, preset)
+    setup = setup_of(policy, config, scorer, preset, {problem.kind for problem in problems})
+    before = judge_totals(scorer)
     if folder is None:
         samples = _sample(policy, asks, config, sampling, {}, lambda row: None, title)
         rows = _grade(asks, samples, scorer, {}, lambda row: None, title)
@@ -77,8 +84,9 @@ def evaluate(
         )
     result = summarise(rows, scorer.grader.equivalent)
     result |= {"temperature": e.temperature, "top_p": e.top_p, "seed": config.seed}
-    if (sandbox := getattr(scorer, "sandbox", None)) is not None:  # what programs ran in
-        result["sandbox"] = sandbox.description
+    if folder is not None:
+        check_judge(rows, scorer)
+    result |= what_graded(scorer, before)
     if folder is not None:
         if distributed.is_main():
             store(folder, rows, result, problems, setup)
@@ -110,7 +118,43 @@ def short_evaluation(
     )
 
 
-def setup_of(policy: Policy, config: Config, scorer: Any, preset: str) -> dict:
+def judge_totals(scorer: Any) -> Counter[str]:
+    return scorer.judge_totals() if hasattr(scorer, "judge_totals") else Counter()
+
+
+def what_graded(scorer: Any, before: Counter[str]) -> dict:
+    """{"sandbox": what programs ran in, "judge": what it was asked since `before`}, over all ranks."""
+    told: dict = {}
+    if (sandbox := getattr(scorer, "sandbox", None)) is not None:
+        told["sandbox"] = sandbox.description
+    now, asked = judge_totals(scorer), Counter[str]()
+    for part in distributed.gather_objects(
+        {name: now[name] - before[name] for name in JUDGE_COSTS}
+    ):
+        asked.update(part)
+    if any(asked.values()):
+        told["judge"] = {"model": scorer.judge_name, **asked}
+    return told
+
+
+def check_judge(rows: Sequence[Mapping], scorer: Any) -> None:
+    """RuntimeError where the judge failed on more than half of what it was asked, on any rank."""
+    asked = [r for r in rows if r["kind"] in JUDGED_KINDS and r["verdict"] != "no_answer"]
+    failed = sum(row["verdict"] == "error" for row in asked)
+    errors = distributed.gather_objects(
+        [chat.last_error for chat in getattr(scorer, "chats", []) if chat.last_error]
+    )
+    if 2 * failed > len(asked):
+        last = next((text for texts in errors for text in texts), "none was noted")
+        raise RuntimeError(
+            f"the judge failed on {failed} of {len(asked)} answers; the last failure: {last}. What was "
+            "sampled and judged is kept: the same command goes on"
+        )
+
+
+def setup_of(
+    policy: Policy, config: Config, scorer: Any, preset: str, kinds: Iterable[str]
+) -> dict:
     """What samples and verdicts depend on besides prompt and seed: all that `rescore` needs, too."""
     e = config.eval
     weight_sums = repr(checksums(weights(policy.model)))
@@ -127,15 +171,15 @@ def setup_of(policy: Policy, config: Config, scorer: Any, preset: str) -> dict:
         "template": asdict(config.template),
         "rewards": asdict(config.rewards),
         "prompt_opens_think": bool(getattr(scorer, "prompt_opens_think", False)),
-        "grader": grader_version(scorer),
+        "grader": "; ".join(filter(None, grader_versions(scorer, kinds).values())),
     }
 
 
-def grader_version(scorer: Any) -> str:
-    """What rows are marked with; "" of a scorer that is neither of ours."""
+def grader_versions(scorer: Any, kinds: Iterable[str]) -> dict[str, str]:
+    """What rows of each kind are marked with; a scorer that is not ours may have a `version`."""
     if isinstance(scorer, RewardScorer):
-        return version_of("rules")
-    return str(getattr(scorer, "version", ""))
+        return versions_of(kinds, scorer.judge_name)
+    return dict.fromkeys(sorted(set(kinds)), str(getattr(scorer, "version", "")))
 
 
 def _digest(*values: Any) -> str:
@@ -249,14 +293,15 @@ def _grade(
             groups.append(group)
             places.append(own)
     num_new = sum(map(len, places))
-    shown = bool(title and num_new) and getattr(scorer, "is_slow", False)
+    shown = bool(title) and any(group.problem.kind in SLOW_KINDS for group in groups)
     as_one = scorer.as_one_call() if hasattr(scorer, "as_one_call") else nullcontext()
-    version = grader_version(scorer)
+    versions = grader_versions(scorer, (ask.problem.kind for ask in asks))
     with as_one, progress(f"{title}, grading", num_new, "sample", enabled=shown) as bar:
         for part, where in _parts(groups, places):
             scorer.score(part)
             for group, own in zip(part, where, strict=True):
                 for place, reward in zip(own, group.rewards, strict=True):
+                    version = versions[group.problem.kind]
                     rows[place] = final_row(group.problem, samples[place], reward, version)
                     keep(rows[place])
             bar.update(n=sum(map(len, where)))
@@ -298,5 +343,5 @@ def final_row(problem: Problem, row: dict, reward: Any, grader: str) -> dict:
         "grader": grader,
         "format": reward.parts.get("format"),
         "language_share": reward.parts.get("language"),
-        **getattr(reward, "detail", {}),
+        **reward.detail,
     }

@@ -17,11 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from r1fast.data import load_problems, read_jsonl
+from r1fast.data import load_problems
+from r1fast.jsonl import read_jsonl
+from r1fast.problem_rows import LETTERS, choice_columns, instruction_columns
 from r1fast.protocol import boxes
-from r1fast.rewards.choice import LETTERS
-from r1fast.rewards.instructions import check_arguments
-from r1fast.rewards.math import parse_gold
+from r1fast.rewards.graders import check_problem
+from r1fast.rewards.instructions import check_instructions
 from r1fast.types import Problem
 
 Row = dict[str, Any]
@@ -29,17 +30,17 @@ Row = dict[str, Any]
 
 def read_gsm8k(path: Path) -> list[Problem]:
     """JSONL of question and answer, the gold behind ####."""
-    return load_problems(path, format="gsm8k", check_gold=parse_gold)
+    return load_problems(path, format="gsm8k", check=check_problem)
 
 
 def read_math(path: Path) -> list[Problem]:
     """JSONL of problem, answer (or the box of solution), subject, level, unique_id."""
-    return load_problems(path, format="math", check_gold=parse_gold)
+    return load_problems(path, format="math", check=check_problem)
 
 
 def read_problems(path: Path) -> list[Problem]:
     """Any problem file that training reads too; the format is detected."""
-    return load_problems(path, check_gold=parse_gold)
+    return load_problems(path, check=check_problem)
 
 
 def read_mgsm(path: Path) -> list[Problem]:
@@ -50,7 +51,7 @@ def read_mgsm(path: Path) -> list[Problem]:
     return [
         replace(problem, subset=problem.language)
         for file in files
-        for problem in load_problems(file, format="mgsm", check_gold=parse_gold)
+        for problem in load_problems(file, format="mgsm", check=check_problem)
     ]
 
 
@@ -108,20 +109,14 @@ def read_ifeval(path: Path) -> list[Problem]:
     """JSONL of key, prompt, instruction_id_list and kwargs, one entry an instruction."""
     problems = []
     for where, row in _rows(path):
-        names, arguments = row.get("instruction_id_list"), row.get("kwargs")
-        if not isinstance(names, list) or not names or not isinstance(arguments, list):
-            raise ValueError(f"{where}: needs lists 'instruction_id_list' and 'kwargs'")
-        if len(names) != len(arguments):
-            raise ValueError(f"{where}: {len(names)} instructions but {len(arguments)} kwargs")
-        arguments = [{k: v for k, v in (a or {}).items() if v is not None} for a in arguments]
+        meta = instruction_columns(row, where)
         try:
-            for name, own in zip(names, arguments, strict=True):
-                check_arguments(name, own)
+            check_instructions(meta["instructions"], meta["arguments"])
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         problems.append(
             Problem(_text(row, where, "prompt"), None, str(row.get("key", _place(where))), "if",
-                    meta={"instructions": names, "arguments": arguments})
+                    meta=meta)
         )  # fmt: skip
     return _checked(problems, path)
 
@@ -136,17 +131,12 @@ def read_mmlu(path: Path) -> list[Problem]:
     problems = []
     for file in files:
         for where, row in _mmlu_rows(file):
-            options = row.get("choices") or row.get("options")
-            if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
-                raise ValueError(
-                    f"{where}: 'choices' must be a list of options, got {options!r:.80}"
-                )
-            gold = _letter(row.get("answer"), len(options), where)
+            gold, meta = choice_columns(row, row.get("answer"), where)
             name = str(row.get("id") or row.get("question_id") or _place(where))
             subject = str(row.get("subject") or row.get("category") or "")
             problems.append(
                 Problem(_text(row, where, "question", "prompt"), gold, name, "choice",
-                        subset=subject, meta={"choices": [str(o) for o in options]})
+                        subset=subject, meta=meta)
             )  # fmt: skip
     return _checked(problems, path)
 
@@ -189,7 +179,8 @@ def read_simpleqa(path: Path) -> list[Problem]:
 def read_open(path: Path, baseline: Path | None = None) -> list[Problem]:
     """Open questions and the answers that ours are compared with.
 
-    AlpacaEval: a JSON array of instruction and output. ArenaHard: JSONL of uid (or question_id),
+    AlpacaEval: a JSON array of instruction and output; or any rows of prompt and answer (or
+    completion), as in data.general. ArenaHard: JSONL of uid (or question_id),
     prompt (or turns), cluster; its answers are in a file of their own, `baseline`, by the same ids.
     """
     answers = {} if baseline is None else dict(_baseline_rows(baseline))
@@ -199,11 +190,12 @@ def read_open(path: Path, baseline: Path | None = None) -> list[Problem]:
         question = row.get("instruction") or row.get("prompt") or _turn(row.get("turns"))
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"{where}: no question (looked for instruction, prompt, turns)")
-        answer = answers.get(name) or answers.get(question) or row.get("output")
+        answer = answers.get(name) or answers.get(question)
+        answer = answer or row.get("output") or row.get("answer") or row.get("completion")
         if not isinstance(answer, str) or not answer.strip():
             raise ValueError(
                 f"{where}: no answer to compare with for {name!r}; a row brings 'output' "
-                "(AlpacaEval), or --baseline FILE has one for each id (ArenaHard)"
+                "(AlpacaEval), 'answer' or 'completion', or --baseline FILE has one for each id (ArenaHard)"
             )
         subset = str(row.get("dataset") or row.get("category") or "")
         problems.append(
@@ -262,24 +254,6 @@ def _mmlu_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 where,
                 {"question": question, "choices": options, "answer": answer, "subject": subject},
             )
-
-
-def _letter(answer: Any, num: int, where: str) -> str:
-    """The gold's letter, from an index that counts from 0 or from a letter."""
-    if isinstance(answer, str) and answer.strip().isdecimal():
-        answer = int(answer)
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < num:
-        return LETTERS[answer]
-    if (
-        isinstance(answer, str)
-        and len(text := answer.strip().upper()) == 1
-        and text in LETTERS[:num]
-    ):
-        return text
-    raise ValueError(
-        f"{where}: 'answer' must be an index from 0 to {num - 1} or a letter from A to "
-        f"{LETTERS[num - 1]}, got {answer!r:.40}"
-    )
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Row]]:

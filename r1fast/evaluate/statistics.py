@@ -177,9 +177,29 @@ def _of_kinds(rows: list[dict]) -> dict:
         result["f_score"] = 2 * correct / (attempted + len(short))
     if compared := [r for r in rows if r.get("outcome")]:
         result["outcomes"] = dict(Counter(r["outcome"] for r in compared))
+        result |= judge_bias([r["grades"] for r in compared if r.get("grades")])
         for side in ("summary", "baseline"):
             result[f"{side}_chars"] = mean(r[f"{side}_chars"] for r in compared)
     return result
+
+
+def judge_bias(grades: Sequence[Sequence[int | None]]) -> dict[str, float]:
+    """Of a judge's grades of our answer, shown first and second (positive: ours is better).
+
+    position_bias in [-1, 1]: how much more often the answer shown first was preferred than the
+    second, over all judgements; inconsistent: share of comparisons whose two orders prefer different
+    answers.
+    """
+    first = sum((a or 0) > 0 for a, _ in grades) + sum((b or 0) < 0 for _, b in grades)
+    second = sum((a or 0) < 0 for a, _ in grades) + sum((b or 0) > 0 for _, b in grades)
+    judged = sum(grade is not None for pair in grades for grade in pair)
+    whole = [(a, b) for a, b in grades if a is not None and b is not None]
+    found = {}
+    if judged:
+        found["position_bias"] = (first - second) / judged
+    if whole:
+        found["inconsistent"] = sum(a * b < 0 for a, b in whole) / len(whole)
+    return found
 
 
 def instruction_table(rows: Iterable[dict]) -> dict[str, dict]:

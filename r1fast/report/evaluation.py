@@ -31,6 +31,8 @@ SCORES = (  # of a single evaluation: (key of eval.json, words)
     ("f_score", "F-score"),
     ("format_rate", "Format"),
     ("language_share", "Target language"),
+    ("position_bias", "Judge: position bias"),
+    ("inconsistent", "Judge: orders that disagree"),
     ("wait_rate", "Re-checks"),
     ("clip_rate", "Cut off"),
 )
@@ -92,6 +94,11 @@ def scores(run: Run) -> list[str]:
         facts.append(", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
     if failed := number(e.get("num_errors")):
         facts.append(f"{failed:.0f} samples could not be judged and do not count")
+    if isinstance(judge := e.get("judge"), Mapping):
+        facts.append(
+            f"judge {shown(judge.get('model'))}: {number(judge.get('requests')) or 0:,.0f} requests, "
+            f"{number(judge.get('failed')) or 0:,.0f} failed"
+        )
     if sandbox := shown(e.get("sandbox")):
         facts.append(f"programs ran in {sandbox}")
     note = f'<p class="note">{escape("; ".join(facts))}.</p>' if facts else ""

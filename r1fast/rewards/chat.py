@@ -64,10 +64,12 @@ class ChatModel:
     """Cache and counters over `_ask`; thread safe.
 
     `counts`: requests sent, retries, answers from the cache, tokens of prompts and replies, requests
-    that failed after every try, and those not sent because so many in a row had failed.
+    that failed after every try, and those not sent because so many in a row had failed. `name` is the
+    model's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "") -> None:
+        self.name = name
         self.counts: Counter[str] = Counter()
         self.last_error = ""
         self._cache: OrderedDict[bytes, Any] = OrderedDict()
@@ -133,7 +135,7 @@ class ChatEndpoint(ChatModel):
         max_reply_tokens: int = 512,
         num_threads: int = 8,
     ):
-        super().__init__()
+        super().__init__(model)
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise ValueError(f"the judge's url must be an http or https address, got {url!r}")
         if not model:

@@ -13,10 +13,10 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from r1fast.problem_rows import LETTERS
 from r1fast.protocol import END_THINK, SPECIAL_TOKEN, THINK, boxes, split_completion
 from r1fast.types import Verdict
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SEVERAL = "several different answers"
 _WRAP = r"[\s*_`$~({\[\"'“”‘’<]*"  # what may stand around a letter
 _UNWRAP = r"[\s*_`$~)}\]\"'“”‘’>]*"
@@ -69,15 +69,25 @@ def grade_choice(
 
     ValueError for a gold that is no letter of the options.
     """
-    if gold not in LETTERS[: len(options)] or len(gold) != 1:
-        last = LETTERS[max(len(options) - 1, 0)]
-        raise ValueError(f"the gold of a choice must be a letter from A to {last}, got {gold!r}")
+    check_choice(gold, options)
     choice = extract_choice(
         text, options, protocol, special_token, prompt_opens_think=prompt_opens_think
     )
     if choice.letter is None:
         return ("wrong" if choice.fault == SEVERAL else "no_answer"), None
     return ("correct" if choice.letter == gold else "wrong"), choice.letter
+
+
+def check_choice(gold: object, options: object) -> None:
+    """ValueError unless `options` is a list of 2 to 26 texts and `gold` the letter of one of them."""
+    is_list = isinstance(options, list | tuple) and all(isinstance(o, str) for o in options)
+    if not is_list or not 2 <= len(options) <= len(LETTERS):
+        raise ValueError(
+            f"'choices' must be a list of 2 to {len(LETTERS)} options, got {options!r:.80}"
+        )
+    if not isinstance(gold, str) or len(gold) != 1 or gold not in LETTERS[: len(options)]:
+        last = LETTERS[len(options) - 1]
+        raise ValueError(f"the gold of a choice must be a letter from A to {last}, got {gold!r}")
 
 
 def extract_choice(

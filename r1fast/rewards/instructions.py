@@ -67,6 +67,23 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
             check_known(value)
 
 
+def check_instructions(names: object, arguments: object) -> None:
+    """ValueError unless both are lists of one length, with all that each instruction needs."""
+    if not isinstance(names, list) or not names or not isinstance(arguments, list):
+        raise ValueError(
+            "a problem of kind if needs lists 'instructions' and 'arguments' (as in IFEval: "
+            f"'instruction_id_list' and 'kwargs'), got {names!r:.60} and {arguments!r:.60}"
+        )
+    if len(names) != len(arguments):
+        raise ValueError(f"{len(names)} instructions but {len(arguments)} arguments (kwargs)")
+    for name, own in zip(names, arguments, strict=True):
+        if not isinstance(name, str) or not isinstance(own, Mapping):
+            raise ValueError(
+                f"an instruction is a name with a table, got {name!r:.60} with {own!r:.60}"
+            )
+        check_arguments(name, own)
+
+
 def follows(response: str, name: str, arguments: Mapping[str, Any]) -> bool:
     """Whether `response` does what the instruction says, read strictly; an empty one never does.
 

@@ -37,14 +37,14 @@ class Judge:
     def __init__(self, chat: ChatModel, *, max_answer_chars: int = 4000):
         self.chat = chat
         self.max_answer_chars = max_answer_chars
-        self._verdicts: Counter[str] = Counter()
+        self.verdicts: Counter[str] = Counter()
         self._fence = Fence()
         self._lock = threading.Lock()
 
     @property
     def counts(self) -> Counter[str]:
         """requests, retries, cached, tokens, failed of the chat model; and each verdict."""
-        return self.chat.counts + self._verdicts
+        return self.chat.counts + self.verdicts
 
     @property
     def last_error(self) -> str:
@@ -62,7 +62,7 @@ class Judge:
             (next(found) or "error") if answer.strip() else "no_answer" for _, _, answer in rows
         ]
         with self._lock:
-            self._verdicts.update(verdicts)
+            self.verdicts.update(verdicts)
         return verdicts
 
     def _request(self, question: str, gold: str, answer: str) -> ChatRequest:

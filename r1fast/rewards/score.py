@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 
 from r1fast.config import RewardConfig, TemplateConfig
 from r1fast.config_check import REWARDS
 from r1fast.metrics import warn
-from r1fast.protocol import Parts, split_completion
-from r1fast.rewards.code import CodeReward, GradedCode
+from r1fast.rewards.chat import ChatModel
+from r1fast.rewards.code import CodeReward
 from r1fast.rewards.code_problem import read_code_problem
 from r1fast.rewards.format import format_reward
+from r1fast.rewards.graders import JUDGED_KINDS, Grade, Graders, check_problem, needs_judge
 from r1fast.rewards.judge import Judge
 from r1fast.rewards.language import check_language, knows_language, language_consistency
 from r1fast.rewards.length import overlong_penalty, repetition_penalty
-from r1fast.rewards.math import Graded, MathReward
+from r1fast.rewards.math import MathReward
 from r1fast.rewards.pairwise import PairwiseJudge, pairwise_metrics
 from r1fast.rewards.preference import PreferenceRewards
 from r1fast.rewards.sandbox import SandboxInfo, find_compiler
@@ -36,8 +36,9 @@ RewardFn = Callable[..., Sequence[float | None]]
 class RewardScorer:
     """Fills `group.rewards`. To be closed: the graders own processes. The code grader starts when needed.
 
-    `preference` holds the reward models of general prompts, `judge` decides on answers of kind `qa`, and
-    `pairwise` on general responses against the problem's reference answer. `extra` maps a name to a user's
+    Who decides on which kind of problem is in graders.py. `preference` holds the reward models of general
+    prompts, `judge` decides on answers of kind `qa`, and `pairwise` on open ones, and on general responses
+    against the problem's reference answer. `extra` maps a name to a user's
     reward function and its weight; the function follows TRL's contract,
     `f(prompts=, completions=, completion_ids=, **columns) -> list[float | None]`, and None means
     that it does not apply. More than `max_error_share` grader failures in a call stop the run.
@@ -127,16 +128,32 @@ class RewardScorer:
     def judge_counts(self) -> dict[str, float]:
         """What the judges were asked and said since the last call, to be summed over ranks; nothing
         where there is none."""
-        if self.judge is None and self.pairwise is None:
+        if not self.chats:
             return {}
-        now: Counter[str] = Counter()
-        for judge in (self.judge, self.pairwise):
-            now.update({} if judge is None else judge.counts)
-        if self.judge is None and self.pairwise is not None:
-            now.update(self.pairwise.chat.counts)
+        now = self.judge_totals()
         values = {name: float(now[name] - self._told[name]) for name in JUDGE_COUNTS}
         self._told = now
         return values
+
+    def judge_totals(self) -> Counter[str]:
+        """What the judges were asked and said since the start."""
+        now: Counter[str] = Counter()
+        for counted in (self.judge and self.judge.verdicts, self.pairwise and self.pairwise.counts):
+            now.update(counted or {})
+        for chat in self.chats:
+            now.update(chat.counts)
+        return now
+
+    @property
+    def chats(self) -> list[ChatModel]:
+        """The models that the judges ask, each once."""
+        chats = [judge.chat for judge in (self.judge, self.pairwise) if judge is not None]
+        return chats[:1] if len(chats) == 2 and chats[0] is chats[1] else chats
+
+    @property
+    def judge_name(self) -> str:
+        """The model that judges; "" without one."""
+        return ", ".join(chat.name for chat in self.chats)
 
     def score(self, groups: list[RolloutGroup], *, step_from_end: int | None = None) -> None:
         """Give every completion of every group its `Reward`.
@@ -145,7 +162,7 @@ class RewardScorer:
         `preference_last_steps`, preference rewards are off before those steps.
         """
         rows = [(group, completion) for group in groups for completion in group.completions]
-        graded = self._judged(rows, self._grade(rows))
+        graded = self._graders().grade([(group.problem, c) for group, c in rows])
         parts: list[dict[str, float | None]] = []
         for (group, completion), grade in zip(rows, graded, strict=True):
             parts.append(self._rule_parts(group.problem, completion, grade))
@@ -158,6 +175,7 @@ class RewardScorer:
                 parts=p,
                 verdict=None if grade is None else grade.verdict,
                 answer=None if grade is None else grade.answer,
+                detail={} if grade is None else grade.detail,
             )
             for (group, _), p, grade in zip(rows, parts, graded, strict=True)
         ]
@@ -195,8 +213,12 @@ class RewardScorer:
         ):
             raise RuntimeError(
                 f"the grader failed on {verdicts['error']} of {num_verdicts} completions "
-                f"(more than {self.max_error_share:.0%}); the rewards mean nothing"
+                f"(more than {self.max_error_share:.0%}); the rewards mean nothing{self._last_error()}"
             )
+
+    def _last_error(self) -> str:
+        last = [chat.last_error for chat in self.chats if chat.last_error]
+        return f". The judge's last failure: {last[0]}" if last else ""
 
     def total(self, parts: Mapping[str, float | None], kind: str = "math") -> float:
         """The sum over the parts that apply, by the weights for problems of this kind."""
@@ -204,84 +226,32 @@ class RewardScorer:
         weights.update({name: weight for name, (_, weight) in self.extra.items()})
         return math.fsum(weights[n] * value for n, value in parts.items() if value is not None)
 
-    def _grade(
-        self, rows: list[tuple[RolloutGroup, Completion]]
-    ) -> list[Graded | GradedCode | None]:
-        """Programs run beside each other, as many as the sandbox takes, and beside mathematics."""
-        place = self.template.protocol, self.template.special_token
-        opens = self.prompt_opens_think
-        graded: list[Graded | GradedCode | None] = [None] * len(rows)
-        running: dict[int, Future[GradedCode]] = {}
-        answers: dict[int, tuple[str, str]] = {}
-        for i, (group, completion) in enumerate(rows):
-            problem = group.problem
-            if problem.kind == "code":
-                code_problem = self.code.problem(problem.meta, problem.prompt)
-                running[i] = self.code.submit(
-                    code_problem, completion.text, *place, prompt_opens_think=opens
-                )
-            elif problem.kind != "qa" and _verifiable(problem):
-                assert problem.answer is not None
-                answers[i] = problem.answer, completion.text
-        found = self.grader.grade_all(
-            list(answers.values()),
-            *place,
-            prompt_opens_think=opens,
-            deadline=self.config.math_batch_timeout,
-        )
-        graded_answers = dict(zip(answers, found, strict=True))
-        for i in range(len(rows)):
-            graded[i] = running[i].result() if i in running else graded_answers.get(i)
-        return graded
-
-    def _judged(
-        self, rows: list[tuple[RolloutGroup, Completion]], graded: list[Graded | None]
-    ) -> list[Graded | None]:
-        """`graded` with the judge's verdicts on problems of kind `qa`, many at a time."""
-        at = [i for i, (group, _) in enumerate(rows) if group.problem.kind == "qa"]
-        if not at:
-            return graded
-        if self.judge is None:
-            raise ValueError(
-                f"problem {rows[at[0]][0].problem.id!r} is of kind qa, which a judge decides: set "
-                "judge.url (or judge.path)"
-            )
-        answers = [self._split(rows[i][1]).answer for i in at]
-        problems = [rows[i][0].problem for i in at]
-        verdicts = self.judge.judge_all(
-            [(p.prompt, p.answer or "", a or "") for p, a in zip(problems, answers, strict=True)]
-        )
-        for i, verdict, answer in zip(at, verdicts, answers, strict=True):
-            graded[i] = Graded(verdict, answer)
-        return graded
-
-    def _split(self, completion: Completion) -> Parts:
-        return split_completion(
-            completion.text,
-            self.template.protocol,
-            self.template.special_token,
-            prompt_opens_think=self.prompt_opens_think,
+    def _graders(self) -> Graders:
+        return Graders(
+            self.template,
+            self.grader,
+            self.code,
+            self.judge,
+            self.pairwise,
+            self.prompt_opens_think,
+            self.config.math_batch_timeout,
         )
 
     def _rule_parts(
-        self, problem: Problem, completion: Completion, grade: Graded | GradedCode | None
+        self, problem: Problem, completion: Completion, grade: Grade | None
     ) -> dict[str, float | None]:
         c, protocol, token = self.config, self.template.protocol, self.template.special_token
         opens, weights = self.prompt_opens_think, self._weights[problem.kind]
         parts: dict[str, float | None] = {}
         if grade is not None:
             # an infrastructure failure is no zero: the part does not apply, the verdict says why
-            failed = grade.verdict == "error"
-            credit = float(grade.verdict == "correct")
-            if isinstance(grade, GradedCode):
-                credit = grade.credit(self.code.partial)
-            parts["accuracy"] = None if failed else credit
+            parts["accuracy"] = grade.credit
         if grade is not None or problem.kind == "general":  # DeepSeek-R1, equation 10: both kinds
             parts["format"] = format_reward(
                 completion.text, protocol, token, prompt_opens_think=opens
             )
         # measured at weight 0 too: the drift of the language is what R1-Zero is watched for
-        reasoning = self._split(completion)
+        reasoning = self._graders().split(completion)
         parts["language"] = None
         if reasoning.reasoning and (
             weights["language"] or knows_language(problem.language, c.lexicon)
@@ -344,7 +314,8 @@ class RewardScorer:
         if not at:
             return
         problems = [rows[i][0].problem for i in at]
-        summaries = [self._split(rows[i][1]).summary or "" for i in at]
+        split = self._graders().split
+        summaries = [split(rows[i][1]).summary or "" for i in at]
         comparisons = self.pairwise.compare(
             [(p.prompt, s, p.answer or "") for p, s in zip(problems, summaries, strict=True)]
         )
@@ -423,18 +394,21 @@ def check_problems(
                 "or rewards.language to 0"
             ) from None
     for problem in problems:
+        try:
+            check_problem(problem)
+        except ValueError as error:
+            raise ValueError(f"problem {problem.id!r}: {error}") from None
         if problem.kind == "code":
-            read = read_code_problem(problem.meta, problem.prompt)
+            read = read_code_problem(
+                problem.meta, problem.meta.get("code_prompt") or problem.prompt
+            )
             if read.language == "cpp" and not find_compiler():
                 raise ValueError(
                     f"problem {problem.id!r} is in C++, which needs g++ in /usr/bin or /usr/local/bin "
                     "(apt-get install g++); there is none"
                 )
-        if problem.kind == "qa" and not has_judge:
-            raise ValueError(
-                f"problem {problem.id!r} is of kind qa, which a judge decides: set judge.url (or "
-                "judge.path)"
-            )
+        if problem.kind in JUDGED_KINDS and not has_judge:
+            raise needs_judge(problem)
         if problem.kind in config.by_kind and not any(config.weights(problem.kind).values()):
             raise ValueError(
                 f"problem {problem.id!r} has no reward: every weight of "
@@ -487,7 +461,3 @@ def judge_row(counts: Mapping[str, float]) -> dict[str, float]:
     row["judge/tokens"] = counts["prompt_tokens"] + counts["completion_tokens"]
     pairs = pairwise_metrics(Counter({name: int(n) for name, n in counts.items()}))
     return row | {f"judge/{name}": value for name, value in pairs.items()}
-
-
-def _verifiable(problem: Problem) -> bool:
-    return problem.kind != "general" and problem.answer is not None

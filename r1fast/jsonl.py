@@ -1,0 +1,91 @@
+"""JSONL and JSON arrays: objects with their line numbers, read with errors that say where, written whole."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of each line that is not blank."""
+    for line, text in read_lines(path):
+        try:
+            row = json.loads(text, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{line}: not valid JSON: {error}") from None
+        if not isinstance(row, dict):
+            hint = " (JSON Lines: one object a line, no array around)" * isinstance(row, list)
+            raise ValueError(
+                f"{path}:{line}: expected a JSON object, got {type(row).__name__} "
+                f"{text[:60]!r}{hint}"
+            )
+        yield line, row
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """`read_jsonl`, or (position from 1, object) of a .json file that is one array, as MBPP's is."""
+    path = Path(path)
+    lines = (text for _, text in read_lines(path))
+    if path.suffix != ".json" or not next(lines, "").lstrip().startswith("["):
+        yield from read_jsonl(path)
+        return
+    text = "\n".join(text for _, text in read_lines(path))
+    try:
+        rows = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: expected a JSON array of objects, got {text[:60]!r}")
+    yield from enumerate(rows, 1)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(line number, text) of each line that is not blank; only \\n ends a line."""
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"data file {str(path)!r} {what}")
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        for line, raw in enumerate(file, 1):
+            if line == 1:
+                if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise ValueError(f"{path}:1: is UTF-16; save it as UTF-8")
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            try:
+                text = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path}:{line}: not valid UTF-8 at byte {error.start}: {error.reason}"
+                ) from None
+            if "\0" in text:
+                raise ValueError(f"{path}:{line}: holds a NUL byte")
+            if text.strip():
+                yield line, text.rstrip("\r\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable) -> int:
+    """Write mappings or dataclasses, one a line, all or nothing; returns how many."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    num_rows = 0
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            for row in rows:
+                row = asdict(row) if is_dataclass(row) and not isinstance(row, type) else row
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+                num_rows += 1
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return num_rows
