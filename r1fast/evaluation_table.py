@@ -47,11 +47,11 @@ def show_evaluation(result: Mapping[str, Any]) -> None:
 
 def _names(result: Mapping) -> list[tuple[str, str]]:
     curve = sorted(int(m[1]) for key in result if (m := re.fullmatch(r"pass@(\d+)", key)))
-    strict = " prompts followed, strict" if "prompt_strict" in result else ""
     return [
         ("win_rate", "win rate"),
-        *((f"pass@{k}", f"pass@{k}" + strict * (k == 1)) for k in curve),
+        *((f"pass@{k}", f"pass@{k}") for k in curve),
         ("cons@k", f"cons@{result['k']}"),
+        ("prompt_strict", "prompts followed, strict"),
         ("prompt_loose", "prompts followed, loose"),
         ("instruction_strict", "instructions, strict"),
         ("instruction_loose", "instructions, loose"),

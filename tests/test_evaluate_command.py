@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from test_judge import by_length, endpoint  # noqa: F401
+from test_judge import by_length, endpoint, teach  # noqa: F401
 from tiny import tiny_checkpoint
 
 from r1fast.__main__ import main, parse
@@ -12,6 +12,7 @@ from r1fast.evaluate_command import evaluation_config
 from r1fast.jsonl import read_jsonl, write_jsonl
 from r1fast.report.browser import MAX_CHARS, MAX_SAMPLES, choose
 from r1fast.report.evaluation import curve
+from r1fast.rewards.chat import defused
 
 TINY = [
     "--rollout.max_completion_tokens=8",
@@ -166,7 +167,7 @@ def test_a_judged_preset_asks_the_endpoint(files, tmp_path, endpoint, capsys):  
 
 
 OPEN = [
-    {"instruction": f"Say {word}", "output": f"{word} " * n, "dataset": f"d{n % 2}"}
+    {"instruction": f"Say {word}", "output": " ".join([word] * n), "dataset": f"d{n % 2}"}
     for n, word in ((1, "hi"), (40, "bye"), (3, "so"))
 ]
 
@@ -188,7 +189,7 @@ def test_pairs_by_a_judge_that_goes_by_content(files, tmp_path, endpoint, capsys
     for row in rows:  # this judge prefers the longer
         answer = "" if row["extracted"] is None else row["extracted"]
         baseline = next(x["output"] for x in OPEN if x["instruction"] == row["prompt"])
-        longer = len(answer) - len(baseline.strip())
+        longer = len(defused(answer).strip("\n")) - len(baseline)
         score = 0.0 if not answer else 1.0 if longer > 0 else 0.0 if longer < 0 else 0.5
         assert row["score"] == score, row
     assert result["win_rate"] == pytest.approx(sum(row["score"] for row in rows) / 9)
@@ -254,18 +255,21 @@ def test_a_judge_that_fails_is_no_score(files, tmp_path, endpoint, capsys):  # n
 
 
 def test_a_judge_in_process(files, tmp_path, capsys):
-    """A random model says nothing that can be read, which is an error, never a score."""
-    words = [*open_words(files, tmp_path, ""), f"--judge.path={files / 'model'}",
-             "--judge.num_retries=1", "--judge.max_reply_tokens=4"]  # fmt: skip
-    assert go(files, *words, out=tmp_path) == 1
-    error = " ".join(capsys.readouterr().err.split())
-    assert "failed on" in error
-    assert "the judge's reply cannot be read" in error
-    chat = EngineChat(lambda: load_policy(files / "model"), RolloutConfig(max_batch_size=4), name="x")
-    chat._generate = lambda engine, requests, prompts, todo, attempt: [
-        by_length(requests[i].system, requests[i].user) for i in todo
-    ]
-    assert PairwiseJudge(chat).compare([("q", "long text", "x")])[0].winner == "a"
+    """A model that has learnt to prefer what it sees first, sampled by the embedded engine."""
+    teach('{"verdict": "A>>B"}').save(tmp_path / "judge")
+    words = [*open_words(files, tmp_path, ""), "--judge.num_retries=0"]
+    biased = [*words, f"--judge.path={tmp_path / 'judge'}", "--judge.max_reply_tokens=32"]
+    assert go(files, *biased, out=tmp_path / "run") == 0
+    result = read(tmp_path / "run")
+    assert result["position_bias"] == result["inconsistent"] == 1.0
+    assert result["judge"]["model"] == str(tmp_path / "judge")
+    assert result["judge"]["completion_tokens"] > 0
+    # a random one says nothing that can be read: an error, never a score
+    capsys.readouterr()
+    random = [*words, f"--judge.path={files / 'model'}", "--judge.max_reply_tokens=4"]
+    assert go(files, *random, out=tmp_path / "random") == 1
+    assert "failed on" in (error := " ".join(capsys.readouterr().err.split()))
+    assert re.search("the judge's (reply cannot be read|context has)", error), error
 
 
 @pytest.mark.parametrize(

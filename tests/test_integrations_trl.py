@@ -93,6 +93,8 @@ def make_trainer(folder, cls=None, **changes):
     tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.pad_token = tokenizer.eos_token
     model_changes = changes.pop("model_changes", {})
+    prompts = [{"prompt": f"What is {n} + 2?"} for n in range(8)]
+    rows, functions = changes.pop("rows", prompts), changes.pop("reward_funcs", reward)
     config = transformers.Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
@@ -115,9 +117,9 @@ def make_trainer(folder, cls=None, **changes):
     } | changes  # fmt: skip
     return (cls or trl.GRPOTrainer)(
         model=model,
-        reward_funcs=reward,
+        reward_funcs=functions,
         args=trl.GRPOConfig(**arguments),
-        train_dataset=Dataset.from_dict({"prompt": [f"What is {n} + 2?" for n in range(8)]}),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
 
@@ -267,6 +269,62 @@ def test_evaluation_and_accumulated_eval_loss(tmp_path):
         results.append(trainer.evaluate(trainer.train_dataset))
     for name in ("eval_loss", "eval_entropy", "eval_kl"):
         assert results[1][name] == pytest.approx(results[0][name], rel=1e-4, abs=1e-5)
+
+
+def test_rewards_of_r1fast_as_they_are(tmp_path):
+    """`reward_funcs` of the real GRPOTrainer: names, columns, and None where a row has no tests or gold."""
+    from r1fast.rewards import CodeReward, FormatReward, LanguageReward, MathReward
+    from r1fast.rewards.sandbox import SandboxUnavailable
+
+    code = CodeReward()
+    try:
+        code.start()
+    except SandboxUnavailable as error:
+        pytest.skip(f"no sandbox: {error}")
+    rows = [
+        {"prompt": "What is 3 + 5?", "answer": "8", "tests": None, "language": "en"},
+        {"prompt": "Write add(a, b).", "answer": None, "tests": ["assert add(3, 4) == 7"],
+         "language": "en"},
+    ]  # fmt: skip
+    given = {
+        "What is 3 + 5?": "<think> the sum of three and five </think> <answer> 8 </answer>",
+        "Write add(a, b).": "<think> die Summe von zwei Zahlen </think> <answer>\n```python\n"
+        "def add(a, b):\n    return a + b\n```\n</answer>",
+    }
+    seen = {}
+
+    def spied(reward):
+        """The reward with what it was asked and said; with its name, as TRL wants it."""
+
+        class Spy(type(reward)):
+            def __call__(self, prompts=None, completions=None, completion_ids=None, **columns):
+                texts = [given[prompt] for prompt in prompts]
+                scores = super().__call__(prompts, texts, completion_ids, **columns)
+                seen.setdefault(self.__name__, []).extend(zip(prompts, scores, strict=True))
+                return scores
+
+        reward.__class__ = Spy
+        return reward
+
+    with MathReward(symbolic=False) as maths, code:
+        rewards = [spied(r) for r in (maths, code, FormatReward(), LanguageReward())]
+        trainer = make_trainer(
+            tmp_path, reward_funcs=rewards, rows=rows, max_steps=1, num_iterations=1,
+            per_device_train_batch_size=8,
+        )  # fmt: skip
+        trainer.train()
+    names = ["math_accuracy", "code_accuracy", "format", "language"]
+    assert trainer.reward_func_names == names
+    assert list(seen) == names
+    for name, scores in zip(names, [(1.0, None), (None, 1.0), (1.0, 1.0)], strict=False):
+        for row, score in zip(rows, scores, strict=True):
+            asked = [said for prompt, said in seen[name] if prompt == row["prompt"]]
+            assert asked == [score] * 4, (name, row["prompt"])
+    shares = dict(seen["language"])
+    assert shares["What is 3 + 5?"] == 1.0
+    (row, *_) = [h for h in history(trainer) if "loss" in h]
+    for name in names:
+        assert f"rewards/{name}/mean" in row
 
 
 @pytest.mark.slow

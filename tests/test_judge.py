@@ -444,7 +444,11 @@ def test_preference_rewards_wait_for_the_last_steps(endpoint):
 
 @pytest.fixture(scope="module")
 def taught():
-    """A tiny chat model that has learnt to reply '{"verdict": "correct"}' to whatever it is asked."""
+    return teach('{"verdict": "correct"}')
+
+
+def teach(reply: str):
+    """A tiny chat model that has learnt to reply this to whatever it is asked."""
     import torch
     from tiny import tiny_policy, tiny_tokenizer
 
@@ -453,7 +457,6 @@ def taught():
     from r1fast.training import hidden_states
     from r1fast.types import Sequence
 
-    reply = '{"verdict": "correct"}'
     tokenizer = tiny_tokenizer((reply,) * 50)
     policy = tiny_policy(tokenizer=tokenizer, max_position_embeddings=4096)
     policy.model.requires_grad_(True)

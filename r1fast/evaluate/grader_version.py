@@ -15,7 +15,7 @@ _CHAT = ("rewards/chat.py", "judge_engine.py")
 SOURCES = {  # what a verdict of each kind depends on, under r1fast/
     "math": (*_ALL, "rewards/math.py", "rewards/answers.py", "rewards/algebra.py", "rewards/equivalence.py",
              "rewards/expression.py", "rewards/latex.py", "rewards/regions.py", "rewards/symbolic.py",
-             "rewards/symbolic_worker.py", "rewards/trigonometry.py", "rewards/units.py"),
+             "rewards/symbolic_worker.py", "rewards/trigonometry.py", "rewards/units.py", "rewards/messages.py"),
     "choice": (*_ALL, "rewards/choice.py"),
     "if": (*_ALL, "rewards/instructions.py", "rewards/text_language.py"),
     "code": (*_ALL, "rewards/code.py", "rewards/code_answer.py", "rewards/code_problem.py", "rewards/math.py",
@@ -23,7 +23,7 @@ SOURCES = {  # what a verdict of each kind depends on, under r1fast/
              "rewards/program_output.py", "rewards/sandbox.py", "rewards/sandbox_box.py",
              "rewards/sandbox_cgroup.py", "rewards/sandbox_filter.py", "rewards/sandbox_ladder.py",
              "rewards/sandbox_launcher.py", "rewards/sandbox_pool.py", "rewards/sandbox_trial.py",
-             "rewards/sandbox_usage.py", "rewards/confine.py"),
+             "rewards/sandbox_usage.py", "rewards/confine.py", "rewards/messages.py"),
     "qa": (*_ALL, *_CHAT, "rewards/judge.py"),
     "open": (*_ALL, *_CHAT, "rewards/pairwise.py"),
 }  # fmt: skip

@@ -23,6 +23,7 @@ from r1fast.report.run import Run, Stage, number, shown
 SCORES = (  # of a single evaluation: (key of eval.json, words)
     ("win_rate", "Win rate"),
     ("cons@k", "cons@k"),
+    ("prompt_strict", "Prompts followed, strict"),
     ("prompt_loose", "Prompts followed, loose"),
     ("instruction_strict", "Instructions followed, strict"),
     ("instruction_loose", "Instructions followed, loose"),
@@ -78,8 +79,6 @@ def scores(run: Run) -> list[str]:
             continue
         errors = [number(e.get(f"{key}_{of}")) for of in ("stderr", "run_stderr")]
         has_error = f"{key}_stderr" in e
-        if key == "pass@1" and "prompt_strict" in e:
-            name = "pass@1: prompts followed, strict"
         rows.append([
             escape(name.replace("@k", f"@{shown(e.get('k'))}")), cell(f"{value:.3f}", value),
             *(cell("" if x is None else f"{x:.3f}") if has_error else "<td></td>" for x in errors),

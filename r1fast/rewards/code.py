@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from r1fast.metrics import note, warn
 from r1fast.protocol import SPECIAL_TOKEN
 from r1fast.rewards.code_answer import extract_code
 from r1fast.rewards.code_problem import COLUMNS, MAX_CODE, CodeProblem, read_code_problem
+from r1fast.rewards.messages import column_of, message_text
 from r1fast.rewards.sandbox import Sandbox, SandboxInfo, TrialResult
 from r1fast.types import Verdict
 
@@ -119,18 +120,17 @@ class CodeReward:
         A share of 0 to 1, or None where the row has no tests or the sandbox failed. ValueError for a
         row whose tests cannot be read.
         """
-        texts = [_message_text(c) for c in completions or []]
+        texts = [message_text(c) for c in completions or []]
         known = {name: columns[name] for name in COLUMNS if columns.get(name) is not None}
         for name, values in known.items():
-            if isinstance(values, str) or len(values) != len(texts):
-                raise ValueError(f"column {name!r} must have one entry for each completion")
+            column_of(name, values, len(texts))
         futures: list[Future[GradedCode] | None] = []
         for i, text in enumerate(texts):
             row = {name: values[i] for name, values in known.items() if values[i] is not None}
             if not row.keys() & {"tests", "test_list", "test", "input_output"}:
                 futures.append(None)
                 continue
-            problem = self.problem(row, _message_text(prompts[i]) if prompts else "")
+            problem = self.problem(row, message_text(prompts[i]) if prompts else "")
             futures.append(self.submit(problem, text, self.protocol))
         grades = [None if future is None else future.result() for future in futures]
         return [
@@ -242,12 +242,3 @@ def judged(trial: TrialResult, num_tests: int, code: str) -> GradedCode:
         return GradedCode("error", code, 0.0, f"{len(trial.tests)} of {num_tests} tests came back")
     share = sum(test["share"] for test in trial.tests) / num_tests
     return GradedCode(failed["outcome"], code, min(share, 1 - 1e-9), failed["why"])
-
-
-def _message_text(message) -> str:
-    """TRL passes a string, or the messages of a conversation."""
-    if isinstance(message, str):
-        return message
-    if isinstance(message, Sequence) and message and isinstance(message[-1], dict):
-        return str(message[-1].get("content") or "")
-    raise ValueError(f"a message must be a string or a list of messages, got {message!r:.80}")

@@ -15,6 +15,10 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
+
+from r1fast.protocol import PROTOCOLS, SPECIAL_TOKEN, split_completion
+from r1fast.rewards.messages import column_of, message_text
 
 _SURE = 0.65  # confidence from which lingua overrules the target in fewer words than _LONG
 _LONG = 5
@@ -170,3 +174,50 @@ def _detect(candidates: tuple[str, ...], text: str) -> dict[str, float]:
     """Confidence of each candidate; they add up to 1."""
     values = _detector(candidates).compute_language_confidence_values(text)
     return {v.language.iso_code_639_1.name.lower(): v.value for v in values}
+
+
+class LanguageReward:
+    """`language_consistency` of the reasoning as a TRL reward function.
+
+    The target is the row's column `language`, else `language`. ValueError for one that is not known.
+    """
+
+    __name__ = "language"  # TRL names the column of a reward by it
+
+    def __init__(
+        self,
+        language: str = "en",
+        protocol: str = "think_answer",
+        special_token: str = SPECIAL_TOKEN,
+        *,
+        lexicon: Mapping[str, Iterable[str]] | None = None,
+        prompt_opens_think: bool = False,
+    ):
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+        check_language(language, lexicon)
+        self.language, self.lexicon = language, lexicon
+        self.protocol, self.special_token = protocol, special_token
+        self.prompt_opens_think = prompt_opens_think
+
+    def __call__(
+        self, prompts=None, completions=None, completion_ids=None, *, language=None, **columns: Any
+    ) -> list[float | None]:
+        """The share of each reasoning that is in the target language; None without a reasoning."""
+        texts = [message_text(completion) for completion in completions or []]
+        if language is None:
+            language = [None] * len(texts)
+        targets = column_of("language", language, len(texts))
+        shares: list[float | None] = []
+        for text, target in zip(texts, targets, strict=True):
+            reasoning = split_completion(
+                text,
+                self.protocol,
+                self.special_token,
+                prompt_opens_think=self.prompt_opens_think,
+            ).reasoning
+            target = target or self.language
+            shares.append(
+                language_consistency(reasoning, target, lexicon=self.lexicon) if reasoning else None
+            )
+        return shares

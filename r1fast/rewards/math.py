@@ -28,6 +28,7 @@ from r1fast.protocol import (
 from r1fast.rewards import answers, latex
 from r1fast.rewards.algebra import TooBig, Undefined
 from r1fast.rewards.equivalence import same, same_bounded
+from r1fast.rewards.messages import message_text
 from r1fast.rewards.symbolic import SymbolicPool
 from r1fast.types import Verdict
 
@@ -217,7 +218,7 @@ class MathReward:
         self, prompts=None, completions=None, completion_ids=None, *, answer, **columns
     ) -> list[float | None]:
         """TRL's contract: 1.0, 0.0, or None where the row has no gold or the grader failed."""
-        texts = [_message_text(c) for c in completions or []]
+        texts = [message_text(c) for c in completions or []]
         if len(answer) != len(texts):
             raise ValueError(f"{len(texts)} completions but {len(answer)} answers")
         rows = [(str(g), t) for g, t in zip(answer, texts, strict=True) if g is not None]
@@ -377,12 +378,3 @@ def _read(text: str) -> answers.Answer | ValueError:
         return answers.read_answer(text)
     except ValueError as error:
         return error
-
-
-def _message_text(completion) -> str:
-    """TRL passes a string, or the messages of a conversation."""
-    if isinstance(completion, str):
-        return completion
-    if isinstance(completion, Sequence) and completion and isinstance(completion[-1], dict):
-        return str(completion[-1].get("content") or "")
-    raise ValueError(f"a completion must be a string or a list of messages, got {completion!r:.80}")
