@@ -72,12 +72,14 @@ def is_language(text: str, language: str) -> bool:
     rivals = tuple(name for name, s in SCRIPTS.items() if s == script)
     if len(rivals) == 1:
         return True
-    if all(map(_lingua_knows, rivals)):  # it takes Nepali, which it does not know, for Hindi
-        return _detect(text) == language
     words = re.findall(
         r"[^\W\d_]+(?:[\u0900-\u097f\u200c\w])*", unicodedata.normalize("NFC", text).lower()
     )
     votes = Counter({name: sum(word in _word_set(name) for word in words) for name in rivals})
+    if _lingua_knows(language):
+        # lingua takes a language that it does not know (Nepali) for a neighbour (Hindi)
+        unknown = [votes[name] for name in rivals if not _lingua_knows(name)]
+        return _detect(text) == language and max(unknown, default=0) <= votes[language]
     best = max(votes.values())
     if best < _MIN_WORDS and len(words) < 3 * _MIN_WORDS:
         return votes[language] == best or not best
