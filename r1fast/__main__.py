@@ -6,7 +6,7 @@ commands
   sft        supervised fine-tuning on data.sft (or on GSM8K-style data.train)
   distill    the same, of a smaller model on the kept samples of a larger one
   sample     rejection sampling: correct and readable completions as JSONL
-  evaluate   CONFIG or MODEL: pass@k, cons@k, format, language, length; every sample stored
+  evaluate   CONFIG or MODEL: pass@k, cons@k, win rate, format, language, length; samples stored
              [--preset NAME --data FILE [--baseline FILE]] [--judge-url URL --judge-model NAME]
              --rescore RUN: grade stored samples again; --compare RUN_A RUN_B: is b better? [--json]
   reward-model  helpfulness from data.preference (pairwise), safety from data.safety (pointwise)

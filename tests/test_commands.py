@@ -244,6 +244,11 @@ def test_words_are_read_in_any_order():
 def test_help_and_nothing(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 100
+    for command in COMMANDS:
+        assert f"\n  {command} " in shown
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
     assert all(command in shown for command in COMMANDS)
     assert main(["grpo", "--help"]) == 0
     assert main([]) == cli.EXIT_USAGE

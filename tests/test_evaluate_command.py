@@ -156,6 +156,7 @@ def test_a_judged_preset_asks_the_endpoint(files, tmp_path, endpoint, capsys):  
     assert rows[0]["grader"].endswith(" kind")
     assert read(tmp_path / "run", "manifest.json")["judge"] == "kind"
     assert go(files, *words, out=tmp_path / "run") == 0  # nobody is asked again
+    assert read(tmp_path / "run") == result
     assert len(endpoint.requests) == len(users)
     # the config's judge is as good, and what the command line names goes before it
     other = [*words[:3], f"--judge.url={endpoint.url}", "--judge.model=strict"]

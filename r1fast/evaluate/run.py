@@ -88,6 +88,8 @@ def evaluate(
         check_judge(rows, scorer)
     result |= what_graded(scorer, before)
     if folder is not None:
+        if "judge" not in result and any(row["kind"] in JUDGED_KINDS for row in rows):
+            result |= _judge_before(folder)
         if distributed.is_main():
             store(folder, rows, result, problems, setup)
         distributed.barrier()
@@ -135,6 +137,13 @@ def what_graded(scorer: Any, before: Counter[str]) -> dict:
     if any(asked.values()):
         told["judge"] = {"model": scorer.judge_name, **asked}
     return told
+
+
+def _judge_before(folder: Path) -> dict:
+    """What the judge cost when it was last asked: all of its verdicts were there before this call."""
+    path = folder / "eval.json"
+    told = read_json(path).get("judge") if path.is_file() else None
+    return {} if told is None else {"judge": told}
 
 
 def check_judge(rows: Sequence[Mapping], scorer: Any) -> None:
