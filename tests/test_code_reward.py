@@ -433,7 +433,9 @@ def test_trl_contract(reward):
     scores = reward(prompts=prompts, completions=completions, completion_ids=[[1]] * 4,
                     tests=[ADD["tests"]] * 3 + [None], other=[1] * 4)  # fmt: skip
     assert scores == [1.0, 0.0, 0.0, None]
-    with pytest.raises(ValueError, match="column 'tests' must have one entry for each completion"):
+    with pytest.raises(
+        ValueError, match="column 'tests' must have one entry for each of 1 completions"
+    ):
         reward(completions=["x"], tests=[])
     with pytest.raises(ValueError, match="holds no tests"):
         reward(completions=["x"], tests=[[]])

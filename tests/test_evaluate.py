@@ -10,6 +10,7 @@ from tiny import TokenScorer, tiny_config, tiny_policy, tiny_problems
 
 from r1fast.config import RewardConfig, TemplateConfig
 from r1fast.evaluate import evaluate, pass_at_k, sample_groups, summarise, vote
+from r1fast.evaluate.statistics import judge_bias
 from r1fast.jsonl import read_jsonl
 from r1fast.rewards.score import RewardScorer
 from r1fast.rollout.sampler import SamplingParams
@@ -213,6 +214,18 @@ def test_instructions_and_short_answers_and_pairs():
     assert s["outcomes"] == {"win": 1, "tie": 1, "loss": 1, "error": 1}
     assert (s["summary_chars"], s["baseline_chars"]) == (10, 30)
     assert "pass@1" not in s
+    mixed = summarise([*pairs, row("m", "correct"), row("n", "error")], same)
+    assert (mixed["win_rate"], mixed["pass@1"], mixed["num_errors"]) == (0.5, 1.0, 2)
+
+
+def test_bias_of_a_judge_by_hand():
+    """Grades of our answer, shown first and second; what failed counts in neither share."""
+    first_wins = [[2, -2], [1, -1]]
+    assert judge_bias(first_wins) == {"position_bias": 1.0, "inconsistent": 1.0}
+    assert judge_bias([[-1, 1]]) == {"position_bias": -1.0, "inconsistent": 1.0}
+    assert judge_bias([[2, 1], [-1, -2], [0, 0]]) == {"position_bias": 0.0, "inconsistent": 0.0}
+    assert judge_bias([[1, None], [0, -1]]) == {"position_bias": 2 / 3, "inconsistent": 0.0}
+    assert judge_bias([[None, None]]) == judge_bias([]) == {}
 
 
 class ParityScorer(TokenScorer):

@@ -214,6 +214,9 @@ def test_open_answers(tmp_path):
         "Hi!",
         "helpful_base",
     )
+    general = [{"prompt": "Say hi.", "answer": "Hi!"}, {"prompt": "Bye?", "completion": "Bye!"}]
+    own = load("alpaca_eval", jsonl(tmp_path / "general.jsonl", *general))  # rows of data.general
+    assert [(p.prompt, p.meta["baseline"]) for p in own] == [("Say hi.", "Hi!"), ("Bye?", "Bye!")]
     questions = jsonl(tmp_path / "question.jsonl", ARENA, ARENA_OLD)
     answers = jsonl(
         tmp_path / "answers.jsonl",

@@ -83,7 +83,25 @@ def summarise(rows: list[dict], same_answer: SameAnswer) -> dict:
 
 
 def _scores(verified: Mapping[str, list[dict]], k: int, same_answer: SameAnswer) -> dict:
-    """Mean score with both errors, the pass@k curve, cons@k, and what could not be judged."""
+    """Mean score with both errors, the pass@k curve, cons@k, and what could not be judged.
+
+    Where open problems are among others, the win rate is of those and pass@1 of the others.
+    """
+    is_pair = {p: any(r.get("outcome") for r in s) for p, s in verified.items()}
+    if len(set(is_pair.values())) < 2:
+        return _scores_alike(verified, k, same_answer)
+    parts = [
+        _scores_alike({p: verified[p] for p in verified if is_pair[p] == pair}, k, same_answer)
+        for pair in (False, True)
+    ]
+    result = parts[0] | parts[1]
+    for name in ("num_errors", "num_unjudged_problems"):
+        if any(name in part for part in parts):
+            result[name] = sum(part.get(name, 0) for part in parts)
+    return result
+
+
+def _scores_alike(verified: Mapping[str, list[dict]], k: int, same_answer: SameAnswer) -> dict:
     result: dict = {}
     scores = {p: [x for r in s if (x := score_of(r)) is not None] for p, s in verified.items()}
     judged = {p: values for p, values in scores.items() if values}
