@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from r1fast.kernels import cpu_head
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLIP = {"clip_eps_low": 0.2, "clip_eps_high": 0.28}
 GROUP = 8
@@ -163,7 +165,8 @@ def compiled() -> Callable:
 def make_variants(device: str, dtype: str) -> dict[str, Callable[[], Callable]]:
     """Name -> what makes the variant; ImportError or AttributeError there: skipped with a note."""
     if device == "cpu" and dtype == "bf16":
-        ours = {"exact": "native", "fast": "fast"}
+        ours = {"exact": "native"} if cpu_head.supported(torch.bfloat16) else {}
+        ours["fast"] = "fast"
     else:
         ours = {"": "auto"}
     variants = {}

@@ -120,17 +120,29 @@ def cache_bytes(
     max_batch_size: int,
     block_size: int,
     dtype: torch.dtype,
+    has_tails: bool = False,
 ) -> int:
-    """Keys and values of a rollout at its fullest, all slots at the longest completions of their group."""
+    """Keys and values of a rollout at its fullest, all slots at the longest completions of their group.
+
+    `has_tails`: what fills no block is held position by position, as the engine does on a CPU without drafts.
+    """
     layout = PagedLayout(
         spec.num_kv_heads, spec.head_dim, block_size, dtype=dtype, device=torch.device("cpu")
     )
-    slots, blocks = max_batch_size, 0
+    slots, blocks, rows = max_batch_size, 0, 0
     for prompt, completions in groups:
         running = sorted(completions, reverse=True)[:slots]
         slots -= len(running)
-        blocks += -(-prompt // block_size)
-        blocks += sum(-(-(prompt + n) // block_size) - prompt // block_size for n in running)
+        if has_tails:
+            ends = [prompt + n - 1 for n in running]  # the last token is never looked back on
+            blocks += prompt // block_size + sum(
+                n // block_size - prompt // block_size for n in ends
+            )
+            rows += sum(n % block_size for n in ends)
+        else:
+            blocks += -(-prompt // block_size)
+            blocks += sum(-(-(prompt + n) // block_size) - prompt // block_size for n in running)
+    blocks += -(-rows // block_size)
     return blocks * layout.bytes_per_block() * spec.num_layers
 
 

@@ -142,7 +142,9 @@ def resident(job: Job, groups: Groups, available: int) -> dict[str, int]:
         kinds["reference"] = _reference_bytes(job) * (g.ref_device == "same" or not on_gpu)
     if job.kind != "grpo":
         return kinds
-    options = {"max_batch_size": r.max_batch_size, "block_size": r.block_size, "dtype": job.dtype}
+    has_tails = not on_gpu and r.block_size == 16 and not r.num_draft_tokens
+    options = {"max_batch_size": r.max_batch_size, "block_size": r.block_size, "dtype": job.dtype,
+               "has_tails": has_tails}  # fmt: skip
     if on_gpu:  # all that slots may need, made before the first gradients are
         room = (available - sum(kinds.values()) + 8 * size.trained) // 2
         context = job.spec.max_position_embeddings

@@ -284,6 +284,9 @@ def test_two_ranks_train_as_one(both, name):
             if key in ("train/tokens_forwarded", "train/tokens_saved", "train/token_budget"):
                 # a prompt that two ranks have is forwarded by both, in other micro-batches
                 continue
+            if key == "rollout/cache_mib":  # each rank's last block of tails is partly empty
+                assert b[key] >= value
+                continue
             atol = 2e-5 if key.startswith("logprob_mismatch") else 1e-6
             assert b[key] == pytest.approx(value, rel=1e-4, abs=atol), key
 

@@ -161,7 +161,7 @@ def test_the_cache_is_what_the_engine_holds():
     spec, held = policy.model.spec, engine.stats
     planned = cache_bytes(
         spec, [(n, [40] * 4) for n in (20, 5, 31)],
-        max_batch_size=12, block_size=16, dtype=torch.float32,
+        max_batch_size=12, block_size=16, dtype=torch.float32, has_tails=True,
     )  # fmt: skip
     assert planned == pytest.approx(held.peak_blocks * held.block_bytes, rel=0.1)
 

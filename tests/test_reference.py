@@ -30,7 +30,8 @@ def kl_of(folder, *overrides) -> float:
 
 
 def test_it_is_forwarded_once_a_rollout_for_any_number_of_passes(tmp_path):
-    trainer = make_trainer(tmp_path, "--grpo.num_iterations=3", "--grpo.num_mini_batches=2")
+    passes = "--grpo.num_iterations=3", "--grpo.num_mini_batches=2"
+    trainer = make_trainer(tmp_path, *passes, "--grpo.token_budget=4096")
     tokens = []
     trainer.reference.model.register_forward_pre_hook(lambda _, args: tokens.append(len(args[0])))
     groups = trainer.rollout(0)

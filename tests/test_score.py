@@ -169,7 +169,9 @@ def test_logits_that_are_not_finite_are_nan_and_spoil_nothing_else():
         model.embed.weight[50] = torch.nan
     engine = Engine(model, [EOS])
     ((bad, good),) = engine.score([[5, 6]], [[[7, 50, 8, 9], [7, 8, 9]]])
-    assert np.isnan(bad).tolist() == [False, False, True, True]
+    assert np.isnan(bad[2:]).all()
+    if is_supported(model):  # PyTorch's attention has 0 times NaN in what comes before, too
+        assert not np.isnan(bad[:2]).any()
     assert np.isfinite(good).all()
     assert engine.stats.blocks_used == 0
 

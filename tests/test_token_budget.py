@@ -92,7 +92,7 @@ def test_layers_are_recomputed_before_a_single_sequence_is_given_up(tmp_path, mo
     assert trainer.model.checkpointing == "full"
     assert "layers are computed again" in " ".join(capsys.readouterr().err.split())
     for a, b in zip(gradient, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     asked = "--model.activation_checkpointing=none"
     with pytest.raises(RuntimeError, match="cannot be divided"):
         sft_run(tmp_path / "c", "--sft.token_budget=21", asked)
