@@ -47,7 +47,8 @@ def test_gpu_script_dry_run(tmp_path):
     measured = json.loads((tmp_path / "gpu_step.json").read_text())
     cells = {(row[1], row[2]): row[3] for row in measured["rows"]}
     for variant in ("r1fast", "plain PyTorch"):
-        assert cells[variant, "MFU"] > 0  # of a toy, and of a bfloat16 product that this CPU may not have
+        # of a toy, over a bfloat16 product that this CPU may not have
+        assert cells[variant, "MFU"] > 0
     assert cells["r1fast", "whole step, tokens/s"] > 0
     assert cells["r1fast", "tokens forwarded"] == cells["needed", "tokens forwarded"]
     assert "forward and backward, times plain PyTorch" in done.stdout
