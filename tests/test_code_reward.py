@@ -517,3 +517,45 @@ def test_credit():
     assert GradedCode("wrong", "x", 0.5).credit(partial=True) == 0.5
     with pytest.raises(ValueError, match="timeouts must be above 0"):
         CodeReward(timeout=0)
+
+
+FORGED = """
+import os
+def f(*a):
+  while True:
+    for fd in range(3, 9):
+      try:
+        os.write(fd, {line!r} + b"\\n"); os.read(fd, 65536)
+      except OSError: pass
+"""
+
+
+@pytest.mark.parametrize(
+    "said", ['"pass"', '"error"', '"no_answer"', '"zzz"', '["x"]', "null", '"timeout"']
+)
+def test_what_the_launcher_says_cannot_be_forged(reward, said):
+    """A candidate that writes to its control socket what only the launcher may say."""
+    for row in (
+        {"tests": ["assert f(3, 4) == 771", "assert f(1, 1) == 882"]},
+        {"tests": [{"args": [3, 4], "expected": 771}], "entry_point": "f"},
+    ):
+        for line in (f'{{"gone":{said}}}', f'{{"said":"{{}}","gone":{said},"outcome":{said}}}'):
+            problem = read_code_problem(row, "")
+            grade = reward.run(problem, FORGED.format(line=line.encode())).result(timeout=60)
+            assert grade.verdict in ("wrong", "timeout"), (said, row, grade)
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "for x in f(3):\n    last = x\nassert last == 5",
+        "try:\n    v = f(3)\nexcept ValueError:\n    pass\nassert v == [5]",
+        "def g():\n    for x in f(3):\n        y = x\n    return y\nassert g() == 5",
+    ],
+)
+def test_a_name_that_the_tests_did_not_get_to_set_is_the_candidates_doing(reward, test):
+    problem = read_code_problem({"tests": [test]}, "")
+    code = "def f(n):\n    raise ValueError" if "except" in test else "def f(n):\n    return []"
+    assert reward.run(problem, code).result(timeout=60).verdict == "wrong"
+    lacking = read_code_problem({"tests": ["assert f(3) == nowhere"]}, "")
+    assert reward.run(lacking, code).result(timeout=60).verdict in ("error", "wrong")

@@ -33,7 +33,8 @@ Read = Callable[[str], Any]  # a reply -> what it says, None where it says nothi
 
 # what a tokenizer may read as its own control tokens, which would end the judge's prompt
 _CONTROL = re.compile(
-    r"<[|｜][^<>|｜\n]{1,40}[|｜]>|</?s>|\[/?(?:INST|SYS)\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos)>"
+    r"<[|｜][^<>|｜\n]{1,40}[|｜]>|</?s>|</think>|\[/?(?:INST|SYS|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+)\]"
+    r"|<</?SYS>>|<(?:start|end)_of_(?:turn|utterance)>|<(?:bos|eos|pad|unk|unused\d+)>"
 )
 
 
@@ -219,7 +220,7 @@ class ChatEndpoint(ChatModel):
             raise ChatError(
                 f"{self.url} answered {error.code}: {detail}",
                 retry=error.code in _RETRY_STATUS,
-                wait=float(wait) if wait.isdigit() else 0.0,
+                wait=float(wait) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]+)?", wait) else 0.0,
             ) from None
         except (OSError, HTTPException) as error:  # URLError and time-outs are OSErrors
             raise ChatError(f"{self.url} cannot be reached: {error}", retry=True) from None
@@ -230,7 +231,7 @@ class ChatEndpoint(ChatModel):
             reply = json.loads(raw)
             content = reply["choices"][0]["message"]["content"]
             usage = reply.get("usage") or {}
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             raise ChatError(f"no chat completion: {raw[:200]!r}", retry=True) from None
         for name in ("prompt_tokens", "completion_tokens"):
             if isinstance(usage, dict) and isinstance(usage.get(name), int):
@@ -262,14 +263,22 @@ def defused(text: str) -> str:
 
 def read_object(content: str) -> dict | None:
     """The JSON object that a reply is; a judge's own reasoning and a code fence are skipped."""
-    content = content.rpartition("</think>")[2].strip()
+    content = content.strip()
+    if content.startswith("<think>") or "<think>" not in content:  # templates may open the thought
+        content = content.partition("</think>")[2].strip() or content
     if fenced := re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", content, re.DOTALL):
         content = fenced[1]
     try:
-        reply = json.loads(content)
+        reply = json.loads(content, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError):
         return None
     return reply if isinstance(reply, dict) else None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key comes twice")
+    return found
 
 
 def _key(request: ChatRequest) -> bytes:

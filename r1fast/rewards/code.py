@@ -208,8 +208,11 @@ class CodeReward:
         graded: Future[GradedCode] = Future()
 
         def finish(done: Future[TrialResult]) -> None:
-            grade = judged(done.result(), len(problem.tests), code)
-            self._count(grade)
+            try:
+                grade = judged(done.result(), len(problem.tests), code)
+                self._count(grade)
+            except Exception as error:  # nobody may wait for ever
+                grade = GradedCode("error", code, 0.0, f"{type(error).__name__}: {error}")
             graded.set_result(grade)
 
         self.sandbox.submit(job).add_done_callback(finish)

@@ -7,7 +7,8 @@ verdict: descriptor 0 is a socket over which it gets the socket of the next one.
 
     in:  {setup, tests, names, check, stop_early, cpu, wall, think, memory, json_args}, then answers
     out: {call, name, args, result_from}; {test, outcome, share, why} for each test; {done, error}
-    answers: {value} | {raised, text} | {refused} | {gone: timeout | wrong, why}
+    answers: {said: what the candidate wrote} | {gone: timeout | wrong, why}, the launcher's own
+    said:    {id, value} | {id, raised, text} | {id, refused}; nothing else in it counts
 """
 
 import ast
@@ -114,6 +115,7 @@ class Match:
         self.send, self.lines, self.job = send, lines, job
         self.space = {"__name__": "tests", "__builtins__": builtins}
         self.num_calls = 0
+        self.bound = set()  # names that the tests set somewhere
         self.begin()
 
     def begin(self):
@@ -139,7 +141,11 @@ class Match:
                     space[name] = self.proxy(name)
 
     def run(self, code):
-        tree = ast.fix_missing_locations(Watched().visit(ast.parse(code)))
+        tree = ast.parse(code)
+        self.bound |= {
+            x.id for x in ast.walk(tree) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)
+        }
+        tree = ast.fix_missing_locations(Watched().visit(tree))
         exec(compile(tree, "tests", "exec"), self.space)
 
     def note(self, error):
@@ -149,7 +155,7 @@ class Match:
             return
         self.why = self.why or described(error)
         if (
-            of_the_data(error)
+            of_the_data(error, self.bound)
             or isinstance(error, Unsendable)
             or self.job["stop_early"]
             or len(self.gone) >= MAX_GONE
@@ -170,7 +176,7 @@ class Match:
             self.why = self.why or described(error)
             # a failure is the data's only where the candidate had no part in it: what earns the
             # mean of its group must not be something that an answer can bring about
-            if not self.num_calls or of_the_data(error):
+            if not self.num_calls or of_the_data(error, self.bound):
                 return result("error", f"the test failed by itself: {self.why}")
             outcome = "wrong"
             if not self.notes or self.notes[-1]:
@@ -208,23 +214,22 @@ class Match:
                 os._exit(1)
             # a value may make a test compute for ever
             signal.setitimer(signal.ITIMER_REAL, self.job["think"])
-            try:
-                reply = json.loads(line)
-            except (ValueError, RecursionError):
-                reply = None
-            if not isinstance(reply, dict) or reply.get("id", self.num_calls) != self.num_calls:
-                reply = {"gone": "wrong", "why": "a reply that cannot be read"}
-            return self.outcome(reply)
+            return self.outcome(json.loads(line))
 
         candidate.__name__ = candidate.__qualname__ = name
         return candidate
 
-    def outcome(self, reply):
-        if "value" in reply:
-            try:
+    def outcome(self, answer):
+        if "said" not in answer:
+            return self.end(answer["gone"], answer["why"])
+        try:
+            reply = json.loads(answer["said"])
+            if not isinstance(reply, dict) or reply.get("id", self.num_calls) != self.num_calls:
+                raise ValueError("not a reply")
+            if "value" in reply:
                 return decode(reply["value"])
-            except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
-                reply = {"gone": "wrong", "why": "a reply that cannot be read"}
+        except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
+            return self.end("wrong", "a reply that cannot be read")
         if "raised" in reply:
             kind = getattr(builtins, str(reply["raised"]), None)
             known = isinstance(kind, type) and issubclass(kind, Exception)
@@ -232,14 +237,22 @@ class Match:
                 kind = RuntimeError
             raise kind(str(reply.get("text", "")))
         if "refused" in reply:
-            reply = {"gone": "wrong", "why": f"the candidate returned {reply['refused']}"}
-        self.gone.append((reply.get("gone", "wrong"), str(reply.get("why", ""))))
-        raise Gone(self.gone[-1][1])
+            return self.end("wrong", f"the candidate returned {reply['refused']}")
+        return self.end("wrong", "a reply that cannot be read")
+
+    def end(self, outcome, why):
+        self.gone.append((outcome, str(why)))
+        raise Gone(why)
 
 
-def of_the_data(error):
-    """Whether the tests are to blame: they pass what no literal is, or use a name that they lack."""
+def of_the_data(error, bound):
+    """Whether the tests are to blame: they pass what no literal is, or use a name that they lack.
+
+    One that they set somewhere (`bound`) and not this time is the doing of what the candidate returned.
+    """
     if isinstance(error, NameError):
+        if isinstance(error, UnboundLocalError) or error.name in bound:
+            return False
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next

@@ -213,8 +213,8 @@ class _Candidate:
             )
         limits = self.job["limits"]
         line = await self.box.read_answer(limits["wall"], limits["cpu"], self.deadline)
-        if line:
-            return line
+        if line:  # as a string: what a candidate writes is never read as a word of the launcher's
+            return json.dumps({"said": line.decode("utf-8", "replace")}).encode() + b"\n"
         self.drop()
         if line is None:
             return _gone("timeout", "a call took too long")
@@ -288,6 +288,8 @@ async def _relay(
             outcome, why = message["outcome"], message["why"]
             if outcome == "error":
                 trial.error = why
+            elif outcome not in ("pass", "wrong", "timeout"):
+                trial.error = f"a referee's outcome was {outcome!r:.100}"
             else:
                 trial.tests.append({"outcome": outcome, "share": message["share"], "why": why})
         else:
