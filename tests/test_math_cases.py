@@ -123,3 +123,18 @@ def test_public_golds_written_in_other_ways(name):
         for way in ways:
             assert exact.verify(problem.answer, way) == "correct", (problem.answer, way)
     assert len(problems) in (250, 500, 1319)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("25", r"25 \text{ thousandths}"), ("25", r"25 \text{ below zero}"), ("25", r"25 \text{ off by one}"),
+        ("7", r"7 \text{ fifths}"), ("7", r"7 \text{ tens}"), ("7", r"7 \text{ roots}"),
+        ("7", r"7 \text{ debt}"), ("5", r"5 \text{ million}"),
+    ],
+)  # fmt: skip
+def test_words_behind_a_number_that_change_it_are_no_unit(gold, answer):
+    with MathReward() as grader:
+        assert grader.compare(gold, answer) != "correct"
+        assert grader.compare("25", r"25 \text{ square meters}") == "correct"
+        assert grader.compare("25", r"25 \text{ dollars}") == "correct"

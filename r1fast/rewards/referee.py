@@ -289,6 +289,8 @@ def same(value, expected, tolerance):
     if isinstance(value, dict) and isinstance(expected, dict):
         keys = {str(k): v for k, v in value.items()}  # a key of a JSON object is a string
         wanted = {str(k): v for k, v in expected.items()}
+        if len(value) != len(expected):  # 1 and "1" are one of the keys here
+            return False
         return keys.keys() == wanted.keys() and all(
             same(keys[k], wanted[k], tolerance) for k in wanted
         )

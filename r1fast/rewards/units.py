@@ -10,7 +10,9 @@ from r1fast.rewards.latex import FUNCTIONS, Token, Unreadable
 _NOT_UNITS = frozenset(
     "is not isn't or and but wrong than to no if either neither nor maybe perhaps about more less "
     "incorrect false true the answer so was are be unless except plus minus times squared cubed "
-    "factorial half halves thirds quarters tenths hundredths negative mod modulo dozen".split()
+    "factorial half halves thirds quarters tenths hundredths negative mod modulo dozen "
+    "fifths sixths sevenths eighths ninths thousandths millionths tens hundreds below above "
+    "zero one off over under short root roots squares cubes debt opposite".split()
 )
 # short words that are units behind a number, and letters that are behind "km/"
 _SHORT_UNITS = frozenset(
