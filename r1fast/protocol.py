@@ -78,6 +78,31 @@ def split_completion(
     return Parts(reasoning, answer, summary, not fault, fault)
 
 
+def answer_region(
+    text: str,
+    protocol: str | None,
+    special_token: str,
+    tail: str | None,
+    *,
+    prompt_opens_think: bool = False,
+) -> tuple[str | None, str, bool]:
+    """(where an answer may stand, what is wrong, whether it is the answer and nothing else).
+
+    By `protocol`, or where that is None by the tags that the text has: `tail` is then what stands behind
+    the reasoning, None where a thought never ends.
+    """
+    if protocol is not None:
+        parts = split_completion(
+            text, protocol, special_token, prompt_opens_think=prompt_opens_think
+        )
+        return parts.answer, parts.fault, protocol == "think_answer"
+    if tail is None:
+        return None, f"no {END_THINK}", False
+    if ANSWER in tail:
+        return *read_answer_block(tail), True
+    return tail, "", tail == text
+
+
 def read_answer_block(tail: str) -> tuple[str | None, str]:
     """The content of the one <answer> block in `tail`, and what is wrong: (answer, fault).
 

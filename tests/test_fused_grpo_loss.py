@@ -360,16 +360,23 @@ def test_one_sequence_of_70_000_tokens(loss_type):
         "loss_type": loss_type,
     }
     results = []
-    for op, dtype in ((fused_grpo_loss, torch.float32), (fused_grpo_loss_ref, torch.float64)):
+    float32, float64 = torch.float32, torch.float64
+    ops = (fused_grpo_loss, float32), (fused_grpo_loss_ref, float32), (fused_grpo_loss_ref, float64)
+    for op, dtype in ops:
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight)]
         loss, _ = op(*leaves, y, torch.tensor([1.5]), **options)
         loss.backward()
         results.append((loss.item(), leaves[0].grad.double(), leaves[1].grad.double()))
-    (loss, dh, dw), (exact, dh_exact, dw_exact) = results
+    (loss, dh, dw), (_, dh_plain, dw_plain), (exact, dh_exact, dw_exact) = results
     assert loss == pytest.approx(exact, rel=1e-5)
-    # 70,000 roundings to float32: 2.3e-5 with MKL's AVX2 products
-    assert (dh - dh_exact).norm() <= 4e-5 * dh_exact.norm()
-    assert (dw - dw_exact).norm() <= 4e-5 * dw_exact.norm()
+    for name, actual, plain, wanted in (
+        ("dhidden", dh, dh_plain, dh_exact),
+        ("dweight", dw, dw_plain, dw_exact),
+    ):
+        error, baseline = (float((x - wanted).norm() / wanted.norm()) for x in (actual, plain))
+        # where sums are not ours they are PyTorch's: no worse than its own, twice
+        bound = 1e-5 if cpu_head.supported(torch.float32) else 2 * baseline
+        assert error <= bound, (name, error, baseline)
 
 
 def test_the_row_of_an_error_is_the_callers():

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from r1fast.kernels import cpu_head
+
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -47,8 +49,9 @@ def test_gpu_script_dry_run(tmp_path):
     measured = json.loads((tmp_path / "gpu_step.json").read_text())
     cells = {(row[1], row[2]): row[3] for row in measured["rows"]}
     for variant in ("r1fast", "plain PyTorch"):
-        # of a toy, over a bfloat16 product that this CPU may not have
         assert cells[variant, "MFU"] > 0
+        if cpu_head.supported(torch.bfloat16):  # else the peak is of a product that this CPU lacks
+            assert cells[variant, "MFU"] < 1
     assert cells["r1fast", "whole step, tokens/s"] > 0
     assert cells["r1fast", "tokens forwarded"] == cells["needed", "tokens forwarded"]
     assert "forward and backward, times plain PyTorch" in done.stdout

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_invariance import assert_same, grpo_gradients
-from tiny import TokenScorer, random_groups, tiny_config, tiny_policy, tiny_problems
+from tiny import TokenScorer, has_fixed_sums, random_groups, tiny_config, tiny_policy, tiny_problems
 
 from r1fast import metrics, policy_update, sft, training
 from r1fast.batch import collate, pack
@@ -92,7 +92,7 @@ def test_layers_are_recomputed_before_a_single_sequence_is_given_up(tmp_path, mo
     assert trainer.model.checkpointing == "full"
     assert "layers are computed again" in " ".join(capsys.readouterr().err.split())
     for a, b in zip(gradient, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7 if has_fixed_sums() else 1e-6)
     asked = "--model.activation_checkpointing=none"
     with pytest.raises(RuntimeError, match="cannot be divided"):
         sft_run(tmp_path / "c", "--sft.token_budget=21", asked)

@@ -150,19 +150,9 @@ class CodeReward:
                 self._problems[key] = problem
         return problem
 
-    def grade(
-        self,
-        problem: CodeProblem,
-        text: str,
-        protocol: str | None = None,
-        special_token: str = SPECIAL_TOKEN,
-        *,
-        prompt_opens_think: bool = False,
-    ) -> GradedCode:
-        """Extract the program by `protocol` and run it."""
-        return self.submit(
-            problem, text, protocol, special_token, prompt_opens_think=prompt_opens_think
-        ).result()
+    def grade(self, problem: CodeProblem, text: str, *args, **kwargs) -> GradedCode:
+        """Extract the program and run it: `submit`, with its arguments, and wait."""
+        return self.submit(problem, text, *args, **kwargs).result()
 
     def submit(
         self,
@@ -173,7 +163,7 @@ class CodeReward:
         *,
         prompt_opens_think: bool = False,
     ) -> Future[GradedCode]:
-        """`grade` without waiting: as many run at once as the sandbox has slots."""
+        """Extract the program by `protocol` and run it; as many run at once as the sandbox has slots."""
         extracted = extract_code(
             text, problem.language, protocol, special_token, prompt_opens_think=prompt_opens_think
         )

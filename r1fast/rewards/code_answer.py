@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from r1fast.protocol import END_THINK, SPECIAL_TOKEN, THINK, read_answer_block, split_completion
+from r1fast.protocol import END_THINK, SPECIAL_TOKEN, THINK, answer_region
 from r1fast.rewards.math import Extracted
 
 TAGS = {
@@ -31,23 +31,11 @@ def extract_code(
     """
     if language not in TAGS:
         raise ValueError(f"language must be one of {', '.join(TAGS)}, got {language!r}")
-    bare = False
-    if protocol is not None:
-        parts = split_completion(
-            text, protocol, special_token, prompt_opens_think=prompt_opens_think
-        )
-        region, fault = parts.answer, parts.fault
-        bare = protocol == "think_answer"
-    else:
-        tail = text.rpartition(END_THINK)[2] if END_THINK in text else text
-        if END_THINK not in text and text.lstrip().startswith(THINK):
-            region, fault = None, f"no {END_THINK}"
-        elif "<answer>" in tail:
-            region, fault = read_answer_block(tail)
-            bare = True
-        else:
-            region, fault = tail, ""
-            bare = tail == text
+    never_ends = END_THINK not in text and text.lstrip().startswith(THINK)
+    tail = None if never_ends else text.rpartition(END_THINK)[2]
+    region, fault, bare = answer_region(
+        text, protocol, special_token, tail, prompt_opens_think=prompt_opens_think
+    )
     if region is None or not region.strip():
         return Extracted(None, fault or "no answer")
     blocks, opened = fenced_blocks(region)

@@ -21,9 +21,8 @@ from r1fast.protocol import (
     SPECIAL_TOKEN,
     TEXT_AFTER_ANSWER,
     THINK,
+    answer_region,
     boxes,
-    read_answer_block,
-    split_completion,
 )
 from r1fast.rewards import answers, latex
 from r1fast.rewards.algebra import TooBig, Undefined
@@ -73,20 +72,13 @@ def extract_answer(
     """
     if several_boxes not in ("wrong", "last"):
         raise ValueError(f"several_boxes must be 'wrong' or 'last', got {several_boxes!r}")
-    bare = False
-    if protocol is not None:
-        parts = split_completion(
-            text, protocol, special_token, prompt_opens_think=prompt_opens_think
-        )
-        region, fault = parts.answer, parts.fault
-        bare = protocol == "think_answer"
-    elif "<answer>" in (tail := _behind_thought(text) or ""):
-        region, fault = read_answer_block(tail)
-        bare = True
-    else:
-        region = _behind_thought(text)
-        fault = f"no {END_THINK}" if region is None else ""
-        bare = region == text
+    region, fault, bare = answer_region(
+        text,
+        protocol,
+        special_token,
+        _behind_thought(text),
+        prompt_opens_think=prompt_opens_think,
+    )
     if region is None or not region.strip():
         return Extracted(None, fault or "no answer")
     found = boxes(region)
