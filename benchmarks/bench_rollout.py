@@ -42,6 +42,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 CASES = {"equal": (64, 8), "long": (64, 8), "shared": (512, 16)}  # prompt tokens, samples a prompt
 NUM_PROMPTS, MAX_TOKENS = 8, 128
 BLOCK = 16
+SETTLE = 1  # seconds before each run: vLLM's threads spin on after theirs, and took a core of the next one's two
 GENERATE, CONTINUOUS, VLLM = "generate", "continuous batching", "vLLM"
 COMPILED = "compiled generate"  # a static cache and torch.compile: minutes before its first token
 BARS = {  # (case, type, peer): at least this many times its tokens a second
@@ -160,6 +161,7 @@ def measure(shape: str, dtype: str, engines: dict, args: argparse.Namespace) -> 
                     continue
                 if number and results[case_name, name][0].get("seconds", 1e9) > args.slow:
                     continue
+                time.sleep(SETTLE)
                 found = engine.run(case)
                 if "error" in found:
                     print(f"{name} failed at {case_name}: {found['error']}")
