@@ -137,9 +137,8 @@ def _checked(problem: Problem, check: Callable[[Problem], object], where: str) -
     try:
         check(problem)
     except ValueError as error:
-        help_ = (
-            "; correct the answer, drop the row, or give it 'kind': 'general', which nothing verifies"
-            if problem.kind == "math"
-            else ""
-        )
-        raise ValueError(f"{where}: {error}{help_}") from None
+        what = "answer" if problem.kind == "math" else "row"
+        raise ValueError(
+            f"{where}: {error}; correct the {what}, drop the row, or give it 'kind': 'general', "
+            "which nothing verifies"
+        ) from None

@@ -131,19 +131,34 @@ def choice_columns(row: Mapping, answer: str | None, where: str) -> tuple[str, d
     ):
         raise ValueError(f"{where}: 'choices' must be a list of options, got {options!r:.80}")
     texts = [str(option) for option in options]
-    return gold_letter(answer, len(texts), where), {"choices": texts}
+    letter = gold_letter(answer, texts, where)
+    if texts.count(gold := texts[LETTERS.index(letter)]) > 1:
+        raise ValueError(
+            f"{where}: two of 'choices' are the answer's {gold!r:.40}; keep one of them"
+        )
+    return letter, {"choices": texts}
 
 
-def gold_letter(answer: Any, num: int, where: str) -> str:
-    """The gold's letter, from a letter, or an index that counts from 0."""
-    text = "" if isinstance(answer, bool) or answer is None else str(answer).strip()
+def gold_letter(answer: Any, options: Sequence[str], where: str) -> str:
+    """The gold's letter, from a letter, an index that counts from 0, or the option's own text."""
+    text, num = (
+        "" if isinstance(answer, bool) or answer is None else str(answer).strip(),
+        len(options),
+    )
     if text.isdecimal() and int(text) < num:
+        if isinstance(answer, str) and text in options and options[int(text)] != text:
+            raise ValueError(
+                f"{where}: 'answer' {answer!r} is the index of one option and the text of another; "
+                "give the letter"
+            )
         return LETTERS[int(text)]
     if len(text) == 1 and text.upper() in LETTERS[:num]:
         return text.upper()
+    if isinstance(answer, str) and text and text in options:
+        return LETTERS[options.index(text)]
     raise ValueError(
-        f"{where}: 'answer' must be an index from 0 to {num - 1} or a letter from A to "
-        f"{LETTERS[num - 1]}, got {answer!r:.40}"
+        f"{where}: 'answer' must be an index from 0 to {num - 1}, a letter from A to {LETTERS[num - 1]} "
+        f"or the text of an option, got {answer!r:.40}"
     )
 
 

@@ -1,11 +1,13 @@
 """The reward of programs: problems, answers, verdicts, and functions that try to be judged better."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from r1fast import metrics
 from r1fast.config import config_of
 from r1fast.data import load_problems
 from r1fast.protocol import join_completion
@@ -122,7 +124,13 @@ def test_fences_as_markdown_has_them():
         ({"tests": [{"input": 3, "output": "4"}]}, "a test's 'input' must be a string, got 3"),
         ({**SUM, "comparison": "fuzzy"}, "'comparison' must be one of lines, tokens, exact"),
         ({**SUM, "programming_language": "cobol"}, "'programming_language' must be one of python"),
-        ({**SUM, "time_limit": -1}, "'time_limit' must be a number of at least 0"),
+        ({**SUM, "time_limit": -1}, "'time_limit' must be a number from 0 to 600, got -1"),
+        ({**SUM, "time_limit": 1e9}, "'time_limit' must be a number from 0 to 600"),
+        ({**SUM, "memory_limit_mib": 1 << 40}, "'memory_limit_mib' must be a number from 0 to 65536"),
+        ({**SUM, "tolerance": math.inf}, "'tolerance' must be a number of at least 0, got inf"),
+        ({"tests": ["f(1)"]}, r"the test 'f\(1\)' asserts nothing"),
+        ({"tests": ["assert f(1) == 2", "print(f(2)); assert True"]}, "asserts nothing"),
+        ({"test": "def check(candidate): candidate(3)", "entry_point": "f"}, "asserts nothing"),
         ({"input_output": {"inputs": ["1"], "outputs": []}}, "1 inputs but 0 outputs"),
         ({"tests": ["assert f(1)", {"input": "", "output": ""}]}, "must hold objects or assertions"),
     ],
@@ -130,6 +138,14 @@ def test_fences_as_markdown_has_them():
 def test_problems_that_nothing_could_verify(columns, message):
     with pytest.raises(ValueError, match=message):
         read_code_problem(columns)
+
+
+def test_tests_that_can_fail_without_assert():
+    for test in (
+        "np.testing.assert_allclose(f(1), 2)", "same(f(1), 2)", "if f(1) != 2: raise ValueError",
+    ):  # fmt: skip
+        setup = "import numpy as np\ndef same(a, b): assert a == b"
+        assert read_code_problem({"tests": [test], "setup": setup}).names == ("f",)
 
 
 def test_names_that_tests_call():
@@ -309,7 +325,7 @@ def test_hacks_are_never_right_and_never_our_error(reward):
 def test_values_that_break_the_tests_are_wrong_not_errors():
     """An error earns the mean of its group: an answer must not be able to bring one about."""
     tests = ["assert abs(f(3) - 1) < 9", "assert sum(f(2)) == 3", "assert g(f(1)) == 1",
-             "assert [0] * f(5) == 1", "assert 2 ** f(9) == 1", "while f(1): pass"]  # fmt: skip
+             "assert [0] * f(5) == 1", "assert 2 ** f(9) == 1", "while f(1): pass\nassert not f(1)"]  # fmt: skip
     codes = [
         "def f(x): return None\ng = f", "def f(x): return 10**12\ng = f",
         "def f(x): return iter(())\ng = f", "def f(x): return {1: 2j}\ng = f",
@@ -475,6 +491,7 @@ def test_the_rung_is_recorded_in_the_run(tmp_path, reward):
 
 
 def test_the_rung_is_said_once(capsys):
+    metrics._warn_once.cache_clear()  # a warning comes once a process
     with CodeReward(num_workers=1) as reward:
         info = reward.start()
         reward.start()

@@ -174,7 +174,8 @@ def test_mmlu(tmp_path):
     assert load("mmlu", jsonl(tmp_path / "pro.jsonl", ten))[0].answer == "J"
     for answer in (4, -1, "E", None, True):
         with pytest.raises(
-            ValueError, match=r"bad.jsonl:1: 'answer' must be an index from 0 to 3 or a letter"
+            ValueError,
+            match=r"bad.jsonl:1: 'answer' must be an index from 0 to 3, a letter from A to D or",
         ):
             load("mmlu", jsonl(tmp_path / "bad.jsonl", MMLU | {"answer": answer}))
 

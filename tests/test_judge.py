@@ -4,7 +4,7 @@ import json
 import re
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -31,6 +31,12 @@ class Endpoint(BaseHTTPRequestHandler):
             reply = (200, self.server.judge(*(m["content"] for m in body["messages"])))
         if reply == "hang":
             time.sleep(1.5)
+            return
+        if isinstance(reply, tuple) and reply[0] == "drip":  # a byte at a time, of head or body
+            with suppress(OSError):
+                for byte in reply[1] + b"x" * 100:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.03)
             return
         status, text, *headers = reply
         message = {
@@ -122,6 +128,25 @@ def test_it_waits_as_long_as_it_is_told(endpoint):
     began = time.perf_counter()
     assert judge_at(endpoint.url)("q", "8", "x") == "correct"
     assert 1 <= time.perf_counter() - began < 3
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HTTP/1.1 200 OK\r\nX-Slow: ",
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;",
+        b"HTTP/1.1 500 No\r\n\r\n",
+    ],
+    ids=["head", "body", "chunk", "error"],
+)
+def test_a_reply_that_drips_ends_at_the_time_out(endpoint, head):
+    endpoint.replies = [("drip", head)]
+    judge = judge_at(endpoint.url, timeout=len(head) * 0.03 + 0.5, num_retries=0)
+    start = time.perf_counter()
+    assert judge("q", "8", "x") == "error"
+    assert time.perf_counter() - start < judge.chat.timeout + 0.7
+    assert "no reply in" in judge.last_error or "answered 500" in judge.last_error
 
 
 def test_one_that_hangs_or_is_not_there(endpoint):

@@ -10,6 +10,7 @@ from r1fast.__main__ import main
 from r1fast.assemble import problem_sets
 from r1fast.data import load_problems
 from r1fast.jsonl import write_jsonl
+from r1fast.problem_rows import gold_letter
 from r1fast.rewards.graders import check_problem
 from r1fast.rewards.math import MathReward
 from r1fast.rewards.sandbox import Sandbox, SandboxUnavailable
@@ -135,6 +136,7 @@ def test_a_grpo_step_over_all_kinds_that_rules_decide(tmp_path, code_rows, capsy
 def test_rows_as_they_are_read(tmp_path):
     _, choice, instructions, _ = load_problems(file_of(tmp_path, ROWS), check=check_problem)
     assert choice.answer == "B"
+    assert gold_letter("4", ["3", "4", "5"], "") == gold_letter(1, ["3", "4", "5"], "") == "B"
     assert choice.meta["choices"] == ["3", "4", "5"]
     assert choice.prompt.endswith("Which is even?\n\nA) 3\nB) 4\nC) 5")
     assert instructions.meta["instructions"] == ["punctuation:no_comma"]
@@ -146,7 +148,11 @@ def test_rows_as_they_are_read(tmp_path):
     [
         ({"kind": "choice", "prompt": "a", "answer": "B"}, "'choices' must be a list of options"),
         ({"kind": "choice", "prompt": "a", "choices": ["1", "2"], "answer": "C"},
-         "'answer' must be an index from 0 to 1 or a letter from A to B, got 'C'"),
+         "'answer' must be an index from 0 to 1, a letter from A to B or the text of an option, got 'C'"),
+        ({"kind": "choice", "prompt": "a", "choices": ["1", "2"], "answer": "1"},
+         "'answer' '1' is the index of one option and the text of another; give the letter"),
+        ({"kind": "choice", "prompt": "a", "choices": ["x", "y", "x"], "answer": "C"},
+         "two of 'choices' are the answer's 'x'"),
         ({"kind": "choice", "prompt": "a", "choices": ["1", "2"]}, "no answer"),
         ({"kind": "if", "prompt": "a"}, "needs lists 'instruction_id_list' and 'kwargs'"),
         ({"kind": "if", "prompt": "a", "instructions": ["x:y"], "arguments": [{}]},

@@ -37,6 +37,8 @@ _CLOCK = re.compile(
     r"(?:\\text\s*\{)?\s*(\d{1,2})(?::(\d\d))?[\s~]*(?:\\(?:text|mathrm)\s*\{|\\[ ,])?[\s~]*"
     r"([AaPp])\.?\s*[Mm]\.?\s*\}?"
 )
+# "\\$5" and "$5", but not "$5$": that is a formula
+_DOLLARS = re.compile(r"\$?\s*-?\s*\\\$\s*[\d.].*|-?\s*\$\s*[\d.][^$]*", re.DOTALL)
 _RELATIONS = {"=": "=", "<": "<", ">": ">", "le": "le", "ge": "ge", "ne": "ne"}
 _OPEN = {"(": "(", "[": "[", "\\{": "{", "langle": "("}
 _CLOSE = {")": ")", "]": "]", "rangle": ")"}
@@ -63,6 +65,14 @@ class Answer:
 @lru_cache(maxsize=1 << 16)
 def read_answer(text: str) -> Answer:
     """Parse. Raises Unreadable, TooBig or Undefined (all ValueError)."""
+    if "$" in text and _DOLLARS.fullmatch(text.strip()):
+        answer = _read(text)
+        unit = answer.unit or ("" if answer.percent else "dollar")
+        return replace(answer, unit=unit) if answer.kind == "value" else answer
+    return _read(text)
+
+
+def _read(text: str) -> Answer:
     text = clean(text)
     if not text:
         raise Unreadable("an empty answer")
@@ -263,7 +273,9 @@ class _Reader:
         if operators == ("=",) and (names := _names(sides[0])):
             side = self.item(sides[1])  # (a, b) = (1, 2)
             if side.kind == "tuple" and side.mark == "()" and len(side.items) == len(names):
-                pairs = zip(side.items, names, strict=True)
+                pairs = list(zip(side.items, names, strict=True))
+                if set(names) <= set("xyz"):  # (y, x) = (5, 6) is the point (6, 5)
+                    pairs.sort(key=lambda pair: pair[1])
                 return replace(side, items=tuple(replace(item, name=n) for item, n in pairs))
         items = tuple(self.item(side) for side in sides)
         return Answer("relation", items=items, mark=" ".join(operators))

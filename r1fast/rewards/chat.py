@@ -7,10 +7,12 @@ that can be read, is None and counted, never a guess.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import secrets
+import socket
 import threading
 import time
 import urllib.error
@@ -19,7 +21,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -205,25 +207,34 @@ class ChatEndpoint(ChatModel):
         request = urllib.request.Request(self.url, data=body, headers=headers, method="POST")
         self._count(requests=1)
         deadline = time.monotonic() + self.timeout
+        connections = _Connections()
+        timer = threading.Timer(self.timeout, connections.cut)
+        timer.daemon = True
+        timer.start()
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                raw = b""
-                while chunk := response.read1(65536):
-                    raw += chunk
-                    if len(raw) > _MAX_REPLY_BYTES:
-                        raise ChatError("the judge's reply is above 1 MiB", retry=False)
-                    if time.monotonic() > deadline:
-                        raise ChatError(f"no reply in {self.timeout:g} s", retry=True)
+            with connections.opener.open(request, timeout=self.timeout) as response:
+                raw = response.read(_MAX_REPLY_BYTES + 1)
+                if time.monotonic() > deadline:  # cut off: what was read is not all
+                    raise ChatError(f"no reply in {self.timeout:g} s", retry=True)
+                if len(raw) > _MAX_REPLY_BYTES:
+                    raise ChatError("the judge's reply is above 1 MiB", retry=False)
         except urllib.error.HTTPError as error:
             wait = error.headers.get("Retry-After", "") if error.headers else ""
-            detail = error.read(300).decode("utf-8", "replace")
+            try:
+                detail = error.read(300).decode("utf-8", "replace")
+            except (OSError, HTTPException):
+                detail = "its text was cut off"
             raise ChatError(
                 f"{self.url} answered {error.code}: {detail}",
                 retry=error.code in _RETRY_STATUS,
                 wait=float(wait) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]+)?", wait) else 0.0,
             ) from None
         except (OSError, HTTPException) as error:  # URLError and time-outs are OSErrors
-            raise ChatError(f"{self.url} cannot be reached: {error}", retry=True) from None
+            late = time.monotonic() > deadline
+            reason = f"no reply in {self.timeout:g} s" if late else str(error)
+            raise ChatError(f"{self.url} cannot be reached: {reason}", retry=True) from None
+        finally:
+            timer.cancel()
         return self._content(raw)
 
     def _content(self, raw: bytes) -> str:
@@ -237,6 +248,41 @@ class ChatEndpoint(ChatModel):
             if isinstance(usage, dict) and isinstance(usage.get(name), int):
                 self._count(**{name: usage[name]})
         return content if isinstance(content, str) else ""
+
+
+class _Connections:
+    """An opener whose connections can be cut off: a socket's own time-out begins anew at each byte."""
+
+    def __init__(self) -> None:
+        self._sockets: list[socket.socket] = []
+        sockets, cuts = self._sockets, self
+
+        def kept(base: type) -> type:
+            class Kept(base):
+                def connect(self) -> None:
+                    super().connect()
+                    sockets.append(self.sock)
+                    if cuts.is_cut:
+                        cuts.cut()
+
+            return Kept
+
+        class Http(urllib.request.HTTPHandler):
+            def http_open(self, request):
+                return self.do_open(kept(HTTPConnection), request)
+
+        class Https(urllib.request.HTTPSHandler):
+            def https_open(self, request):
+                return self.do_open(kept(HTTPSConnection), request, context=self._context)
+
+        self.is_cut = False
+        self.opener = urllib.request.build_opener(Http, Https)
+
+    def cut(self) -> None:
+        self.is_cut = True
+        for connected in list(self._sockets):
+            with contextlib.suppress(OSError):  # closed already
+                socket.socket.shutdown(connected, socket.SHUT_RDWR)  # TLS is not unwrapped
 
 
 class Fence:

@@ -30,6 +30,7 @@ COLUMNS = (
     "test", "entry_point", "input_output", "setup", "preamble", "comparison", "tolerance",
     "time_limit", "memory_limit_mib", "result_from",
 )  # fmt: skip
+MAX_SECONDS, MAX_MEMORY_MIB = 600, 1 << 16  # what a row may ask for
 MAX_CODE = 256 << 10  # bytes of a candidate's code
 _COMPILE_MEMORY = 2 << 30
 _FILE_BYTES = 64 << 20
@@ -104,8 +105,8 @@ def read_code_problem(columns: Mapping[str, Any], prompt: str = "") -> CodeProbl
         "preamble": _string(columns, "preamble"),
         "comparison": _string(columns, "comparison") or "lines",
         "tolerance": _number(columns, "tolerance", 0.0),
-        "time_limit": _number(columns, "time_limit", 0.0),
-        "memory_mib": int(_number(columns, "memory_limit_mib", 0)),
+        "time_limit": _number(columns, "time_limit", 0.0, MAX_SECONDS),
+        "memory_mib": int(_number(columns, "memory_limit_mib", 0, MAX_MEMORY_MIB)),
     }
     if options["comparison"] not in COMPARISONS:
         raise ValueError(
@@ -169,12 +170,14 @@ def _string(columns: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _number(columns: Mapping[str, Any], name: str, default: float) -> float:
+def _number(columns: Mapping[str, Any], name: str, default: float, most: float = math.inf) -> float:
     value = columns.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise ValueError(f"{name!r} must be a number of at least 0, got {value!r:.80}")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= most or value == math.inf:
+        limit = "of at least 0" if most == math.inf else f"from 0 to {most:g}"
+        raise ValueError(f"{name!r} must be a number {limit}, got {value!r:.80}")
     return value
 
 
@@ -267,20 +270,45 @@ def _entry_point(entry: str) -> str:
 def _assert_problem(tests: list[str], entry: str, options: dict[str, Any]) -> CodeProblem:
     known = set(vars(builtins)) | _defined(_parse(options["setup"], "setup"))
     called: list[str] = []
+    trees: list[ast.Module] = []
     for test in tests:
         tree = _parse(test, "tests")
         if not tree.body:
             raise ValueError("a test is empty: nothing could be verified")
         called += [n for n in _called(tree) if n not in _defined(tree)]
+        trees.append(tree)
     # a function may be called `sum`: then no other name is called
     own = [n for n in called if n not in known] or called[:1]
     names = (_entry_point(entry),) if entry else tuple(dict.fromkeys(own))
     if not names:
         raise ValueError(f"the tests call no function of the candidate's: {tests[0]!r:.80}")
+    given = {name.split(".")[0] for name in names}
+    for test, tree in zip(tests, trees, strict=True):
+        if not _asserts(tree, given):
+            raise ValueError(f"the test {test!r:.80} asserts nothing: nothing could be verified")
     if options["language"] == "cpp" and len(names) > 1:
         raise ValueError(f"one C++ function can be tested, the tests call {', '.join(names)}")
     rows = tuple({"kind": "code", "code": test} for test in tests)
     return CodeProblem("calls", rows, names=names, **options)
+
+
+def _asserts(tree: ast.AST, given: set[str]) -> bool:
+    """Whether it can fail: an assertion of more than True, a raise, or a call of another's function, which
+    may be one that asserts. `given` are the names of what is tested."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise):
+            return True
+        if isinstance(node, ast.Assert):
+            if not (isinstance(node.test, ast.Constant) and node.test.value):
+                return True
+        if isinstance(node, ast.Call):
+            base = node.func
+            while isinstance(base, (ast.Attribute, ast.Call)):
+                base = base.value if isinstance(base, ast.Attribute) else base.func
+            name = base.id if isinstance(base, ast.Name) else ""
+            if name not in given and (name == "" or not hasattr(builtins, name)):
+                return True
+    return False
 
 
 def _called(tree: ast.AST) -> list[str]:
@@ -312,7 +340,7 @@ def _check_problem(test: str, entry: str, prompt: str, options: dict[str, Any]) 
     if "check" not in functions:
         raise ValueError("'test' must define check(candidate)")
     check = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check")
-    if not any(isinstance(node, (ast.Assert, ast.Raise, ast.Call)) for node in ast.walk(check)):
+    if not _asserts(check, {*(a.arg for a in check.args.args), entry.split(".")[0]}):
         raise ValueError("check(candidate) asserts nothing: nothing could be verified")
     if not options["preamble"] and _is_stub(prompt, entry):
         # helpers that the prompt defines are there for the candidate and for the tests

@@ -31,7 +31,7 @@ from r1fast.rewards.messages import message_text
 from r1fast.rewards.symbolic import SymbolicPool
 from r1fast.types import Verdict
 
-SEVERAL_BOXES = "several different boxes"
+SEVERAL_BOXES = "several different boxes"  # or #### lines
 # what a policy must not get away with: more than one answer is wrong, not unanswered
 _WRONG_FAULTS = frozenset({SECOND_ANSWER, TEXT_AFTER_ANSWER, SEVERAL_BOXES})
 _MAX_CACHE = 1 << 16
@@ -67,7 +67,7 @@ def extract_answer(
     r"""The final answer of a completion.
 
     It stands in <answer>, or in the summary: the content of \boxed{} where there is one. Boxes in
-    the reasoning never count. Two different boxes are wrong, `several_boxes="last"` takes the last.
+    the reasoning never count. Two different boxes, or lines behind ####, are wrong; `several_boxes="last"` takes the last.
     `protocol=None` goes by the tags the text has; a text without tags and boxes is the answer.
     """
     if several_boxes not in ("wrong", "last"):
@@ -83,6 +83,9 @@ def extract_answer(
         return Extracted(None, fault or "no answer")
     found = boxes(region)
     if not found:
+        hashed = [m[1] for line in region.splitlines() if (m := _HASHES.fullmatch(line.strip()))]
+        if several_boxes == "wrong" and any(_differ(hashed[-1], other) for other in hashed[:-1]):
+            return Extracted(None, SEVERAL_BOXES)
         answer = _bare(region) if bare else _stated(region)
         return Extracted(answer, "" if answer else r"no \boxed{} in the summary")
     if several_boxes == "wrong" and any(_differ(found[-1], other) for other in found[:-1]):
