@@ -130,10 +130,10 @@ def encode(value):
             put_all(v, depth)
         elif kind is tuple:
             put_tagged("t", v, depth)
-        elif kind is dict or kind in imported(
-            "collections", "Counter", "defaultdict", "OrderedDict"
-        ):
-            put_tagged("d", dict.items(v), depth)
+        elif kind is dict:
+            put_tagged("d", v.items(), depth)
+        elif kind in imported("collections", "Counter", "defaultdict", "OrderedDict"):
+            put_tagged(kind.__name__, dict.items(v), depth)
         elif kind is set:
             put_tagged("s", v, depth)
         elif kind is frozenset:
@@ -152,6 +152,8 @@ def encode(value):
             put_tagged("F", (v.numerator, v.denominator), depth)
         elif kind in ITERATORS or kind in imported("itertools", "chain", "islice"):
             put_tagged("it", v, depth)
+        elif (base := next((b for b in BASES if isinstance(v, b)), None)) is not None:
+            walk(BASES[base](v), depth)  # a named tuple, an IntEnum
         else:
             raise NotLiteral(f"a value of type {kind.__name__!s:.80}")
 
@@ -159,6 +161,13 @@ def encode(value):
     return "".join(parts)
 
 
+# type -> the plain value of an object of a subclass
+BASES = {
+    int: lambda v: int.__add__(v, 0), float: lambda v: float.__add__(v, 0.0),
+    str: lambda v: str.__getitem__(v, slice(None)), list: lambda v: list.__getitem__(v, slice(None)),
+    tuple: lambda v: tuple.__getitem__(v, slice(None)), dict: lambda v: dict(dict.items(v)),
+    set: lambda v: set(set.__iter__(v)), frozenset: lambda v: frozenset(frozenset.__iter__(v)),
+}  # fmt: skip
 ITERATORS = {
     map, filter, zip, enumerate, reversed, type(_ for _ in ()), type(iter([])), type(iter(())),
     type(iter({})), type({}.keys()), type({}.values()), type({}.items()), type(iter(set())),
@@ -249,7 +258,7 @@ def serve_calls(control, job):
             reply = start + '"refused":' + escape(str(error)) + "}"
         except BaseException as error:
             text = described(error)
-            kind = type(error).__name__
+            kind = next(c.__name__ for c in type(error).__mro__ if c.__module__ == "builtins")
             reply = start + f'"raised":{escape(kind[:80])},"text":{escape(text)}}}'
         control.write(reply)
 

@@ -329,7 +329,7 @@ def returnable(value):
 
 RETURNED = set(
     "NoneType bool int float str list tuple dict set frozenset bytes bytearray complex range deque "
-    "Decimal Fraction".split()
+    "Decimal Fraction Counter OrderedDict defaultdict".split()
 )
 
 
@@ -372,8 +372,12 @@ def decode(value):
     ((tag, inner),) = value.items()
     if tag == "t":
         return tuple(decode(v) for v in inner)
-    if tag == "d":
-        return {decode(k): decode(v) for k, v in (pair["t"] for pair in inner)}
+    if tag in ("d", "Counter", "OrderedDict", "defaultdict"):
+        found = {decode(k): decode(v) for k, v in (pair["t"] for pair in inner)}
+        if tag == "d":
+            return found
+        home = sys.modules["collections"]
+        return home.defaultdict(None, found) if tag == "defaultdict" else getattr(home, tag)(found)
     if tag == "s":
         return {decode(v) for v in inner}
     if tag == "fs":
