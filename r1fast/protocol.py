@@ -207,25 +207,31 @@ def rest_of_completion(
 
 def boxes(text: str) -> list[str]:
     r"""The contents of the outermost \boxed{...}, in order; "" for a box that never closes."""
-    found, at = [], 0
+    return [content for content, _, _ in box_spans(text)]
+
+
+def box_spans(text: str) -> list[tuple[str, int, int]]:
+    r"""(content, start, end) of the outermost \boxed{...}, as `boxes`."""
+    found: list[tuple[str, int, int]] = []
+    at = 0
     while match := _BOX.search(text, at):
         start = match.end()
         if start >= len(text):
-            found.append("")
+            found.append(("", match.start(), len(text)))
             break
         if text[start] != "{":  # \boxed 7: one token, as TeX reads it
             token = re.match(r"\\[A-Za-z]+|[^\s$]", text[start:])
             if match.end() > match.start() and token and text[start - 1].isspace():
                 token = re.match(r"[^\s$.,;]+", text[start:]) or token
-            found.append(token[0] if token else "")
             at = start + max(1, len(token[0]) if token else 1)
+            found.append((token[0] if token else "", match.start(), at))
             continue
         end = _closing(text, start)
         if end < 0:
-            found.append("")
+            found.append(("", match.start(), len(text)))
             break
-        found.append(text[start + 1 : end].strip())
         at = end + 1
+        found.append((text[start + 1 : end].strip(), match.start(), at))
     return found
 
 

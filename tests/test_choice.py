@@ -1,5 +1,7 @@
 """Multiple choice: the letter that a response commits to, and nothing that only looks like one."""
 
+import time
+
 import pytest
 
 from r1fast.rewards.choice import extract_choice, grade_choice
@@ -124,3 +126,12 @@ def test_a_gold_that_is_no_letter():
         grade_choice("A", "E", OPTIONS)
     with pytest.raises(ValueError, match="got '2'"):
         grade_choice("A", "2", OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "text", ["answer " * 10_000, "A" + ")" * 20_000 + "x", "B) " * 10_000, "(" * 30_000]
+)
+def test_degenerate_responses_take_no_time(text):
+    start = time.perf_counter()
+    assert extract_choice(text, ["a", "b"]).letter is None
+    assert time.perf_counter() - start < 3

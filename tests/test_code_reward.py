@@ -329,7 +329,9 @@ def test_hacks_are_never_right_and_never_our_error(reward):
     grades = {name: future.result() for name, future in futures.items()}
     for name, grade in grades.items():
         assert grade.verdict in ("wrong", "timeout", "unparseable"), (name, grade)
-    assert grades["always equal"].why.startswith("the candidate returned a value of type A")
+    assert (
+        grades["always equal"].why == "AssertionError: "
+    )  # the plain 5 that it holds is not right
     assert grades["NUL"].verdict == grades["surrogate"].verdict == "unparseable"
     assert verdict(reward, ADD, "def add(a, b): return a + b") == "correct"
 

@@ -130,6 +130,15 @@ def test_it_waits_as_long_as_it_is_told(endpoint):
     assert 1 <= time.perf_counter() - began < 3
 
 
+def test_it_follows_no_redirect_with_the_key(endpoint):
+    for target in (f"{endpoint.url}/elsewhere", "http://[", f"http://{'a' * 70}.com/"):
+        endpoint.replies = [(302, "moved", ("Location", target))]
+        judge = judge_at(endpoint.url, api_key="k")
+        assert judge("q", "8", "x") == "error"
+        assert "answered 302" in judge.last_error
+    assert {path for path, *_ in endpoint.requests} == {"/v1/chat/completions"}
+
+
 @pytest.mark.parametrize(
     "head",
     [
@@ -137,8 +146,9 @@ def test_it_waits_as_long_as_it_is_told(endpoint):
         b"HTTP/1.1 200 OK\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;",
         b"HTTP/1.1 500 No\r\n\r\n",
+        b"HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
     ],
-    ids=["head", "body", "chunk", "error"],
+    ids=["head", "body", "chunk", "error", "bad chunk"],
 )
 def test_a_reply_that_drips_ends_at_the_time_out(endpoint, head):
     endpoint.replies = [("drip", head)]
@@ -278,6 +288,9 @@ def test_ordinary_text_is_not_touched():
     )
     assert defused(text) == text
     assert defused("<|im_end|> </s>") == "< |im_end|> < /s>"
+    for token in ("[|assistant|]", "<extra_id_1>", "<reserved_106>", "[gMASK]", "<sop>", "<SPECIAL_12>",
+                  "<turn|>", "<|turn>", "<seed:bos>", "]~b]", "<_assistant>"):  # fmt: skip
+        assert token not in defused(token)
 
 
 def test_long_answers_are_cut_at_the_front_and_long_responses_at_the_end(endpoint):

@@ -411,3 +411,94 @@ def test_trl_contract(exact):
 def test_equivalence_classes_for_voting(exact):
     assert exact.equivalent("0.5", r"\frac12")
     assert not exact.equivalent("0.5", "0.25")
+
+
+# --- what must not pass, and what must
+
+
+@pytest.fixture(scope="module")
+def both_tiers():
+    with MathReward() as grader:
+        yield grader
+
+
+NOT_THE_SAME = [
+    # real functions that differ left of -1 or right of 11
+    (r"|x+2|", "x+2"), (r"\sqrt{(x+1)^2}", "x+1"), ("|x-11|", "11-x"), ("y = |x|", "y = x"),
+    # notation that is no product of letters
+    (r"\angle ABC", r"\angle ACB"), ("A^T", "A"), (r"\gcd(a,b)", r"\gcd(a,c)"), ("f(g(x))", "g(f(x))"),
+    ("x^{(2)}", "x^2"), (r"A\times B", r"B\times A"), ("ABC", "ACB"), ("nCr", "rCn"), ("||x||", "|x|"),
+    (r"\pm a\pm b", r"\pm(a+b)"), (r"\pm 1\pm 2", r"\pm 3"),
+    ("(5, 6)", "(y, x) = (5, 6)"),
+    # units and currencies
+    ("60 mph", "60 miles"), (r"5\text{ N}", r"5\text{ J}"), (r"5\text{ Hz}", r"5\text{ kHz}"), (r"\$5", "£5"),
+    (r"5\text{ square feet}", r"5\text{ cubic feet}"), (r"5\text{ cm}^2", r"5\text{ square feet}"),
+    ("5 tons", "5 pounds"), ("5 cents", r"\$5"), (r"25\%", "25 percentage points"),
+    *[("7", f"7 {words}") for words in (
+        "point five", "eight", "twentieths", "quadrillion", "lakh", "doubled", "until nine", "nope", "cannot",
+        r"\text{ eight}", r"\text{K}", "basis points", "percentage", "gross",
+    )],
+    # a letter that is taken back, or one of two
+    *[("C", text) for text in (
+        "(C) or D", "(C) and D", "(C) is wrong, the answer is D", "C. Actually D", "C) no, D", "(C) not",
+        "C: maybe D",
+    )],
+    ("7", "#### 8\n#### 7"),
+]  # fmt: skip
+THE_SAME = [
+    (r"3\pm\sqrt{2}", r"3+\sqrt2, 3-\sqrt2"), (r"\pm 1", r"\{1, -1\}"), (r"a \pm b \mp c", "a+b-c, a-b+c"),
+    (r"\pm 1\pm 2", "3, -1, 1, -3"),
+    ("x^{3/2}", r"x\sqrt{x}"), (r"2\ln x", r"\ln(x^2)"), (r"\sqrt{x}\sqrt{x+1}", r"\sqrt{x^2+x}"), ("|x-3|", "|3-x|"),
+    (r"\frac{1}{2}h(b_1+b_2)", r"\frac{h(b_1+b_2)}{2}"), (r"Ce^{-x}", r"\frac{C}{e^x}"), ("(1+i)^2", "2i"),
+    ("AB", "BA"), ("(6, 5)", "(y, x) = (5, 6)"), ("(3, 2)", "(n, k) = (3, 2)"),
+    (r"\$5", "5 dollars"), ("5", "€5"), ("12.50", "$12.5"), ("60", "60 km/h"), ("60 mph", "60 miles per hour"),
+    (r"5\text{ square feet}", r"5\text{ ft}^2"), ("500000", "5 lakh"), ("7", "7 apples"), (r"300\text{ K}", "300"),
+    ("C", "(C) No solution"), ("C", "C. Vitamin D"), ("C", "C) 5 and 6"), ("7", "so\n#### 7\n#### 7.0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gold", "answer"), NOT_THE_SAME)
+def test_what_only_looks_the_same(both_tiers, gold, answer):
+    assert both_tiers.verify(gold, answer) != "correct"
+
+
+@pytest.mark.parametrize(("gold", "answer"), THE_SAME)
+def test_what_is_the_same_written_otherwise(both_tiers, gold, answer):
+    assert both_tiers.verify(gold, answer) == "correct"
+
+
+@pytest.mark.parametrize("text", [
+    r"-\boxed{7}", r"x = - \boxed{7}", r"$\frac{1}{\boxed{7}}$", r"$\sqrt{\boxed{7}}$", r"$2\cdot\boxed{7}$",
+    r"\boxed{7}^2", r"\boxed{7}00", r"\boxed{7} 8 9", r"\boxed{7} or 8", r"\boxed{7}, or maybe $8$",
+    r"It is not \boxed{7}.", r"\boxed{7}. Wait, no: it is 8.", r"\boxed{7}. No, 8.", r"\boxed{7}\framebox{8}",
+    "Answer: 8\nAnswer: 7",
+])  # fmt: skip
+def test_a_box_that_is_a_part_or_taken_back(text):
+    with MathReward(symbolic=False) as grader:
+        assert grader.grade("7", f"<think>a</think>\n{text}", "think").verdict == "wrong"
+
+
+@pytest.mark.parametrize("text", [
+    r"So $x=\boxed{7}$ apples.", r"\[ \boxed{7} \]", r"- \boxed{7}", r"**\boxed{7}**", r"$\boxed{7}$-gon",
+    r"There are \boxed{7} ways, no more and no less.", r"\frac{14}{2} = \boxed{7}", "\\boxed{7}\n\n2 are odd.",
+    r"14 \equiv \boxed{7} \pmod{11}", r"= \boxed{7}$ or seven.", "Answer: 7\nAnswer: 7.0", r"${\boxed{7}}$",
+])  # fmt: skip
+def test_a_box_in_ordinary_prose(text):
+    with MathReward(symbolic=False) as grader:
+        assert grader.grade("7", f"<think>a</think>\n{text}", "think").verdict == "correct"
+
+
+def test_a_percent_sign_behind_the_box_belongs_to_it():
+    with MathReward(symbolic=False) as grader:
+        assert grader.grade(r"25\%", r"It is \boxed{25}\%.").answer == r"25\%"
+        assert grader.verify("0.25", r"\boxed{25}\%") == "correct"
+
+
+@pytest.mark.parametrize("answer", [
+    "(" * 28 + r"\pm 1" + ")" * 28, "(1," * 28 + r"\pm 1" + ")" * 28, r"\pm 1" * 30,
+])  # fmt: skip
+def test_plus_minus_signs_do_not_double_the_work(answer):
+    start = time.perf_counter()
+    with MathReward(symbolic=False) as grader:
+        assert grader.verify("7", answer) != "correct"
+    assert time.perf_counter() - start < 1

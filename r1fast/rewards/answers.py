@@ -6,16 +6,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 
 from r1fast.rewards import algebra
 from r1fast.rewards.algebra import TooBig, Value
-from r1fast.rewards.expression import MAX_DEPTH, Expression
+from r1fast.rewards.expression import MAX_DEPTH, Expression, letters
 from r1fast.rewards.latex import GREEK, Token, Unreadable, clean, tokenize
-from r1fast.rewards.units import take_unit
+from r1fast.rewards.units import CURRENCIES, MAGNITUDES, take_unit
 
 MAX_ITEMS = 64
+MAX_SIGNS = 3
+_BOTH_SIGNS = {"pm": "+-", "mp": "-+"}
 _LETTER = re.compile(r"\(?([A-Za-z])[).:]*")
 _CHOICE = re.compile(
     r"(?:(?:[Oo]ption|[Cc]hoice)\s*)?(?:\(([A-J])\)|([A-J])[.):])\s*(\S.*)?", re.DOTALL
@@ -23,6 +27,15 @@ _CHOICE = re.compile(
 _OPTION = re.compile(r"(?:option|choice)\s+([A-J])\.?", re.IGNORECASE)
 _WRAPPED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\{([^{}]*)\}")
 _CHOICE_MARK = re.compile(r"\([A-J]\)|\b[A-J][.):]")
+# what takes the letter back, or names another: "(C) or D", "C. Actually D", "(C) is wrong"
+_TAKEN_BACK = re.compile(
+    r"\W*(?:(?:or|and|is|are|not|no|nope|wrong|incorrect|false|maybe|perhaps|actually|but|wait|rather|n't)\b\W*)+"
+    r"(?:(?:the\s+)?(?:correct\s+|right\s+)?(?:answer|option|choice)\b.*|.{0,40}\b[A-J]\W*)?",
+    re.IGNORECASE | re.DOTALL,
+)
+_OTHER_LETTER = re.compile(
+    r"\b(?:or|and|answer|option|choice|actually|but|not)\b[^.]*\b(?-i:[A-J])\b", re.IGNORECASE
+)
 _NUMBER_NAMES = {
     name: str(n)
     for n, name in enumerate(
@@ -37,14 +50,13 @@ _CLOCK = re.compile(
     r"(?:\\text\s*\{)?\s*(\d{1,2})(?::(\d\d))?[\s~]*(?:\\(?:text|mathrm)\s*\{|\\[ ,])?[\s~]*"
     r"([AaPp])\.?\s*[Mm]\.?\s*\}?"
 )
-# "\\$5" and "$5", but not "$5$": that is a formula
-_DOLLARS = re.compile(r"\$?\s*-?\s*\\\$\s*[\d.].*|-?\s*\$\s*[\d.][^$]*", re.DOTALL)
+# "\$5", "$5" and "€5", but not "$5$": that is a formula
+_MONEY = re.compile(
+    r"\$?\s*-?\s*(?:\\([$€£¥])|([€£¥]))\s*[\d.].*|-?\s*(\$)\s*[\d.][^$]*", re.DOTALL
+)
 _RELATIONS = {"=": "=", "<": "<", ">": ">", "le": "le", "ge": "ge", "ne": "ne"}
 _OPEN = {"(": "(", "[": "[", "\\{": "{", "langle": "("}
 _CLOSE = {")": ")", "]": "]", "rangle": ")"}
-_MAGNITUDES = {
-    "hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,10 +77,10 @@ class Answer:
 @lru_cache(maxsize=1 << 16)
 def read_answer(text: str) -> Answer:
     """Parse. Raises Unreadable, TooBig or Undefined (all ValueError)."""
-    if "$" in text and _DOLLARS.fullmatch(text.strip()):
+    if any(sign in text for sign in CURRENCIES) and (match := _MONEY.fullmatch(text.strip())):
         answer = _read(text)
-        unit = answer.unit or ("" if answer.percent else "dollar")
-        return replace(answer, unit=unit) if answer.kind == "value" else answer
+        unit = "" if answer.percent else CURRENCIES[match[1] or match[2] or match[3]]
+        return replace(answer, unit=answer.unit or unit) if answer.kind == "value" else answer
     return _read(text)
 
 
@@ -116,9 +128,10 @@ def choice_letter(text: str) -> str | None:
     if match := _OPTION.fullmatch(text):
         return match[1].upper()
     match = _CHOICE.fullmatch(text)
-    if match is None or _CHOICE_MARK.search(match[3] or ""):
+    behind = (match[3] if match else "") or ""
+    if match is None or any(p.search(behind) for p in (_CHOICE_MARK, _OTHER_LETTER)):
         return None
-    return match[1] or match[2]
+    return None if behind and _TAKEN_BACK.fullmatch(behind) else match[1] or match[2]
 
 
 def _text(tokens: list[Token]) -> Answer:
@@ -127,9 +140,7 @@ def _text(tokens: list[Token]) -> Answer:
         words = words[1:]
     value = None
     if len(tokens) == 1 and len(tokens[0].value) <= 3:  # ab may be a times b
-        value = algebra.constant(1)
-        for letter in tokens[0].value:
-            value = algebra.mul(value, algebra.symbol(letter))
+        value = letters(tokens[0].value)
     return Answer("text", mark=" ".join(words), value=value)
 
 
@@ -164,7 +175,6 @@ class _Reader:
     def __init__(self, text: str):
         self.text = text
         self.depth = 0
-        self.sign = 1  # which of the two readings of a plus-minus is parsed
 
     # --- structure: lists, relations, brackets
 
@@ -204,14 +214,16 @@ class _Reader:
             self.depth -= 1
 
     def items(self, tokens: list[Token]) -> list[Answer]:
-        """One item, two where it holds a plus-minus."""
-        if not any(t.kind == "command" and t.value in ("pm", "mp") for t in tokens):
+        """One item, or each reading of its plus-minus signs: independent, or tied by a minus-plus."""
+        signs = [t.value for t in tokens if t.kind == "command" and t.value in _BOTH_SIGNS]
+        if not signs:
             return [self.item(tokens)]
-        readings = []
-        for self.sign in (1, -1):
-            readings.append(self.item(tokens))
-        self.sign = 1
-        return readings
+        if len(signs) > MAX_SIGNS:
+            raise TooBig(f"more than {MAX_SIGNS} plus-minus signs in one item")
+        chosen: Iterable[tuple[str, ...]] = product("+-", repeat=len(signs))
+        if "mp" in signs:
+            chosen = (tuple(_BOTH_SIGNS[name][i] for name in signs) for i in (0, 1))
+        return [self.item(_with_signs(tokens, signs)) for signs in chosen]
 
     def item(self, tokens: list[Token]) -> Answer:
         if not tokens:
@@ -313,19 +325,27 @@ class _Reader:
             percent, unit = True, ""
         if not tokens:
             raise Unreadable("a unit without a number")
-        parser = Expression(tokens, self.sign, self.depth)
+        parser = Expression(tokens, self.depth)
         value = parser.parse()
         if percent:
             value = algebra.div(value, algebra.constant(100))
         scale, _, rest = unit.partition(" ")
-        if scale in _MAGNITUDES:
+        if scale in MAGNITUDES:
             unit = rest
-            value = algebra.mul(value, algebra.constant(10 ** _MAGNITUDES[scale]))
+            value = algebra.mul(value, algebra.constant(10 ** MAGNITUDES[scale]))
         digits = 0
         plain = tokens[1:] if tokens[0].value in "+-" else tokens
         if len(plain) == 1 and plain[0].kind == "number" and "." in plain[0].value:
             digits = len(re.sub(r"[eE].*|\.", "", plain[0].value).lstrip("0"))
         return Answer("value", value=value, percent=percent, unit=unit, digits=digits)
+
+
+def _with_signs(tokens: list[Token], signs: tuple[str, ...]) -> list[Token]:
+    left = iter(signs)
+    return [
+        Token("mark", next(left), t.spaced) if t.kind == "command" and t.value in _BOTH_SIGNS else t
+        for t in tokens
+    ]
 
 
 def _names(tokens: list[Token]) -> tuple[str, ...]:

@@ -35,9 +35,12 @@ Read = Callable[[str], Any]  # a reply -> what it says, None where it says nothi
 
 # what a tokenizer may read as its own control tokens, which would end the judge's prompt
 _CONTROL = re.compile(
-    r"<[|｜][^<>|｜\n]{1,40}[|｜]>|</?s>|</think>|\[/?(?:INST|SYS|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+)\]"
-    r"|<</?SYS>>|<(?:start|end)_of_(?:turn|utterance)>|<(?:bos|eos|pad|unk|unused\d+)>"
-)
+    r"<[|｜][^<>|｜\n]{1,40}[|｜]?>|<[^<>|｜\n]{1,40}[|｜]>|\[[|｜][^\[\]|｜\n]{1,40}[|｜]\]|</?s>|</think>"
+    r"|\[/?(?:INST|SYS|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|g?MASK|sMASK|CLS|SEP|BOS|EOS|UNK|PAD)\]|<</?SYS>>"
+    r"|<(?:start|end)_of_(?:turn|utterance)>|</?(?:bos|eos|pad|unk|cls|sep|mask|sop|eop)>"
+    r"|<_?(?:user|assistant|system|bot|human|tool)>|<(?:unused|extra_id|reserved|SPECIAL)_?\d+>|<[a-z]{1,12}:[a-z]{1,12}>"
+    r"|\][~!][a-z]{1,3}[\[\]]", re.IGNORECASE
+)  # fmt: skip
 
 
 class ChatError(RuntimeError):
@@ -222,14 +225,18 @@ class ChatEndpoint(ChatModel):
             wait = error.headers.get("Retry-After", "") if error.headers else ""
             try:
                 detail = error.read(300).decode("utf-8", "replace")
-            except (OSError, HTTPException):
+            except (OSError, HTTPException, ValueError):
                 detail = "its text was cut off"
             raise ChatError(
                 f"{self.url} answered {error.code}: {detail}",
                 retry=error.code in _RETRY_STATUS,
                 wait=float(wait) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]+)?", wait) else 0.0,
             ) from None
-        except (OSError, HTTPException) as error:  # URLError and time-outs are OSErrors
+        except (
+            OSError,
+            HTTPException,
+            ValueError,
+        ) as error:  # URLError, time-outs; a head that is none
             late = time.monotonic() > deadline
             reason = f"no reply in {self.timeout:g} s" if late else str(error)
             raise ChatError(f"{self.url} cannot be reached: {reason}", retry=True) from None
@@ -271,12 +278,20 @@ class _Connections:
             def http_open(self, request):
                 return self.do_open(kept(HTTPConnection), request)
 
+        class NoRedirect(
+            urllib.request.HTTPRedirectHandler
+        ):  # it would take the key to another host
+            def http_error_302(self, *_):
+                return None
+
+            http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
         class Https(urllib.request.HTTPSHandler):
             def https_open(self, request):
                 return self.do_open(kept(HTTPSConnection), request, context=self._context)
 
         self.is_cut = False
-        self.opener = urllib.request.build_opener(Http, Https)
+        self.opener = urllib.request.build_opener(Http, Https, NoRedirect)
 
     def cut(self) -> None:
         self.is_cut = True

@@ -18,8 +18,8 @@ from r1fast.protocol import END_THINK, SPECIAL_TOKEN, THINK, boxes, split_comple
 from r1fast.types import Verdict
 
 SEVERAL = "several different answers"
-_WRAP = r"[\s*_`$~({\[\"'“”‘’<]*"  # what may stand around a letter
-_UNWRAP = r"[\s*_`$~)}\]\"'“”‘’>]*"
+_WRAP = r"[\s*_`$~({\[\"'“”‘’<]{0,12}"  # what may stand around a letter
+_UNWRAP = r"[\s*_`$~)}\]\"'“”‘’>]{0,12}"
 _LATEX = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mathsf|mbox|rm|bf)\b\s*")
 _LONE = re.compile(
     rf"^(?:(?:option|choice)\s+)?{_WRAP}([A-Za-z]){_UNWRAP}[.,:;!。]?{_UNWRAP}$", re.I
@@ -33,7 +33,7 @@ _STATEMENT = re.compile(
     r"(?:\s+(?:choice|option|letter))?(?:\s+(?:to|for|of)\s+(?:this|the)\s+(?:question|problem))?"
     r"(?![\w-])|答案)"
     r"(?P<link>[\s*_`]*(?:\b(?:is|would\s+be|must\s+be|should\s+be|ist|est|es)\b|是|为)?[\s*_`]*[:：=]?"
-    r"(?:\s*(?:option|choice|letter)\b)?)(?=(?P<rest>[^\n]+))",
+    r"(?:\s*(?:option|choice|letter)\b)?)(?=(?P<rest>[^\n]{1,400}))",
     re.IGNORECASE,
 )
 _NAMED = re.compile(

@@ -150,6 +150,8 @@ def _same_value(gold: Answer, answer: Answer) -> bool | None:
     assert answer.value is not None
     if gold.unit and answer.unit and not same_unit(gold.unit, answer.unit):
         return False
+    if answer.unit in ("k", "b") and not gold.unit:  # 7K may be 7 kelvin, and 7000
+        return False
     if "degree" in (gold.unit, answer.unit) and gold.unit != answer.unit:
         return _same_angle(gold, answer)
     result = algebra.equal(gold.value, answer.value)
@@ -259,7 +261,7 @@ def _same_relation(gold: Answer, answer: Answer) -> bool | None:
 def _as_relation(answer: Answer) -> Answer:
     """x = 5 was read as the value 5 named x; as an equation it has two sides."""
     if answer.kind == "value" and answer.name:
-        side = Expression(tokenize(answer.name), 1, 0).parse()
+        side = Expression(tokenize(answer.name)).parse()
         items = (Answer("value", value=side), replace(answer, name=""))
         return Answer("relation", items=items, mark="=")
     return answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 
 from r1fast.rewards import algebra, trigonometry
@@ -14,10 +15,9 @@ MAX_DEPTH = 32
 class Expression:
     """Arithmetic over `algebra.Value`."""
 
-    def __init__(self, tokens: list[Token], sign: int, depth: int):
+    def __init__(self, tokens: list[Token], depth: int = 0):
         self.tokens = tokens
         self.at = 0
-        self.sign = sign
         self.depth = depth
         self.saw_infinity = False
 
@@ -46,9 +46,9 @@ class Expression:
         value = None
         while (t := self.peek()) is not None and (value is None or t.value in _SIGNS):
             sign = 1
-            if t.value in _SIGNS and t.kind in ("mark", "command"):
+            if t.value in _SIGNS and t.kind == "mark":
                 self.at += 1
-                sign = {"+": 1, "-": -1, "pm": self.sign, "mp": -self.sign}[t.value]
+                sign = 1 if t.value == "+" else -1
             term = self.product()
             if value is None:
                 value = term if sign > 0 else algebra.neg(term)
@@ -63,6 +63,12 @@ class Expression:
         value = self.signed()
         while (t := self.peek()) is not None:
             if t.value in ("*", "cdot", "times") and t.kind != "word":
+                before, after = (
+                    self.tokens[self.at - 1 : self.at],
+                    self.tokens[self.at + 1 : self.at + 2],
+                )
+                if t.value == "times" and all(_is_capital(x) for x in (*before, *after)):
+                    raise Unreadable("a product of capitals, which may not commute")
                 self.at += 1
                 value = algebra.mul(value, self.signed())
             elif t.value == "/" and t.kind == "mark":
@@ -105,6 +111,10 @@ class Expression:
         if t is not None and t.value == "prime":
             self.at += 1
             return algebra.opaque("prime", base)
+        ahead = self.tokens[self.at : self.at + 5]
+        if len(ahead) == 5 and "".join(x.value for x in ahead if x.kind == "mark") == "{()}":
+            if ahead[2].kind == "number":
+                raise Unreadable("a number in brackets as an exponent, which may be a derivative")
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise TooBig(f"nested deeper than {MAX_DEPTH}")
@@ -254,15 +264,22 @@ class Expression:
             return self.subscripted(word)
         if not word.isalpha() or len(word) > 3:
             raise Unreadable(f"the word {word[:20]!r} in an expression")
-        value = algebra.constant(1)
-        for letter in word[:-1]:
-            value = algebra.mul(value, algebra.symbol(letter))
+        if _ONE_NAME.fullmatch(word):
+            return algebra.symbol(word)
+        if word in _APPLIED and self.is_applied():
+            return algebra.opaque(word, self.atom())
+        value = letters(word[:-1])
         last = self.subscripted(word[-1])
         if len(word) > 1 and (t := self.peek()) is not None and t.value == "^":
             # xy^2: the power belongs to the last letter only
             self.at += 1
             last = algebra.power(last, self.power())
         return algebra.mul(value, last)
+
+    def is_applied(self) -> bool:
+        """f(x), f(g(x)): a function, where h(a + b) is a product."""
+        behind = [t.value for t in self.tokens[self.at : self.at + 3]]
+        return behind[:1] == ["("] and behind[2:] in ([")"], ["("])
 
     def subscripted(self, name: str) -> Value:
         if (t := self.peek()) is not None and t.value == "_":
@@ -306,12 +323,28 @@ class Expression:
         return value if exponent is None else algebra.power(value, exponent)
 
 
-_SIGNS = ("+", "-", "pm", "mp")
+_ONE_NAME = re.compile("[A-Z]{3}|[a-z][CP][a-z]")  # a triangle, an order; n choose r
+_APPLIED = frozenset("fghFGHP")
+_SIGNS = ("+", "-")
 _FACTOR_COMMANDS = frozenset({"frac", "sqrt", "pi", "infty", "binom", "lfloor", "lceil"})
 _E = algebra.symbol("e")
 _DEGREE = algebra.mul(algebra.symbol("pi"), algebra.constant(Fraction(1, 180)))
 _PLUS_INFINITY = algebra.symbol(algebra.INFINITY)
 _MINUS_INFINITY = algebra.neg(_PLUS_INFINITY)
+
+
+def _is_capital(t: Token) -> bool:
+    return t.kind == "word" and len(t.value) == 1 and t.value.isupper()
+
+
+def letters(word: str) -> Value:
+    """A product of symbols, or one symbol where the letters have an order."""
+    if _ONE_NAME.fullmatch(word):
+        return algebra.symbol(word)
+    value = algebra.constant(1)
+    for letter in word:
+        value = algebra.mul(value, algebra.symbol(letter))
+    return value
 
 
 def _number(text: str) -> Fraction:

@@ -55,16 +55,18 @@ _UNIT = re.compile(
 )
 # full stops that end a sentence; CJK full stops need no space
 _SENTENCE = re.compile(r"(?<=[。！？；!?…])|(?<=[.:;])(?=\s)|\n+")
+# code and maths in blocks: what opens, what closes, whether the text's end closes it too
+_BLOCKS = (("```", "```", True), ("~~~", "~~~", True), ("$$", "$$", False), (r"\[", r"\]", False),
+           (r"\(", r"\)", False))  # fmt: skip
+_MAX_UNCLOSED = 100  # names of environments
+_BEGIN = re.compile(r"\\begin(\{\w+\*?\})")
+# Linear in the text: a repetition is bounded, possessive, or cannot begin within what it has passed.
 _NOT_LANGUAGE = re.compile(
-    r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`"  # code
-    r"|\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\)"  # maths
-    r"|\$(?=[^\s$])[^$\n]{0,300}?(?<=\S)\$(?!\d)"
-    r"|\\begin\{(\w+\*?)\}.*?\\end\{\1\}|\\boxed\{[^{}]*\}|\\[A-Za-z]+"
-    r"|(?:https?://|www\.)\S+|\S+@\S+\.\w+|&#?\w+;"  # addresses and entities
+    r"`[^`\n]*`|\$(?=[^\s$])[^$\n]{0,300}?(?<=\S)\$(?!\d)|\\boxed\{[^{}]*\}|\\[A-Za-z]+"
+    r"|(?:https?://|www\.)\S+|(?<![\w.+-])[\w.+-]++@[\w-]++(?:\.\w++)+|&#?\w+;"  # addresses and entities
     r"|</?[A-Za-z][^<>\n]{0,80}>"  # tags
     r"|\b[A-Za-z]+(?:_[A-Za-z0-9]+)+\b|\b[A-Za-z]+\d\w*\b|\b\w+\(\)"  # identifiers
-    r"|\b[a-z]+(?:[A-Z][a-z0-9]+)+\b|\b\w+(?:\.\w+)+\(",
-    re.DOTALL,
+    r"|\b[a-z]+(?:[A-Z][a-z0-9]+)+\b|(?<![\w.])\w++(?:\.\w++)++\("
 )
 # one letter between numbers or operators is a variable, not a word
 _VARIABLE = re.compile(
@@ -122,7 +124,7 @@ def _lexicon_share(text: str, target: str, lexicon: Mapping[str, Iterable[str]])
 
 def count_units(text: str, target: str, expected: tuple[str, ...]) -> dict[str, int]:
     """Units by language; a script no expected language is written in counts under its own name."""
-    text = _VARIABLE.sub(" ", _NOT_LANGUAGE.sub(" ", text))
+    text = _VARIABLE.sub(" ", _NOT_LANGUAGE.sub(" ", _without_blocks(text)))
     counts: dict[str, int] = {}
     for sentence in _SENTENCE.split(text):
         units: dict[str, list[str]] = {}
@@ -135,6 +137,32 @@ def count_units(text: str, target: str, expected: tuple[str, ...]) -> dict[str, 
             language = _language_of(script, words, sentence, target, expected)
             counts[language] = counts.get(language, 0) + len(words)
     return counts
+
+
+def _without_blocks(text: str) -> str:
+    """`text` without code blocks, displayed maths and environments."""
+    for opening, closing, at_end in _BLOCKS:
+        kept, at = [], 0
+        while (start := text.find(opening, at)) >= 0:
+            end = text.find(closing, start + len(opening))
+            if end < 0 and not at_end:
+                break
+            kept.append(text[at:start])
+            at = len(text) if end < 0 else end + len(closing)
+        text = " ".join([*kept, text[at:]])
+    kept, at, unclosed = [], 0, set()
+    for match in _BEGIN.finditer(text):
+        name = match[1]
+        if match.start() < at or name in unclosed:
+            continue
+        if (end := text.find(r"\end" + name, match.end())) < 0:
+            unclosed.add(name)
+            if len(unclosed) > _MAX_UNCLOSED:
+                break
+            continue
+        kept.append(text[at : match.start()])
+        at = end + len(r"\end" + name)
+    return " ".join([*kept, text[at:]])
 
 
 def _language_of(

@@ -251,6 +251,9 @@ def _group(text: str, at: int) -> tuple[str, int]:
 
 def squeeze(text: str) -> str:
     """A spelling for comparing texts that are no typed answers."""
+    currency = (
+        "" if text.isascii() else "".join(c for c in text if c in "€£¥")
+    )  # `clean` drops them
     try:
         text = clean(text)
     except Unreadable:
@@ -258,7 +261,7 @@ def squeeze(text: str) -> str:
     text = re.sub(r"\s*\\(?:left|right|displaystyle)(?![A-Za-z])\s*", " ", text).strip()
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = _WRAPPING.sub(r"\1", text)
-    return re.sub(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])", "", text)  # "1 2" is not 12
+    return currency + re.sub(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])", "", text)  # "1 2" is not 12
 
 
 def is_balanced(text: str) -> bool:
@@ -270,10 +273,12 @@ def is_balanced(text: str) -> bool:
     return depth == 0 and not re.search(r"(?<!\\)(?:\\\\)*\\$", text)
 
 
-# operators that stand for work not done; two of these are compared as text only
+# operators that stand for work not done, and what math-verify takes for a product of letters or leaves out; two of
+# these are compared as text only
 _UNFINISHED = frozenset(
     "int iint iiint oint sum prod lim limsup liminf bigcup bigcap forall exists ldots vdots ddots "
-    "partial nabla".split()
+    "partial nabla angle measuredangle triangle parallel perp top dagger gcd lcm max min deg dim ker det "
+    "arg Re Im".split()
 )
 _ARGUMENTS = ("frac", "binom", "_")
 _RELATIONS = frozenset(("=", "<", ">", "le", "ge", "ne"))
@@ -302,11 +307,13 @@ def is_symbolic(text: str) -> bool:
     for i, t in enumerate(tokens):
         if t.kind == "text" or (t.kind == "word" and len(t.value) > 3 and t.value not in FUNCTIONS):
             return False
-        if t.kind == "command" and t.value in _UNFINISHED:
+        if t.kind in ("command", "word") and t.value in _UNFINISHED:
             return False
         if t.value in ("'", "prime", "circ"):  # math-verify leaves them out
             return False
         after = tokens[i + 1] if i + 1 < len(tokens) else None
+        if _is_flattened(tokens, i):
+            return False
         if t.value == "%" and after is not None:
             return False
         if t.kind == "number" and after is not None:
@@ -334,6 +341,23 @@ def is_symbolic(text: str) -> bool:
                 return False
         previous = t.value
     return any(t.kind != "mark" for t in tokens)
+
+
+def _is_flattened(tokens: list[Token], i: int) -> bool:
+    """What math-verify reads as an ordinary product or power: f(x), x^{(2)}, A^T, ABC, A x B, ||x||."""
+    t, behind = tokens[i], [t.value for t in tokens[i + 1 : i + 4]]
+    if t.kind == "word":
+        if t.value[-1] in "fghFGHP" and behind[:1] == ["("] and behind[2:] in ([")"], ["("]):
+            return True
+        if re.fullmatch("[A-Z]{2,}|[a-z][CP][a-z]", t.value):
+            return True
+        return t.value.isupper() and behind[:1] == ["times"]
+    if t.value == "^" and behind:
+        first = behind[1] if behind[0] == "{" and len(behind) > 1 else behind[0]
+        before = tokens[i - 1] if i else t
+        is_capital = before.kind == "word" and before.value[-1].isupper()
+        return first in ("(", "*") or (is_capital and first in ("T", "H"))
+    return t.value == "\\|" or (i == 0 and t.value == "|" and behind[:1] == ["|"])
 
 
 def same_cases(a: str, b: str) -> bool:

@@ -22,7 +22,7 @@ from r1fast.protocol import (
     TEXT_AFTER_ANSWER,
     THINK,
     answer_region,
-    boxes,
+    box_spans,
 )
 from r1fast.rewards import answers, latex
 from r1fast.rewards.algebra import TooBig, Undefined
@@ -32,8 +32,25 @@ from r1fast.rewards.symbolic import SymbolicPool
 from r1fast.types import Verdict
 
 SEVERAL_BOXES = "several different boxes"  # or #### lines
+NOT_THE_BOX = "the box is a part of an expression, or taken back"
+# -\boxed{7}, 2\cdot\boxed{7}, \frac{1}{\boxed{7}}; "it is not \boxed{7}"
+_BEFORE_BOX = re.compile(
+    r"(?:[-+/^]|[\d)}=][ ]*[-+/^*][ ]+|\d\*|\\(?:cdot|times|div|pm|mp|ne|neq|not)[ ]*|\\sqrt\{|[\^_]\{"
+    r"|\\[dt]?frac\{[^{}]*(?:\}\{)?[^{}]*|(?:\b(?:not|never)|n't|≠)(?:\s+equal(?:\s+to)?)?[\s$]*(?:\\[(\[])?\s*)\Z"
+)
+# \boxed{7}^2, \boxed{7}00, \boxed{7} or 8
+_BEHIND_BOX = re.compile(
+    r"\d|[ \t]*(?:\^|/|[-+*][ \t]*[\d\\]|\\(?:cdot|times|div|d?frac|sqrt|boxed|framebox|pm)\b)"
+    r"|[\s$]*(?:\\[)\]])?[,\s]*(?:or|and/or)\s+(?:maybe\s+|perhaps\s+)?[$\s]*(?:\\[(\[])?\s*[-\d\\]"
+)
+_MORE = re.compile(r"[ \t$]+-?\d")
+_TAKEN_BACK = re.compile(
+    r"\b(?:wait|scratch that|correction|I mean|on second thought)\b|\bactually\b[^.]*\d|(?:^|[.!?;]\s+)no\s*[:,.;]|"
+    r"\b(?:not|isn't)\s+(?:the\s+)?(?:correct|right)\b|\bis\s+(?:wrong|incorrect)\b", re.IGNORECASE
+)  # fmt: skip
+_PERCENT = re.compile(r"\s*\\?%")
 # what a policy must not get away with: more than one answer is wrong, not unanswered
-_WRONG_FAULTS = frozenset({SECOND_ANSWER, TEXT_AFTER_ANSWER, SEVERAL_BOXES})
+_WRONG_FAULTS = frozenset({SECOND_ANSWER, TEXT_AFTER_ANSWER, SEVERAL_BOXES, NOT_THE_BOX})
 _MAX_CACHE = 1 << 16
 # a number and a letter that may be its unit: "3 m", "1.5 L"
 _LETTER_UNIT = re.compile(r"(.*[0-9}])\s+(?:[mgshL])(?:\s*\^\s*\{?[23]\}?)?", re.DOTALL)
@@ -81,16 +98,31 @@ def extract_answer(
     )
     if region is None or not region.strip():
         return Extracted(None, fault or "no answer")
-    found = boxes(region)
-    if not found:
+    spans = box_spans(region)
+    if not spans:
         hashed = [m[1] for line in region.splitlines() if (m := _HASHES.fullmatch(line.strip()))]
         if several_boxes == "wrong" and any(_differ(hashed[-1], other) for other in hashed[:-1]):
             return Extracted(None, SEVERAL_BOXES)
+        stated = [
+            _unprefixed(x) for x in region.splitlines() if latex.ANSWER_PREFIX.match(x.strip())
+        ]
+        if several_boxes == "wrong" and any(_differ(stated[-1], other) for other in stated[:-1]):
+            return Extracted(None, SEVERAL_BOXES)
         answer = _bare(region) if bare else _stated(region)
         return Extracted(answer, "" if answer else r"no \boxed{} in the summary")
+    found = [content for content, _, _ in spans]
     if several_boxes == "wrong" and any(_differ(found[-1], other) for other in found[:-1]):
         return Extracted(None, SEVERAL_BOXES)
-    return Extracted(found[-1] or None, "" if found[-1] else "an empty box")
+    answer, start, end = spans[-1]
+    before, behind = region[:start], region[end:]
+    spoiled = (
+        _BEFORE_BOX.search(before[-80:]) or _BEHIND_BOX.match(behind) or _TAKEN_BACK.search(behind)
+    )
+    if spoiled or (_MORE.match(behind) and any(c.isdigit() for c in answer)):
+        return Extracted(None, NOT_THE_BOX)
+    if answer and _PERCENT.match(behind):
+        answer += r"\%"
+    return Extracted(answer or None, "" if answer else "an empty box")
 
 
 def _behind_thought(text: str) -> str | None:
@@ -119,7 +151,7 @@ def _stated(region: str) -> str | None:
         return match[1]
     lines[-1] = _bare(lines[-1]) or lines[-1]
     if latex.ANSWER_PREFIX.match(lines[-1]):
-        return latex.ANSWER_PREFIX.sub("", lines[-1], count=1).strip() or None
+        return _unprefixed(lines[-1]) or None
     if len(lines) == 1 and len(lines[0].split()) <= 3:
         return lines[0]
     try:
@@ -127,6 +159,11 @@ def _stated(region: str) -> str | None:
     except ValueError:
         readable = False
     return lines[0] if readable else None
+
+
+def _unprefixed(line: str) -> str:
+    """7 of "The answer is 7"."""
+    return latex.ANSWER_PREFIX.sub("", line.strip(), count=1).strip()
 
 
 def _differ(a: str, b: str) -> bool:

@@ -19,7 +19,9 @@ import sys
 import threading
 import time
 
-NUM_POINTS = 6
+# (low, high, signs) of the variables of each point: first where roots and logarithms are real
+RANGES = ((3, 11, (1,)), (3, 11, (1,)), (0, 2, (1,)), (0, 2, (1, -1)), (1, 12, (1, -1)), (1, 12, (1, -1)),
+          (2, 12, (-1,)), (20, 200, (1,)), (20, 200, (-1,)))  # fmt: skip
 DIGITS = 60
 AGREE = 40  # digits
 OUT_OF_TIME = 3  # exit status, known to symbolic.py
@@ -230,15 +232,41 @@ def same_expression(sympy, gold, answer) -> bool | None:
 
 
 def sample(sympy, a, b):
-    """Pairs of 60-digit values at random points; points where one is no number are left out."""
+    """Pairs of 60-digit values at random points of every sign, near and far.
+
+    Left out is a point where one is no number, and, unless i is written, one where a root or logarithm is not real:
+    there the sides may be on different branches, as of sqrt(x^3) and x sqrt(x).
+    """
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    is_complex = any(e.has(sympy.I) for e in (a, b))
     rng = random.Random(0)
-    for turn in range(NUM_POINTS if symbols else 1):
-        low = 2 if turn < 3 else -2  # first where roots and logarithms are real
-        point = {s: sympy.Rational(rng.randint(10**6, 9 * 10**6), 10**6) + low for s in symbols}
+    for low, high, signs in RANGES if symbols else RANGES[:1]:
+        point = {
+            s: sympy.Rational(rng.randint(low * 10**6, high * 10**6), 10**6) * rng.choice(signs)
+            for s in symbols
+        }
+        if symbols and not is_complex and not all(is_real(sympy, e, point) for e in (a, b)):
+            continue
         x, y = (number(e.subs(point)) for e in (a, b))
         if all(v.is_number and v.is_finite for v in (x, y)):
             yield x, y
+
+
+def is_real(sympy, expression, point) -> bool:
+    """Whether the roots, logarithms and arcs in it have real values."""
+    for node in sympy.preorder_traversal(expression):
+        inner = None
+        if node.is_Pow and not node.exp.is_integer:
+            inner = node.base
+        elif isinstance(node, sympy.log):
+            inner = node.args[0]
+        elif isinstance(node, (sympy.asin, sympy.acos)):
+            inner = 1 - node.args[0] ** 2
+        if inner is not None:
+            value = inner.subs(point).evalf(15)
+            if value.is_number and not value.is_nonnegative:
+                return False
+    return True
 
 
 def number(expression):

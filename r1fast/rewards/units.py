@@ -12,8 +12,23 @@ _NOT_UNITS = frozenset(
     "incorrect false true the answer so was are be unless except plus minus times squared cubed "
     "factorial half halves thirds quarters tenths hundredths negative mod modulo dozen "
     "fifths sixths sevenths eighths ninths thousandths millionths tens hundreds below above "
-    "zero one off over under short root roots squares cubes debt opposite".split()
+    "zero one off over under short root roots squares cubes debt opposite point comma dot decimal choose power "
+    "remainder until onwards onward upwards nope impossible cannot never nothing doubled tripled halved double "
+    "triple twice thrice kilo mega giga gross score scores permille basis rounded "
+    "exactly add added subtract subtracted divided multiplied by into with "
+    "without versus vs instead rather possibly probably sometimes unknown undefined infinite infinity percentage basis".split()
 )
+# eight, twentieths, seventeen, quadrillion: a second number, or a part of the first
+_NUMBER_WORD = re.compile(
+    r"(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundred|thousand|[a-z]+illion)s?"
+    r"|[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|first|third|fourth"
+    r"|[a-z]+(?:ieth|teenth|elfth|lventh|illionth|leventh)s?"
+)
+MAGNITUDES = {  # words that scale the number before them
+    "hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12,
+    "quadrillion": 15,
+}  # fmt: skip
+CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound sterling", "¥": "yen"}
 # short words that are units behind a number, and letters that are behind "km/"
 _SHORT_UNITS = frozenset(
     "cm mm km kg mg ft mi in yd lb lbs oz hr hrs min ml mL kW kJ Hz mph".split()
@@ -27,8 +42,14 @@ _UNITS = {
     "min": "minute", "s": "second", "sec": "second", "l": "liter", "ml": "milliliter",
     "cent": "cent", "dollar": "dollar", "usd": "dollar", "day": "day", "week": "week",
     "month": "month", "year": "year", "yard": "yard", "yd": "yard", "degree": "degree",
-    "radian": "radian", "rad": "radian",
+    "radian": "radian", "rad": "radian", "n": "newton", "j": "joule", "kj": "kilojoule", "w": "watt",
+    "kw": "kilowatt", "hz": "hertz", "khz": "kilohertz", "mhz": "megahertz", "v": "volt", "pa": "pascal",
+    "kpa": "kilopascal", "c": "celsius", "f": "fahrenheit", "k": "kelvin", "gal": "gallon", "qt": "quart",
+    "pint": "pint", "cup": "cup", "ton": "ton", "tonne": "tonne", "eur": "euro", "gbp": "pound sterling",
+    "jpy": "yen", "mol": "mole", "litre": "liter", "metre": "meter", "centimetre": "centimeter",
+    "millimetre": "millimeter", "kilometre": "kilometer",
 }  # fmt: skip
+_PREFIXED = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
 _UNITS.update({name: name for name in list(_UNITS.values())})
 _RATES = {"mph": "mile/hour", "kph": "kilometer/hour", "kmh": "kilometer/hour"}
 
@@ -61,7 +82,11 @@ def take_unit(tokens: list[Token]) -> tuple[list[Token], str]:
     words = re.sub(r"[^\w/' ]", " ", words).split()
     if stop == end or stop == 0 or not words:
         return tokens, ""
-    if len(words) > 4 or any(w in _NOT_UNITS for w in words):
+    scale = words[0] in MAGNITUDES
+    if len(words) > 4 or any(
+        w in _NOT_UNITS or (_NUMBER_WORD.fullmatch(w) and not (scale and i == 0))
+        for i, w in enumerate(words)
+    ):
         raise Unreadable("words behind a number that are no unit")
     if words[0] == "degrees":
         words[0] = "degree"
@@ -88,15 +113,20 @@ def _is_rate(tokens: list[Token]) -> bool:
 
 
 def same_unit(a: str, b: str) -> bool:
-    """False only for two known units that differ: "12 cm" is not "12 m", km/h not m/s."""
+    """False only for two known units that differ: "12 cm" is not "12 m", km/h not m/s, feet no square feet."""
     pair = [re.split(r"\s*/\s*|\s+per\s+", _RATES.get(unit, unit)) for unit in (a, b)]
+    known = [[_known(part) for part in parts] for parts in pair]
     if len(pair[0]) != len(pair[1]):
-        return True
-    known = [(_known(x), _known(y)) for x, y in zip(*pair, strict=True)]
-    return not any(x and y and x != y for x, y in known)
+        return not all(part for parts in known for part in parts)
+    return not any(x and y and x != y for x, y in zip(*known, strict=True))
 
 
 def _known(unit: str) -> str | None:
+    """The unit's name with its power, None for a word that the table lacks."""
+    first, _, rest = unit.strip().partition(" ")
+    power = unit[len(unit.rstrip("23")) :]
+    if first in _PREFIXED:
+        unit, power = rest, _PREFIXED[first]
     bare = unit.rstrip("23").strip()
     name = _UNITS.get(bare) or _UNITS.get(bare.removesuffix("s"))
-    return name and name + unit[len(unit.rstrip("23")) :]
+    return name and name + power
