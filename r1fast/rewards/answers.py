@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
 from itertools import product
 
@@ -42,6 +43,20 @@ _NUMBER_NAMES = {
         "two three four five six seven eight nine ten eleven twelve".split(), 2
     )
 } | {"sixteen": "16"}
+_NUMBERS = {
+    word: n
+    for n, word in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+        "sixteen seventeen eighteen nineteen twenty".split()
+    )
+} | {"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90,
+     "one hundred": 100, "one half": Fraction(1, 2), "one third": Fraction(1, 3)}  # fmt: skip
+_WORDS = frozenset("no yes on of or so to is it if in at up us we he me my by go do".split())
+_SYNONYMS = {
+    "dne": "does not exist", "limit does not exist": "does not exist", "no solutions": "no solution",
+    "no real solutions": "no real solution", "there is no solution": "no solution", "none exist": "none",
+    "there are no solutions": "no solution", "has no solution": "no solution",
+}  # fmt: skip
 _BASE = re.compile(
     r"\(?\s*([0-9][0-9A-Z]*|[A-F][0-9A-F]*[0-9][0-9A-F]*)\s*\)?\s*_\s*"
     r"(?:([0-9])|\{\s*([0-9]+)\s*\}|\{?\s*\\text\s*\{\s*([a-z]+)\s*\}\s*\}?)"
@@ -74,7 +89,7 @@ class Answer:
     name: str = ""  # x of "x = 5"
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=1 << 12)  # an answer of 2,000 characters takes 50 KiB
 def read_answer(text: str) -> Answer:
     """Parse. Raises Unreadable, TooBig or Undefined (all ValueError)."""
     if any(sign in text for sign in CURRENCIES) and (match := _MONEY.fullmatch(text.strip())):
@@ -138,10 +153,12 @@ def _text(tokens: list[Token]) -> Answer:
     words = re.findall(r"[\w']+", " ".join(t.value for t in tokens).casefold())
     while len(words) > 1 and words[0] in ("a", "an", "the"):
         words = words[1:]
-    value = None
-    if len(tokens) == 1 and len(tokens[0].value) <= 3:  # ab may be a times b
-        value = letters(tokens[0].value)
-    return Answer("text", mark=" ".join(words), value=value)
+    value, mark = None, " ".join(words)
+    if mark in _NUMBERS:
+        value = algebra.constant(_NUMBERS[mark])
+    elif len(tokens) == 1 and tokens[0].kind == "word" and len(mark) <= 3 and mark not in _WORDS:
+        value = letters(tokens[0].value)  # ab may be a times b
+    return Answer("text", mark=_SYNONYMS.get(mark, mark), value=value)
 
 
 def _is_prose(tokens: list[Token]) -> bool:

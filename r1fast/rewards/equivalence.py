@@ -14,7 +14,7 @@ from r1fast.rewards.answers import Answer
 from r1fast.rewards.expression import Expression
 from r1fast.rewards.latex import tokenize
 from r1fast.rewards.regions import as_intervals, unknown_of
-from r1fast.rewards.units import same_unit
+from r1fast.rewards.units import same_name, same_unit
 
 _FLIPPED = {"=": "=", "<": ">", ">": "<", "le": "ge", "ge": "le", "ne": "ne"}
 
@@ -55,6 +55,12 @@ def same(gold: Answer, answer: Answer) -> bool | None:
         pair = [_nested_rows(gold), _nested_rows(answer)]
         if pair[0] is not None and pair[1] is not None:
             gold, answer, kinds = pair[0], pair[1], {"matrix"}
+    if kinds == {"list"} and _is_named(gold) != _is_named(answer):  # m = 2, b = 1 is 2, 1
+        return (
+            _all(same(g, a) for g, a in zip(gold.items, answer.items, strict=True))
+            if len(gold.items) == len(answer.items)
+            else False
+        )
     if kinds <= {"list", "set"}:
         if gold.mark != answer.mark and gold.mark and answer.mark:
             if any(item.kind == "relation" for item in gold.items + answer.items):
@@ -102,6 +108,12 @@ def _same_time(gold: Answer, answer: Answer) -> bool:
     if gold.kind != answer.kind:
         clocks = [clock.partition(" ")[0] for clock in clocks]
     return clocks[0] == clocks[1]
+
+
+def _is_named(answer: Answer) -> bool:
+    """Whether the items have names of their own."""
+    names = [item.name for item in answer.items]
+    return all(names) and len(set(names)) == len(names)
 
 
 def _by_name(answer: Answer) -> tuple[Answer, ...] | None:
@@ -203,8 +215,9 @@ def _same_items(gold: tuple, items: tuple, as_set: bool) -> bool | None:
         return False
     left = list(items)
     outcome: bool | None = True
+    counted = all(item.unit for item in (*gold, *items)) and len(gold) > 1  # 5 boys, 3 girls
     for g in gold:
-        verdicts = [same(g, a) for a in left]
+        verdicts = [same(g, a) if not counted or same_name(g.unit, a.unit) else False for a in left]
         if True in verdicts:
             left.pop(verdicts.index(True))
         elif None in verdicts:

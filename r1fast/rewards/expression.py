@@ -260,6 +260,9 @@ class Expression:
             return algebra.power(self.postfix(), algebra.constant(Fraction(1, 2)))
         if word == "pi":
             return algebra.symbol("pi")
+        if word == "inf":
+            self.saw_infinity = True
+            return algebra.symbol(algebra.INFINITY)
         if word in GREEK:
             return self.subscripted(word)
         if not word.isalpha() or len(word) > 3:
@@ -323,7 +326,8 @@ class Expression:
         return value if exponent is None else algebra.power(value, exponent)
 
 
-_ONE_NAME = re.compile("[A-Z]{3}|[a-z][CP][a-z]")  # a triangle, an order; n choose r
+# a triangle, an order; a roman number; n choose r
+_ONE_NAME = re.compile("[A-Z]{3}|[IVXLCDM]*[IVX][IVXLCDM]*(?<=..)|[a-z][CP][a-z]")
 _APPLIED = frozenset("fghFGHP")
 _SIGNS = ("+", "-")
 _FACTOR_COMMANDS = frozenset({"frac", "sqrt", "pi", "infty", "binom", "lfloor", "lceil"})

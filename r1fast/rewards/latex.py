@@ -29,7 +29,7 @@ _UNICODE = {
     "β": r"\beta ", "γ": r"\gamma ", "φ": r"\phi ", "λ": r"\lambda ", "ω": r"\omega ",
     "∅": r"\emptyset ", "，": ",", "。": ".", "（": "(", "）": ")", "：": ":", "％": "%",
     "⟨": r"\langle ", "⟩": r"\rangle ", "€": "$", "£": "$", "¥": "$", "\u00a0": " ",
-    "…": r"\ldots ",
+    "…": r"\ldots ", "\u200b": "", "\u200c": "", "\u200d": "", "\u2060": "", "\ufeff": "",
     "¢": r" \text{cents}", "\u2044": "/", "\u2009": " ", "\u202f": " ", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
 }  # fmt: skip
 _UNICODE.update({chr(0xFF10 + d): str(d) for d in range(10)})  # full-width digits
@@ -71,8 +71,11 @@ _GROUPS = re.compile(
 )
 _MARKED_GROUPS = re.compile(r"(?<=[0-9])(?:,\\!\s*|\{,\}\s*|\\,)(?=[0-9]{3}(?![0-9]))")  # 1{,}000
 ANSWER_PREFIX = re.compile(
-    r"^(?:therefore|thus|so|hence)?,?\s*(?:the\s+)?(?:final\s+|correct\s+)?answer"
-    r"\s*(?:is|=|:)\s*:?",
+    r"^(?:(?:therefore|thus|so|hence)?,?\s*(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is|=|:)\s*:?"
+    r"|(?:die|la|le|a)?\s*(?:endgültige\s+)?(?:antwort|réponse|respuesta|risposta|resposta)(?:\s+finale?)?"
+    r"\s*(?:ist|lautet|est|es|è|é|=|:)\s*:?|ответ\s*[:=—]"  # the languages of MGSM, and their neighbours
+    r"|(?:最终|所以|因此)?答案\s*(?:是|为|為|[:：=])\s*[:：]?|答え\s*(?:は|[:：])|คำตอบ\s*(?:คือ|:)|jibu\s*(?:ni|:)"
+    r"|উত্তর\s*(?:হল|হলো|হচ্ছে|:)|సమాధానం\s*[:=]?)",
     re.IGNORECASE,
 )
 

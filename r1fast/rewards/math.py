@@ -14,7 +14,9 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+from r1fast.metrics import warn
 from r1fast.protocol import (
     END_THINK,
     SECOND_ANSWER,
@@ -55,6 +57,10 @@ _MAX_CACHE = 1 << 16
 # a number and a letter that may be its unit: "3 m", "1.5 L"
 _LETTER_UNIT = re.compile(r"(.*[0-9}])\s+(?:[mgshL])(?:\s*\^\s*\{?[23]\}?)?", re.DOTALL)
 _EMPHASIS = re.compile(r"\*\*([^*\n]+)\*\*")
+_HEADING = re.compile(r"#{1,6}\s+(?=\D)")
+_LABEL = re.compile(r"(?:the\s+)?(?:final\s+|correct\s+)?answer\s*:?", re.IGNORECASE)
+_CONNECTIVE = re.compile(r"(?:therefore|thus|so|hence|then|finally)\b,?\s*", re.IGNORECASE)
+_JAPANESE_IS = re.compile(r"\s*です\s*[。.]?\Z")
 _HASHES = re.compile(r"####\s*(\S.*)")
 
 
@@ -146,24 +152,35 @@ def _bare(region: str) -> str | None:
 
 def _stated(region: str) -> str | None:
     """The answer of a summary without a box: "The answer is 7", or nothing but the answer."""
-    lines = [line.strip() for line in region.strip().splitlines() if line.strip()]
-    if match := _HASHES.fullmatch(lines[-1]):
+    lines = [_unmarked(line) for line in region.strip().splitlines() if _unmarked(line)]
+    if not lines:
+        return None
+    if match := _HASHES.fullmatch(region.strip().splitlines()[-1].strip()):
         return match[1]
-    lines[-1] = _bare(lines[-1]) or lines[-1]
-    if latex.ANSWER_PREFIX.match(lines[-1]):
-        return _unprefixed(lines[-1]) or None
-    if len(lines) == 1 and len(lines[0].split()) <= 3:
-        return lines[0]
+    last = lines[-1]
+    if latex.ANSWER_PREFIX.match(last):
+        return _unprefixed(last) or None
+    if len(lines) > 1 and _LABEL.fullmatch(lines[-2]):  # a heading, and the answer under it
+        return last
+    if len(lines) == 1 and len(last.split()) <= 3 and not _CONNECTIVE.match(last):
+        return last
+    last = _CONNECTIVE.sub("", last)
     try:
-        readable = len(lines) == 1 and answers.read_answer(lines[0]).kind != "text"
+        readable = len(lines) == 1 and answers.read_answer(last).kind != "text"
     except ValueError:
         readable = False
-    return lines[0] if readable else None
+    return last if readable else None
+
+
+def _unmarked(line: str) -> str:
+    """A line without the marks of Markdown's headings and bold; 2**3 is a power."""
+    line = _HEADING.sub("", line.strip())
+    return _EMPHASIS.sub(r"\1", line).strip() if not re.search(r"\w\*\*\w", line) else line
 
 
 def _unprefixed(line: str) -> str:
     """7 of "The answer is 7"."""
-    return latex.ANSWER_PREFIX.sub("", line.strip(), count=1).strip()
+    return _JAPANESE_IS.sub("", latex.ANSWER_PREFIX.sub("", line.strip(), count=1)).strip()
 
 
 def _differ(a: str, b: str) -> bool:
@@ -197,6 +214,15 @@ def parse_gold(gold: str) -> str:
         if not any(c.isalnum() for c in gold) and "\\" not in gold.rstrip("\\"):
             raise ValueError(f"gold answer {gold!r:.80} holds nothing to compare") from None
     return gold
+
+
+@lru_cache(maxsize=1 << 12)
+def _gold_fault(gold: str) -> str:
+    try:
+        parse_gold(gold)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +340,9 @@ class MathReward:
         for (gold, _), e in zip(rows, extracted, strict=True):
             verdict = e.verdict if e.answer is None else verdicts[gold, e.answer]
             assert verdict is not None
+            if verdict == "unparseable" and (fault := _gold_fault(gold)):
+                warn(f"{fault}; such rows have no reward: correct the answer or drop the row")
+                verdict = "error"  # not the answer's fault
             graded.append(Graded(verdict, e.answer))
         with self._lock:
             self.counts.update(g.verdict for g in graded)

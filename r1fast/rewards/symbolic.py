@@ -1,6 +1,6 @@
 """Worker processes that compare symbolic answers, killed at a deadline and replaced.
 
-JSON lines over pipes: {"gold", "answer"} in, {"same": true | false | null} out. A worker is a process
+JSON lines over pipes: {"id", "gold", "answer"} in, {"id", "same": true | false | null} out. A worker is a process
 that has sympy and its forked child that compares: at a deadline the child is killed and says
 {"late"} by way of its parent, the next one {"ready", "pid"}. No signal is handled in this process,
 so any thread may ask.
@@ -97,6 +97,11 @@ class SymbolicPool:
             _log.warning("symbolic worker failed: %s", error)
             worker = self._replacement(worker)
             return "error"
+        except BaseException:  # a Ctrl-C: its reply would be taken for the next one's
+            if worker is not None:
+                worker.kill()
+                worker = None
+            raise
         finally:
             self._slots.put(worker)
         if reply.get("same") is None:
@@ -160,6 +165,7 @@ class _Worker:
         self.buffer = b""
         self._start_by: float | None = time.monotonic() + _START_TIMEOUT  # None once it is ready
         self._child = 0  # the process that compares
+        self._number = 0  # of the last request
 
     def is_ready(self, until: float | None) -> bool:
         """Wait for it to come up; False where `until` comes first. OSError where it does not."""
@@ -192,9 +198,15 @@ class _Worker:
 
     def ask(self, request: dict, timeout: float) -> dict:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._number += 1
+        self.process.stdin.write(json.dumps(request | {"id": self._number}).encode() + b"\n")
         self.process.stdin.flush()
+        deadline = time.monotonic() + timeout
         reply = self._read(timeout)
+        while (
+            "late" not in reply and reply.get("id") != self._number
+        ):  # of one that was interrupted
+            reply = self._read(deadline - time.monotonic())
         if "late" in reply:
             self._child = 0
             if reply["late"]:

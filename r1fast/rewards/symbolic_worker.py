@@ -90,7 +90,7 @@ def serve(out: int, memory_bytes: int, cpu_seconds: float) -> None:
         except Exception as error:  # sympy raises everything
             reply = {"same": None, "why": repr(error)[:200]}
         watch.end()
-        say(out, reply)
+        say(out, reply | {"id": request["id"]})
     os._exit(0)
 
 

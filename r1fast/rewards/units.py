@@ -49,6 +49,7 @@ _UNITS = {
     "jpy": "yen", "mol": "mole", "litre": "liter", "metre": "meter", "centimetre": "centimeter",
     "millimetre": "millimeter", "kilometre": "kilometer",
 }  # fmt: skip
+_ORDINALS = frozenset(("st", "nd", "rd", "th"))
 _PREFIXED = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
 _UNITS.update({name: name for name in list(_UNITS.values())})
 _RATES = {"mph": "mile/hour", "kph": "kilometer/hour", "kmh": "kilometer/hour"}
@@ -88,16 +89,26 @@ def take_unit(tokens: list[Token]) -> tuple[list[Token], str]:
         for i, w in enumerate(words)
     ):
         raise Unreadable("words behind a number that are no unit")
+    if len(words) == 1 and words[0] in _ORDINALS and tokens[stop - 1].kind == "number":
+        if words[0] != _ordinal(tokens[stop - 1].value):
+            raise Unreadable("an ordinal with another one's ending")
+        return tokens[:stop], ""
     if words[0] == "degrees":
         words[0] = "degree"
     return tokens[:stop], " ".join(words) + unit_power
+
+
+def _ordinal(digits: str) -> str:
+    """The ending of 1st, 2nd, 3rd, 11th."""
+    teen = digits[-2:-1] == "1" and len(digits) > 1
+    return "th" if teen else {"1": "st", "2": "nd", "3": "rd"}.get(digits[-1:], "th")
 
 
 def _is_unit_word(t: Token, before: Token | None) -> bool:
     if t.kind == "text":
         return not (before is not None and before.value in ("^", "_"))
     if t.kind == "word":
-        if t.value in _SHORT_UNITS:
+        if t.value in _SHORT_UNITS or t.value in _ORDINALS:
             return before is not None and (before.kind == "number" or before.value in ("}", "pi"))
         return len(t.value) >= 3 and t.value not in FUNCTIONS and t.value not in ("sqrt", "frac")
     return False
@@ -119,6 +130,11 @@ def same_unit(a: str, b: str) -> bool:
     if len(pair[0]) != len(pair[1]):
         return not all(part for parts in known for part in parts)
     return not any(x and y and x != y for x, y in zip(*known, strict=True))
+
+
+def same_name(a: str, b: str) -> bool:
+    """Whether two units are the same one: "boys" and "boy", "cm" and "centimeters"."""
+    return (_known(a) or a.removesuffix("s")) == (_known(b) or b.removesuffix("s"))
 
 
 def _known(unit: str) -> str | None:
