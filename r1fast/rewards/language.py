@@ -46,6 +46,9 @@ _RANGES = {
     "tamil": "\u0b80-\u0be5\u0bf0-\u0bff",
     "thai": "\u0e01-\u0e4e",
     "hangul": "\u1100-\u11ff\u3130-\u318f\uac00-\ud7af",
+    # of no language in the table: Armenian, Syriac, Gurmukhi to Oriya, Kannada to Sinhala, Lao to Georgian,
+    # Ethiopic, Cherokee, Khmer, Mongolian
+    "other": "\u0530-\u058f\u0700-\u07bf\u0a00-\u0b7f\u0c80-\u0dff\u0e81-\u10ff\u1200-\u13ff\u1780-\u18af",
 }
 _MARKS = "\u0300-\u036f'’"
 # one unit: a Han or kana character, or a word of one script
@@ -53,11 +56,18 @@ _UNIT = re.compile(
     f"(?P<han>[{_HAN}])|(?P<kana>[{_KANA}])|"
     + "|".join(f"(?P<{name}>[{r}][{r}{_MARKS}]*)" for name, r in _RANGES.items())
 )
+_NOT_CODE = re.compile(
+    f"(?:[{_HAN}{_KANA}{''.join(r for name, r in _RANGES.items() if name not in ('latin', 'greek'))}][{_MARKS}]*)+"
+)
+# Latin letters that every language writes so: points, units, functions
+_BORROWED = re.compile(
+    r"(?<![A-Za-z])(?:[A-Z]{1,4}|[A-Za-z]|sin|cos|tan|cot|log|ln|lim|max|min|mod|gcd|lcm|cm|mm|km|kg|mg|ml|mL|Hz)"
+    r"(?![A-Za-z])"
+)
 # full stops that end a sentence; CJK full stops need no space
 _SENTENCE = re.compile(r"(?<=[。！？；!?…])|(?<=[.:;])(?=\s)|\n+")
-# code and maths in blocks: what opens, what closes, whether the text's end closes it too
-_BLOCKS = (("```", "```", True), ("~~~", "~~~", True), ("$$", "$$", False), (r"\[", r"\]", False),
-           (r"\(", r"\)", False))  # fmt: skip
+# code and maths in blocks; one that never closes is text
+_BLOCKS = (("```", "```"), ("~~~", "~~~"), ("$$", "$$"), (r"\[", r"\]"), (r"\(", r"\)"))
 _MAX_UNCLOSED = 100  # names of environments
 _BEGIN = re.compile(r"\\begin(\{\w+\*?\})")
 # Linear in the text: a repetition is bounded, possessive, or cannot begin within what it has passed.
@@ -124,7 +134,10 @@ def _lexicon_share(text: str, target: str, lexicon: Mapping[str, Iterable[str]])
 
 def count_units(text: str, target: str, expected: tuple[str, ...]) -> dict[str, int]:
     """Units by language; a script no expected language is written in counts under its own name."""
-    text = _VARIABLE.sub(" ", _NOT_LANGUAGE.sub(" ", _without_blocks(text)))
+    text = _NOT_LANGUAGE.sub(lambda match: f" {_foreign(match[0])} ", _without_blocks(text))
+    text = _VARIABLE.sub(" ", text)
+    if SCRIPTS[target] != "latin":
+        text = _BORROWED.sub(" ", text)
     counts: dict[str, int] = {}
     for sentence in _SENTENCE.split(text):
         units: dict[str, list[str]] = {}
@@ -139,16 +152,21 @@ def count_units(text: str, target: str, expected: tuple[str, ...]) -> dict[str, 
     return counts
 
 
+def _foreign(code: str) -> str:
+    """What stands in code, maths or an address in letters that those have no use for: prose in hiding."""
+    return "" if code.isascii() else " ".join(_NOT_CODE.findall(code))
+
+
 def _without_blocks(text: str) -> str:
     """`text` without code blocks, displayed maths and environments."""
-    for opening, closing, at_end in _BLOCKS:
+    for opening, closing in _BLOCKS:
         kept, at = [], 0
         while (start := text.find(opening, at)) >= 0:
-            end = text.find(closing, start + len(opening))
-            if end < 0 and not at_end:
+            if (end := text.find(closing, start + len(opening))) < 0:
                 break
-            kept.append(text[at:start])
-            at = len(text) if end < 0 else end + len(closing)
+            end += len(closing)
+            kept += [text[at:start], _foreign(text[start:end])]
+            at = end
         text = " ".join([*kept, text[at:]])
     kept, at, unclosed = [], 0, set()
     for match in _BEGIN.finditer(text):
@@ -160,8 +178,9 @@ def _without_blocks(text: str) -> str:
             if len(unclosed) > _MAX_UNCLOSED:
                 break
             continue
-        kept.append(text[at : match.start()])
-        at = end + len(r"\end" + name)
+        end += len(r"\end" + name)
+        kept += [text[at : match.start()], _foreign(text[match.start() : end])]
+        at = end
     return " ".join([*kept, text[at:]])
 
 
