@@ -148,6 +148,14 @@ def test_tests_that_can_fail_without_assert():
         assert read_code_problem({"tests": [test], "setup": setup}).names == ("f",)
 
 
+def test_keys_that_arrow_fills_with_none_are_absent():
+    called = {"args": [3, 4], "expected": None, "input": None, "output": None}
+    problem = read_code_problem({"tests": [called], "entry_point": "f"})
+    assert (problem.mode, problem.tests[0]["expected"]) == ("calls", None)
+    program = {"input": "1\n", "output": "2\n", "args": None, "expected": None, "kwargs": None}
+    assert read_code_problem({"tests": [program]}).mode == "programs"
+
+
 def test_names_that_tests_call():
     assert read_code_problem(
         {"tests": ["import math\nassert math.isclose(f(g(1)), len([1]))"]}

@@ -132,6 +132,7 @@ def read_code_problem(columns: Mapping[str, Any], prompt: str = "") -> CodeProbl
         return _assert_problem(tests, entry, options)
     if not all(isinstance(test, Mapping) for test in tests):
         raise ValueError(f"{given[0]!r} must hold objects or assertions, got {tests[0]!r:.80}")
+    tests = [_present(test) for test in tests]
     if all("output" in test for test in tests):
         return CodeProblem("programs", tuple(_program_test(t) for t in tests), **options)
     if all("expected" in test for test in tests):
@@ -140,6 +141,13 @@ def read_code_problem(columns: Mapping[str, Any], prompt: str = "") -> CodeProbl
         "a test must have 'input' and 'output', or 'args' and 'expected'; "
         f"got {', '.join(map(repr, tests[0])) or 'an empty object'}"
     )
+
+
+def _present(test: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that a test has: Arrow fills in None where rows of a dataset have different ones. A function
+    may be expected to return None."""
+    is_program = test.get("output") is not None
+    return {k: v for k, v in test.items() if v is not None or (k == "expected" and not is_program)}
 
 
 def _language(columns: Mapping[str, Any]) -> str:
