@@ -140,6 +140,15 @@ def test_problems_that_nothing_could_verify(columns, message):
         read_code_problem(columns)
 
 
+def test_trl_hears_why_a_row_has_no_reward(reward, capsys):
+    metrics._warn_once.cache_clear()
+    tests = [["assert add(missing) == 7"], ["assert add(3) == 3"]]
+    assert reward(completions=["def add(x): return x"] * 2, tests=tests) == [None, 1.0]
+    assert "a program has no verdict, and no reward: " in capsys.readouterr().err
+    with pytest.raises(ValueError, match="row 1: .* asserts nothing.*correct the row"):
+        reward(completions=["x"] * 2, tests=[["assert add(3) == 3"], ["add(3)"]])
+
+
 def test_tests_that_can_fail_without_assert():
     for test in (
         "np.testing.assert_allclose(f(1), 2)", "same(f(1), 2)", "if f(1) != 2: raise ValueError",

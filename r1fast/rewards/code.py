@@ -130,9 +130,15 @@ class CodeReward:
             if not row.keys() & {"tests", "test_list", "test", "input_output"}:
                 futures.append(None)
                 continue
-            problem = self.problem(row, message_text(prompts[i]) if prompts else "")
+            try:
+                problem = self.problem(row, message_text(prompts[i]) if prompts else "")
+            except ValueError as error:
+                raise ValueError(f"row {i}: {error}; correct the row, or drop it") from None
             futures.append(self.submit(problem, text, self.protocol))
         grades = [None if future is None else future.result() for future in futures]
+        for grade in grades:
+            if grade is not None and grade.verdict == "error":
+                warn(f"a program has no verdict, and no reward: {grade.why}")
         return [
             None if g is None or g.verdict == "error" else g.credit(self.partial) for g in grades
         ]
