@@ -145,7 +145,7 @@ def test_trl_hears_why_a_row_has_no_reward(reward, capsys):
     tests = [["assert add(missing) == 7"], ["assert add(3) == 3"]]
     assert reward(completions=["def add(x): return x"] * 2, tests=tests) == [None, 1.0]
     assert "a program has no verdict, and no reward: " in capsys.readouterr().err
-    with pytest.raises(ValueError, match="row 1: .* asserts nothing.*correct the row"):
+    with pytest.raises(ValueError, match=r"row 1: .* asserts nothing.*correct the row"):
         reward(completions=["x"] * 2, tests=[["assert add(3) == 3"], ["add(3)"]])
 
 
