@@ -1,7 +1,7 @@
 import json
 import math
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, permutations
 from types import SimpleNamespace
 from zlib import crc32
 
@@ -52,6 +52,40 @@ def test_votes_are_joined_by_equivalence():
 
     assert vote([half, point5, wrong, wrong, half], numbers) == 1
     assert vote([half, point5, wrong, wrong, half], same) == 0.5
+
+
+def test_votes_do_not_depend_on_the_order_of_samples():
+    """Equality that is not transitive: the classes are its connected components."""
+    pairs = {("25", "25%"), ("25%", "0.25"), ("seven", "7")}  # asked one way alone
+
+    def related(a, b):
+        return a == b or (a, b) in pairs
+
+    verdicts = {"25": "wrong", "25%": "correct", "0.25": "correct", "4": "wrong"}
+    answers = ["25", "25%", "25%", "0.25", "4", "4", "4"]
+    orders = set(permutations(answers))
+    found = {vote([row("p", verdicts[x], x) for x in order], related) for order in orders}
+    assert found == {0.75}  # of the winning class three of four are correct
+    assert (
+        vote(
+            [row("p", "correct", "seven"), row("p", "correct", "7"), row("p", "wrong", "8")],
+            related,
+        )
+        == 1
+    )
+    assert (
+        vote(
+            [row("p", "correct", "7"), row("p", "correct", "seven"), row("p", "wrong", "8")],
+            related,
+        )
+        == 1
+    )
+
+
+def test_what_a_grader_failed_on_does_not_vote():
+    failed = [row("p", "error", "7")] * 3
+    assert vote([*failed, row("p", "correct", "8")], same) == 1
+    assert vote(failed, same) == 0
 
 
 def test_summary_by_hand():

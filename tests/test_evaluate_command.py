@@ -85,12 +85,22 @@ def test_rescore_and_compare(files, tmp_path, capsys):
     assert read(tmp_path / "1")["pass@1"] == 1
     assert main(["evaluate", "--compare", str(tmp_path / "0"), str(tmp_path / "1")]) == 0
     shown = capsys.readouterr().out
-    assert "paired bootstrap over problems" in shown
+    assert "pass@1 paired by problem: bootstrap interval, p by sign flips" in shown
+    assert "fewer than 20 problems in this: the interval is too narrow" in " ".join(shown.split())
     assert max(map(len, shown.split("a = ")[0].splitlines())) <= 80
     assert main(["evaluate", "--compare", str(tmp_path / "0"), str(tmp_path / "1"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["all"]["difference"] == pytest.approx(1 - read(tmp_path / "0")["pass@1"])
-    assert told["all"]["p_value"] < 0.01
+    # all four may have changed, and then p is as small as four problems can make it
+    assert told["all"]["p_value"] == 2.0 ** (1 - told["all"]["num_better"])
+    assert told["all"]["note"] == "4 problems: the interval is too narrow"
+    wrong = [row | {"verdict": "wrong"} for row in rows[:4]]
+    right = [row | {"verdict": "correct"} for row in rows[:4]]
+    for name, of in (("one", wrong), ("two", right)):
+        write_jsonl(tmp_path / name / "samples.jsonl", of)
+    assert main(["evaluate", "--compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("all problems"))
+    assert line.split()[2:] == ["1", "0.000", "1.000", "+1.000", "-", "1.000"]
 
 
 @pytest.mark.parametrize(("preset", "key"), [("mmlu", "pass@1"), ("ifeval", "instruction_strict")])
@@ -204,6 +214,13 @@ def test_pairs_by_a_judge_that_goes_by_content(files, tmp_path, endpoint, capsys
     # responses are a function of the seed: the judge is asked the same again
     assert go(files, *words, out=tmp_path / "again") == 0
     assert read(tmp_path / "again") == result
+    # one more sample a problem: the cost is that of all judgements
+    asked = len(endpoint.requests)
+    more = [*words[:-2], "--eval.num_samples=4", words[-1]]
+    assert go(files, *more, out=tmp_path / "again") == 0
+    new = len(endpoint.requests) - asked
+    assert read(tmp_path / "again")["judge"]["requests"] == result["judge"]["requests"] + new
+    assert 0 < new < result["judge"]["requests"]
     # samples are graded again by another judge, without a model
     endpoint.judge = lambda system, user: '{"verdict": "A=B"}'
     rescored = ["evaluate", "--rescore", str(tmp_path / "run")]

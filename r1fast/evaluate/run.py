@@ -83,7 +83,7 @@ def evaluate(
     before = judge_totals(scorer)
     earlier: Counter[str] = Counter()
     if folder is None:
-        samples = _sample(policy, asks, config, sampling, {}, lambda row: None, title)
+        samples = _sample(policy, asks, config, sampling, {}, scorer, lambda row: None, title)
         rows = _grade(asks, samples, scorer, {}, None, title)
     else:
         rows, earlier = _resumable(policy, asks, config, sampling, scorer, setup, folder, title)
@@ -239,7 +239,7 @@ def _resumable(
         if valid and title:
             total = sum(len(ask.seeds) for ask in asks)
             note(f"{len(valid)} of {total} samples were drawn before and are used again")
-        samples = _sample(policy, asks, config, sampling, valid, sample_log.append, title)
+        samples = _sample(policy, asks, config, sampling, valid, scorer, sample_log.append, title)
         versions = grader_versions(scorer, (ask.problem.kind for ask in asks))
         standing, again = standing_rows(asks, samples, finished, verdict_log.rows, versions)
         tell_given_again(again)
@@ -256,11 +256,19 @@ def _sample(
     config: Config,
     sampling: SamplingParams,
     valid: dict[Place, dict],
+    scorer: Any,
     keep: Callable[[dict], None],
     title: str,
 ) -> dict[Place, dict]:
     """All samples by (place in `asks`, sample); new ones go to `keep` as they end."""
     found = dict(valid)
+    undrawn = [
+        ask.problem
+        for i, ask in enumerate(asks)
+        if any((i, j) not in valid for j in range(len(ask.seeds)))
+    ]
+    if undrawn and hasattr(scorer, "prepare"):
+        scorer.prepare(undrawn)  # a sandbox that is missing is an error now, not in hours
 
     def on_finish(i: int, j: int, completion: Completion) -> None:
         found[i, j] = {

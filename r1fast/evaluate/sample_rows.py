@@ -97,6 +97,9 @@ def wrong_in(row: Mapping, needed: Iterable[str]) -> str:
         is_right, words = _COLUMNS.get(name, (None, ""))
         if is_right is not None and not is_right(value):
             return f"{name!r} must be {words}, got {value!r:.60}"
+    if row.get("verdict", "") is None and row.get("kind", "general") != "general":
+        if row.get("kind") != "math" or row.get("answer") is not None:
+            return f"'verdict' must be one of {', '.join(VERDICTS)} where kind is {row['kind']}, got null"
     if names := row.get("instructions"):
         for flag in FLAGS:
             if len(row.get(flag) or ()) != len(names):

@@ -194,14 +194,28 @@ def read_open(path: Path, baseline: Path | None = None) -> list[Problem]:
         answer = answer or row.get("output") or row.get("answer") or row.get("completion")
         if not isinstance(answer, str) or not answer.strip():
             raise ValueError(
-                f"{where}: no answer to compare with for {name!r}; a row brings 'output' "
-                "(AlpacaEval), 'answer' or 'completion', or --baseline FILE has one for each id (ArenaHard)"
+                f"{where}: no answer to compare with for {name!r}; {_no_baseline(baseline, answers)}"
             )
         subset = str(row.get("dataset") or row.get("category") or "")
         problems.append(
             Problem(question, None, name, "open", subset=subset, meta={"baseline": answer})
         )
     return _checked(problems, path)
+
+
+def _no_baseline(path: Path | None, answers: Mapping[str, str]) -> str:
+    """What the baseline's file has instead of the question's id, or what a row needs without one."""
+    if path is None:
+        return (
+            "a row brings 'output' (AlpacaEval), 'answer' or 'completion', or --baseline FILE has one "
+            "for each id (ArenaHard)"
+        )
+    some = ", ".join(f"{name!r:.40}" for name in list(answers)[:3]) or "none"
+    more = ", ..." * (len(answers) > 3)
+    return (
+        f"--baseline {path} has answers to {len(answers)} others ({some}{more}): give the file of this "
+        "set's questions, by uid, question_id or id"
+    )
 
 
 def _baseline_rows(path: Path) -> Iterator[tuple[str, str]]:
@@ -289,6 +303,15 @@ def _rows(path: Path) -> Iterator[tuple[str, Row]]:
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{i}: expected an object, got {type(row).__name__}")
         yield f"{path}:{i}", row
+
+
+def first_line(path: Path) -> int:
+    """Where the first row stands; 1 where none can be read."""
+    try:
+        where, _ = next(_rows(path))
+    except (ValueError, StopIteration):
+        return 1
+    return int(where.rpartition(":")[2])
 
 
 def _object(text: str, where: str) -> Row:
