@@ -83,6 +83,10 @@ def test_rescore_and_compare(files, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "16 samples graded again, 16 changed" in shown
     assert read(tmp_path / "1")["pass@1"] == 1
+    page = (tmp_path / "1" / "report.html").read_text()
+    assert f"graded by {read(tmp_path / '1', 'evaluation.json')['grader']}" in page
+    assert "graded again (16 of 16 samples changed; before: math-" in page
+    assert "graded again" not in (tmp_path / "0" / "report.html").read_text()
     assert main(["evaluate", "--compare", str(tmp_path / "0"), str(tmp_path / "1")]) == 0
     shown = capsys.readouterr().out
     assert "pass@1 paired by problem: bootstrap interval, p by sign flips" in shown
@@ -373,6 +377,23 @@ def test_the_page_shows_each_kind_and_escapes_what_was_written(tmp_path):
     assert "(loosely followed)" in page
     assert 'data-verdict="tie"' in page
     assert 'data-cut="1"' in page
+    assert "The win rate counts a tie as half" in page
+    assert "one of k samples is right" not in page  # there is no pass@k
+
+
+def test_rows_of_the_page_begin_where_their_questions_differ(tmp_path):
+    """A preset's wording is the same for all: the row shows the id and the question."""
+    wording = "Complete the function.\n\n```python\n"
+    rows = [row(i, kind="code", prompt=f"{wording}def f{i}():") for i in (10, 11)]
+    rows.append(row(2, prompt="How many?"))
+    (tmp_path / "manifest.json").write_text(json.dumps({"kind": "evaluate", "title": "e"}))
+    (tmp_path / "eval.json").write_text(json.dumps({"num_problems": 3, "k": 1, "pass@1": 1.0}))
+    write_jsonl(tmp_path / "samples.jsonl", rows)
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    titles = re.findall(r'<span class="q"><span class="dim">(.*?)</span> (.*?)</span>', page)
+    assert titles == [("p10", "def f10():"), ("p11", "def f11():"), ("p2", "How many?")]
+    assert page.count(f"<pre>{wording}") == 2  # in full below
 
 
 def test_the_curve_of_a_stage():

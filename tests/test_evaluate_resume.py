@@ -384,6 +384,9 @@ def test_what_a_judge_cost_is_that_of_all_calls(tmp_path, monkeypatch, capsys):
     assert go(Judged(), 4) == cost(12) == go(Judged(), 4, "at once")
     assert "the judge got 2 requests in this call, 12 with those before" in capsys.readouterr().err
     assert go(Judged(name="other"), 4) == cost(12, "other")  # all anew: the cost of one judge alone
+    with pytest.raises(KeyboardInterrupt):
+        go(Judged(until="p2"), 2, "third")
+    assert go(Judged(name="other"), 2, "third") == cost(6, "other")
 
 
 def test_a_sandbox_that_is_missing_is_told_before_sampling(tmp_path, engine_calls):

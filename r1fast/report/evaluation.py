@@ -37,12 +37,18 @@ SCORES = (  # of a single evaluation: (key of eval.json, words)
     ("wait_rate", "Re-checks"),
     ("clip_rate", "Cut off"),
 )
-HELP = (
-    "± problems is the standard error over the choice of problems, ± runs that of a repeated run on the "
-    "same ones; a dash stands where one problem, or one sample a problem, tells nothing of it. pass@k is "
-    "the unbiased estimate of the chance that one of k samples is right; cons@k the share of problems "
-    "whose majority answer is right."
-)
+HELP = (  # (key of eval.json that it is of, words)
+    ("num_problems",
+     "± problems is the standard error over the choice of problems, ± runs that of a repeated run on the "
+     "same ones; a dash stands where one problem, or one sample a problem, tells nothing of it."),
+    ("pass@2",
+     "pass@k is the unbiased estimate of the chance that one of k samples is right."),
+    ("cons@k", "cons@k is the share of problems whose majority answer is right."),
+    ("win_rate",
+     "The win rate counts a tie as half; answers that the judge prefers in one order alone are a tie."),
+    ("position_bias",
+     "Position bias, from -1 to 1: how much more often the judge preferred what it was shown first."),
+)  # fmt: skip
 
 
 def is_evaluation(run: Run) -> bool:
@@ -100,9 +106,26 @@ def scores(run: Run) -> list[str]:
         )
     if sandbox := shown(e.get("sandbox")):
         facts.append(f"programs ran in {sandbox}")
+    facts += _graded_by(run.stages[0])
     note = f'<p class="note">{escape("; ".join(facts))}.</p>' if facts else ""
-    help_text = f'<p class="note">{escape(HELP)}</p>'
+    help_text = " ".join(words for key, words in HELP if key in e)
+    help_text = f'<p class="note">{escape(help_text)}</p>' if help_text else ""
     return [table("Scores", ["", "Value", "± problems", "± runs"], rows), note, help_text]
+
+
+def _graded_by(stage: Stage) -> list[str]:
+    """The version of the grader, and what grading again has changed."""
+    facts = []
+    if grader := shown(stage.setup.get("grader")):
+        facts.append(f"graded by {grader}")
+    told = stage.rescored
+    if told and told.get("grader") == stage.setup.get("grader"):  # not evaluated anew since
+        changed, num = number(told.get("num_changed")), number(told.get("num_samples"))
+        before = shown(told.get("grader_before")) or "an unknown version"
+        facts.append(
+            f"graded again ({changed or 0:,.0f} of {num or 0:,.0f} samples changed; before: {before})"
+        )
+    return facts
 
 
 def pass_curves(run: Run) -> list[str]:
