@@ -42,7 +42,8 @@ def show_evaluation(result: Mapping[str, Any]) -> None:
     n, k = result["num_problems"], result["k"]
     title = f"{n:,} problem{'s' * (n != 1)}, {k} sample{'s' * (k != 1)} each"
     table(title, columns, rows, notes)
-    _show_subsets(result.get("subsets") or {})
+    _show_parts(result.get("kinds") or {}, "kind")
+    _show_parts(result.get("subsets") or {}, "subset")
     _show_instructions(result.get("instructions") or {})
 
 
@@ -76,24 +77,26 @@ def _error(result: Mapping, key: str, of: str) -> str:
     return "" if value is None else f"±{value:.3f}"
 
 
-def _show_subsets(subsets: Mapping[str, Mapping]) -> None:
-    if not subsets:
+def _show_parts(parts: Mapping[str, Mapping], of: str) -> None:
+    """A table of the scores by subset, or by kind."""
+    if not parts:
         return
-    score = "win_rate" if any("win_rate" in s for s in subsets.values()) else "pass@1"
+    scores = {name: "win_rate" if "win_rate" in s else "pass@1" for name, s in parts.items()}
     rows = [
         [
-            _short(name, 30), str(s["num_problems"]), _number(s.get(score)),
-            _error(s, score, "stderr"), _number(s.get("cons@k")),
+            _short(name, 30), str(s["num_problems"]), _number(s.get(scores[name])),
+            _error(s, scores[name], "stderr"), _number(s.get("cons@k")),
             _number(s.get("mean_length"), 0), _number(s.get("clip_rate")),
         ]
-        for name, s in list(subsets.items())[:MAX_ROWS]
+        for name, s in list(parts.items())[:MAX_ROWS]
     ]  # fmt: skip
-    columns = ["subset", "problems", score.replace("_", " "), "±", "cons@k", "tokens", "cut off"]
-    if not any("cons@k" in s for s in subsets.values()):
+    score = " or ".join(sorted({name.replace("_", " ") for name in scores.values()}))
+    columns = [of, "problems", score, "±", "cons@k", "tokens", "cut off"]
+    if not any("cons@k" in s for s in parts.values()):
         columns, rows = columns[:4] + columns[5:], [row[:4] + row[5:] for row in rows]
-    more = len(subsets) - MAX_ROWS
+    more = len(parts) - MAX_ROWS
     notes = f"{more} more are in eval.json" if more > 0 else ()
-    table("By subset", columns, rows, notes, left=columns[:1])
+    table(f"By {of}", columns, rows, notes, left=columns[:1])
 
 
 def _show_instructions(found: Mapping[str, Mapping]) -> None:

@@ -159,6 +159,20 @@ def test_subsets():
     assert found["geometry"]["pass@1"] == 0
 
 
+def test_kinds():
+    """Each kind's score with the number of problems that it is of; none where all are alike."""
+    rows = [row("a"), row("b", "wrong", kind="choice"), row("c", "wrong", kind="if"),
+            row("d", "correct", kind="open", outcome="win", score=1.0, summary_chars=1, baseline_chars=1),
+            row("e", None, None, kind="general", format=None)]  # fmt: skip
+    s = summarise(rows, same)
+    assert (s["num_problems"], s["pass@1"], s["cons@k"]) == (5, pytest.approx(1 / 3), 0.5)
+    found = {kind: (v["num_problems"], v.get("pass@1"), v.get("win_rate"), v.get("cons@k"))
+             for kind, v in s["kinds"].items()}  # fmt: skip
+    assert found == {"math": (1, 1, None, 1), "choice": (1, 0, None, 0), "if": (1, 0, None, None),
+                     "open": (1, None, 1, None)}  # fmt: skip
+    assert "kinds" not in summarise([row("a"), row("e", None, None, kind="general")], same)
+
+
 def brute_force(n: int, c: int, k: int) -> Fraction:
     draws = list(combinations([True] * c + [False] * (n - c), k))
     return Fraction(sum(map(any, draws)), len(draws))

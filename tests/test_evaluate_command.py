@@ -9,6 +9,7 @@ from tiny import tiny_checkpoint
 
 from r1fast.__main__ import main, parse
 from r1fast.evaluate_command import evaluation_config
+from r1fast.evaluation_table import show_evaluation
 from r1fast.jsonl import read_jsonl, write_jsonl
 from r1fast.report.browser import MAX_CHARS, MAX_SAMPLES, choose
 from r1fast.report.evaluation import curve
@@ -354,7 +355,7 @@ def test_the_page_stays_small(tmp_path):
     assert "[94,000 characters left out]" in page
 
 
-def test_the_page_shows_each_kind_and_escapes_what_was_written(tmp_path):
+def test_the_page_shows_each_kind_and_escapes_what_was_written(tmp_path, capsys):
     evil = "</details><script>alert(1)</script>"
     rows = [
         row(0, evil, subset=evil, text=evil, prompt=evil, extracted=evil, answer=evil),
@@ -366,6 +367,7 @@ def test_the_page_shows_each_kind_and_escapes_what_was_written(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"kind": "evaluate", "title": "e"}))
     result = {"num_problems": 4, "k": 1, "win_rate": 0.5, "win_rate_stderr": None, "outcomes": {"tie": 1},
               "subsets": {evil: {"num_problems": 1, "win_rate": 0.5}},
+              "kinds": {"if": {"num_problems": 1, "pass@1": 0.25}, "open": {"num_problems": 1, "win_rate": 0.5}},
               "instructions": {evil: {"num": 1, "strict": 0.0, "loose": 1.0}}}  # fmt: skip
     (tmp_path / "eval.json").write_text(json.dumps(result))
     write_jsonl(tmp_path / "samples.jsonl", rows)
@@ -378,6 +380,12 @@ def test_the_page_shows_each_kind_and_escapes_what_was_written(tmp_path):
     assert 'data-verdict="tie"' in page
     assert 'data-cut="1"' in page
     assert "The win rate counts a tie as half" in page
+    assert "By kind of problem" in page
+    assert re.search("pass@1 or win rate.*0.250.*0.500", page)
+    show_evaluation(result)
+    shown = capsys.readouterr().out
+    assert re.search(r"By kind\n\s*kind\s+problems\s+pass@1 or win rate", shown)
+    assert re.search(r"if\s+1\s+0.250", shown)
     assert "one of k samples is right" not in page  # there is no pass@k
 
 

@@ -82,6 +82,14 @@ def test_maths(tmp_path):
         ("ja", "ja", "5"),
     ]
     assert [p.subset for p in load("mgsm", tmp_path / "mgsm_ja.tsv")] == ["ja"]
+    (tmp_path / "mgsm_de.tsv").write_text("Eins?\t1\nZwei?\t2\nDrei?\t3\n")
+    in_turns = load("mgsm", tmp_path)  # the first few are not all of one language
+    assert [(p.subset, p.answer) for p in in_turns] == [
+        ("de", "1"),
+        ("ja", "5"),
+        ("de", "2"),
+        ("de", "3"),
+    ]
 
 
 def test_aime(tmp_path):

@@ -81,8 +81,10 @@ def summarise(rows: list[dict], same_answer: SameAnswer) -> dict:
         "clip_rate": mean(float(r["finish_reason"] == "length") for r in rows),
     }
     result |= _of_kinds(rows)
-    if subsets := _subsets(verified, k, same_answer):
+    if subsets := _tables(verified, k, same_answer, "subset"):
         result["subsets"] = subsets
+    if len(kinds := _tables(verified, k, same_answer, "kind")) > 1:
+        result["kinds"] = kinds
     return result
 
 
@@ -253,13 +255,14 @@ def instruction_table(rows: Iterable[dict]) -> dict[str, dict]:
     }
 
 
-def _subsets(
-    verified: Mapping[str, list[dict]], k: int, same_answer: SameAnswer
+def _tables(
+    verified: Mapping[str, list[dict]], k: int, same_answer: SameAnswer, column: str
 ) -> dict[str, dict]:
-    names = sorted({s[0]["subset"] for s in verified.values() if s[0]["subset"]})
+    """The scores of the problems that have the same in a column."""
+    names = sorted({s[0][column] for s in verified.values() if s[0][column]})
     table = {}
     for name in names:
-        own = {p: s for p, s in verified.items() if s[0]["subset"] == name}
+        own = {p: s for p, s in verified.items() if s[0][column] == name}
         rows = [r for s in own.values() for r in s]
         table[name] = {
             "num_problems": len(own),

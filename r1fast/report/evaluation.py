@@ -227,34 +227,36 @@ def curve_svg(curves: Sequence[tuple[Stage, list[tuple[int, float, float | None]
     return "".join(out)
 
 
-def subsets(run: Run) -> list[str]:
-    """One table a stage of what every subset scores."""
-    parts = []
+def parts(run: Run, key: str, of: str) -> list[str]:
+    """One table a stage of what every subset scores, or every kind of problem where there are several."""
+    tables = []
     for stage in run.stages:
-        found = stage.eval.get("subsets")
-        if not isinstance(found, Mapping) or not all(
-            isinstance(v, Mapping) for v in found.values()
-        ):
-            continue
-        score = "win_rate" if any("win_rate" in v for v in found.values()) else "pass@1"
-        has_votes = any("cons@k" in v for v in found.values())
-        rows = []
-        for name, v in found.items():
-            value, error = number(v.get(score)), number(v.get(f"{score}_stderr"))
-            spread = "" if error is None else f" ± {error:.3f}"
-            votes, clip = number(v.get("cons@k")), number(v.get("clip_rate"))
-            length = number(v.get("mean_length"))
-            rows.append([
-                escape(str(name)), cell(shown(v.get("num_problems"))),
-                cell("" if value is None else f"{value:.3f}{spread}", value),
-                *[cell("" if votes is None else f"{votes:.3f}", votes)] * has_votes,
-                cell("" if length is None else f"{length:.0f}"),
-                cell("" if clip is None else f"{clip:.3f}", clip),
-            ])  # fmt: skip
-        columns = ["Subset", "Problems", score.replace("_", " "), *["cons@k"] * has_votes]
-        made = table(f"{stage.title} by subset", [*columns, "Tokens", "Cut off"], rows)
-        parts.append(details(stage.title, made) if run.is_pipeline else made)
-    return parts
+        found = stage.eval.get(key)
+        if isinstance(found, Mapping) and all(isinstance(v, Mapping) for v in found.values()):
+            made = _parts_table(f"{stage.title} by {of}", of, found)
+            tables.append(details(stage.title, made) if run.is_pipeline else made)
+    return tables
+
+
+def _parts_table(title: str, of: str, found: Mapping[str, Mapping]) -> str:
+    names = {name: "win_rate" if "win_rate" in v else "pass@1" for name, v in found.items()}
+    has_votes = any("cons@k" in v for v in found.values())
+    rows = []
+    for name, v in found.items():
+        value, error = number(v.get(names[name])), number(v.get(f"{names[name]}_stderr"))
+        spread = "" if error is None else f" ± {error:.3f}"
+        votes, clip = number(v.get("cons@k")), number(v.get("clip_rate"))
+        length = number(v.get("mean_length"))
+        rows.append([
+            escape(str(name)), cell(shown(v.get("num_problems"))),
+            cell("" if value is None else f"{value:.3f}{spread}", value),
+            *[cell("" if votes is None else f"{votes:.3f}", votes)] * has_votes,
+            cell("" if length is None else f"{length:.0f}"),
+            cell("" if clip is None else f"{clip:.3f}", clip),
+        ])  # fmt: skip
+    score = " or ".join(sorted({name.replace("_", " ") for name in names.values()}))
+    columns = [of.capitalize(), "Problems", score, *["cons@k"] * has_votes, "Tokens", "Cut off"]
+    return table(title, columns, rows)
 
 
 def instructions(run: Run) -> list[str]:
