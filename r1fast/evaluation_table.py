@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from r1fast.evaluate.compare import FEW
 from r1fast.metrics import table
 
 MAX_ROWS = 60  # of a table by subset; eval.json has all
@@ -41,7 +42,8 @@ def show_evaluation(result: Mapping[str, Any]) -> None:
     n, k = result["num_problems"], result["k"]
     title = f"{n:,} problem{'s' * (n != 1)}, {k} sample{'s' * (k != 1)} each"
     table(title, columns, rows, notes)
-    _show_subsets(result.get("subsets") or {})
+    _show_parts(result.get("kinds") or {}, "kind")
+    _show_parts(result.get("subsets") or {}, "subset")
     _show_instructions(result.get("instructions") or {})
 
 
@@ -75,23 +77,26 @@ def _error(result: Mapping, key: str, of: str) -> str:
     return "" if value is None else f"±{value:.3f}"
 
 
-def _show_subsets(subsets: Mapping[str, Mapping]) -> None:
-    if not subsets:
+def _show_parts(parts: Mapping[str, Mapping], of: str) -> None:
+    """A table of the scores by subset, or by kind."""
+    if not parts:
         return
-    score = "win_rate" if any("win_rate" in s for s in subsets.values()) else "pass@1"
+    scores = {name: "win_rate" if "win_rate" in s else "pass@1" for name, s in parts.items()}
     rows = [
         [
-            _short(name, 30), str(s["num_problems"]), _number(s.get(score)),
-            _error(s, score, "stderr"), _number(s.get("cons@k")),
+            _short(name, 30), str(s["num_problems"]), _number(s.get(scores[name])),
+            _error(s, scores[name], "stderr"), _number(s.get("cons@k")),
             _number(s.get("mean_length"), 0), _number(s.get("clip_rate")),
         ]
-        for name, s in list(subsets.items())[:MAX_ROWS]
+        for name, s in list(parts.items())[:MAX_ROWS]
     ]  # fmt: skip
-    columns = ["subset", "problems", score.replace("_", " "), "±", "cons@k", "tokens", "cut off"]
-    if not any("cons@k" in s for s in subsets.values()):
+    score = " or ".join(sorted({name.replace("_", " ") for name in scores.values()}))
+    columns = [of, "problems", score, "±", "cons@k", "tokens", "cut off"]
+    if not any("cons@k" in s for s in parts.values()):
         columns, rows = columns[:4] + columns[5:], [row[:4] + row[5:] for row in rows]
-    more = len(subsets) - MAX_ROWS
-    table("By subset", columns, rows, f"{more} more are in eval.json" if more > 0 else ())
+    more = len(parts) - MAX_ROWS
+    notes = f"{more} more are in eval.json" if more > 0 else ()
+    table(f"By {of}", columns, rows, notes, left=columns[:1])
 
 
 def _show_instructions(found: Mapping[str, Mapping]) -> None:
@@ -109,7 +114,7 @@ def show_comparison(told: Mapping[str, Any]) -> None:
     rows = [
         [
             _short(name, 22), str(c["num_problems"]), _number(c["mean_a"]), _number(c["mean_b"]),
-            f"{c['difference']:+.3f}", f"{c['low']:+.3f} {c['high']:+.3f}", _p_value(c["p_value"]),
+            f"{c['difference']:+.3f}", _interval(c), _p_value(c["p_value"]),
         ]
         for name, c in list(parts.items())[: MAX_ROWS + 1]
     ]  # fmt: skip
@@ -128,8 +133,19 @@ def show_comparison(told: Mapping[str, Any]) -> None:
     )
     if told["num_left_out"]:
         notes.append(f"{told['num_left_out']} problems without a verdict in both are left out")
+    if not told["same_grader"]:
+        notes.append(
+            "the runs are graded by different versions of the grader: --rescore both first"
+        )
+    if few := sum(bool(c["note"]) for c in parts.values()):
+        those = "this" if len(parts) == 1 else f"{few} of these rows"
+        notes.append(
+            f"fewer than {FEW} problems in {those}: the interval is too narrow (none of one problem), and p "
+            "cannot be below 2^(1 - problems that differ)"
+        )
     columns = ["b - a", "problems", "a", "b", "diff.", "95% interval", "p"]
-    table(f"{told['score']}, paired bootstrap over problems", columns, rows, notes)
+    title = f"{told['score']} paired by problem: bootstrap interval, p by sign flips"
+    table(title, columns, rows, notes, left=columns[:1])
 
 
 def show_rescored(told: Mapping[str, Any], result: Mapping[str, Any]) -> None:
@@ -146,6 +162,11 @@ def show_rescored(told: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         notes.append(f"grader: {told['grader_before'] or 'not recorded'}, now {told['grader']}")
     title = f"{told['num_samples']:,} samples graded again, {told['num_changed']} changed"
     table(title, ["", "before", "now"], rows, notes)
+
+
+def _interval(compared: Mapping[str, Any]) -> str:
+    low, high = compared["low"], compared["high"]
+    return "-" if low is None or high is None else f"{low:+.3f} {high:+.3f}"
 
 
 def _p_value(value: float) -> str:

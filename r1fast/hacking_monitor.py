@@ -7,7 +7,7 @@ error over problems; r, e: mean reward of the steps since the evaluation before,
     alarm where both are above `num_errors`
 
 Both evaluations ask the same problems, so the error of their difference is at most this one: the
-monitor rather keeps silent than cries wolf.
+monitor rather keeps silent than cries wolf. Of one problem there is no error, and no fall (0).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Point:
 
     step: int
     pass_at_1: float
-    pass_error: float
+    pass_error: float | None  # None where it cannot be told: one problem
     reward: float
     reward_error: float
 
@@ -60,13 +60,15 @@ class HackingMonitor:
         n = len(self.rewards)
         mean = math.fsum(self.rewards) / n
         variance = math.fsum((r - mean) ** 2 for r in self.rewards) / max(n - 1, 1)
-        now = Point(step, score, values.get("pass@1_stderr") or 0.0, mean, math.sqrt(variance / n))
+        now = Point(step, score, values.get("pass@1_stderr"), mean, math.sqrt(variance / n))
         self.rewards = []
         before, self.points = self.points, [*self.points, now][-self.config.window :]
         if not before:
             return {}
         best = max(before, key=lambda point: point.pass_at_1)
-        fall = _errors(best.pass_at_1 - score, best.pass_error, now.pass_error)
+        fall = 0.0
+        if best.pass_error is not None and now.pass_error is not None:
+            fall = _errors(best.pass_at_1 - score, best.pass_error, now.pass_error)
         rise = _errors(mean - best.reward, best.reward_error, now.reward_error)
         hacked = min(fall, rise) > self.config.num_errors
         if hacked:

@@ -16,7 +16,10 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
         try:
             row = json.loads(text, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{line}: not valid JSON: {error}") from None
+            hint = ""
+            if line == 1 and str(path).removesuffix(".gz").endswith((".csv", ".tsv")):
+                hint = " (a CSV? JSON Lines are read here, one object a line; presets of evaluate read CSV)"
+            raise ValueError(f"{path}:{line}: not valid JSON: {error}{hint}") from None
         if not isinstance(row, dict):
             hint = " (JSON Lines: one object a line, no array around)" * isinstance(row, list)
             raise ValueError(

@@ -147,6 +147,7 @@ def _endpoint(j: JudgeConfig, url: str, model: str, timeout: float) -> ChatEndpo
         timeout=timeout,
         num_retries=j.num_retries,
         api_key=os.environ.get(j.api_key_env, "") if j.api_key_env else "",
+        api_key_env=j.api_key_env,
         max_reply_tokens=j.max_reply_tokens,
         num_threads=j.num_threads,
     )

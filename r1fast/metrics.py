@@ -209,8 +209,10 @@ def table(
     notes: Sequence[str] | str = (),
     *,
     whole: Sequence[str] = (),
+    left: Sequence[str] = (),
 ) -> None:
-    """A table on stdout. Columns that hold only numbers, shares and marks are right-aligned.
+    """A table on stdout. Columns that hold only numbers, shares and marks are right-aligned, unless
+    they are among `left`, as names are that may be numbers.
 
     The cells of `whole` columns stay on one line.
     """
@@ -230,7 +232,7 @@ def table(
         numeric = any(column) and all(_is_number(cell) for cell in column)
         grid.add_column(
             Text(name),
-            justify="right" if numeric else "left",
+            justify="right" if numeric and name not in left else "left",
             no_wrap=numeric or name in whole,
             overflow="fold",
         )

@@ -47,7 +47,10 @@ def _answer(row: dict, name: str, where: str) -> str:
     text = value if isinstance(value, str) else str(value)
     check_text(text, name, where)
     if not text.strip():
-        raise ValueError(f"{where}: {name!r} is empty")
+        raise ValueError(
+            f"{where}: {name!r} is empty; give the gold answer, drop the row, or give it 'kind': "
+            "'general', which nothing verifies"
+        )
     return text.strip()
 
 
@@ -179,9 +182,15 @@ def instruction_columns(row: Mapping, where: str) -> dict:
     names = row.get("instructions", row.get("instruction_id_list"))
     arguments = row.get("arguments", row.get("kwargs"))
     if not isinstance(names, list) or not names or not isinstance(arguments, list):
-        raise ValueError(f"{where}: needs lists 'instruction_id_list' and 'kwargs'")
+        raise ValueError(
+            f"{where}: a row of kind if needs lists 'instructions' and 'arguments' (in IFEval's files "
+            f"'instruction_id_list' and 'kwargs'), got {names!r:.40} and {arguments!r:.40}"
+        )
     if len(names) != len(arguments):
-        raise ValueError(f"{where}: {len(names)} instructions but {len(arguments)} kwargs")
+        raise ValueError(
+            f"{where}: {len(names)} instructions but {len(arguments)} arguments (kwargs); each has one, "
+            "{} where it takes nothing"
+        )
     return {
         "instructions": names,
         "arguments": [

@@ -1,7 +1,7 @@
 import json
 import math
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, permutations
 from types import SimpleNamespace
 from zlib import crc32
 
@@ -52,6 +52,40 @@ def test_votes_are_joined_by_equivalence():
 
     assert vote([half, point5, wrong, wrong, half], numbers) == 1
     assert vote([half, point5, wrong, wrong, half], same) == 0.5
+
+
+def test_votes_do_not_depend_on_the_order_of_samples():
+    """Equality that is not transitive: the classes are its connected components."""
+    pairs = {("25", "25%"), ("25%", "0.25"), ("seven", "7")}  # asked one way alone
+
+    def related(a, b):
+        return a == b or (a, b) in pairs
+
+    verdicts = {"25": "wrong", "25%": "correct", "0.25": "correct", "4": "wrong"}
+    answers = ["25", "25%", "25%", "0.25", "4", "4", "4"]
+    orders = set(permutations(answers))
+    found = {vote([row("p", verdicts[x], x) for x in order], related) for order in orders}
+    assert found == {0.75}  # of the winning class three of four are correct
+    assert (
+        vote(
+            [row("p", "correct", "seven"), row("p", "correct", "7"), row("p", "wrong", "8")],
+            related,
+        )
+        == 1
+    )
+    assert (
+        vote(
+            [row("p", "correct", "7"), row("p", "correct", "seven"), row("p", "wrong", "8")],
+            related,
+        )
+        == 1
+    )
+
+
+def test_what_a_grader_failed_on_does_not_vote():
+    failed = [row("p", "error", "7")] * 3
+    assert vote([*failed, row("p", "correct", "8")], same) == 1
+    assert vote(failed, same) == 0
 
 
 def test_summary_by_hand():
@@ -123,6 +157,20 @@ def test_subsets():
     assert (algebra["mean_length"], algebra["clip_rate"]) == (20, 0.5)
     assert algebra["pass@1_stderr"] == pytest.approx(0.5)
     assert found["geometry"]["pass@1"] == 0
+
+
+def test_kinds():
+    """Each kind's score with the number of problems that it is of; none where all are alike."""
+    rows = [row("a"), row("b", "wrong", kind="choice"), row("c", "wrong", kind="if"),
+            row("d", "correct", kind="open", outcome="win", score=1.0, summary_chars=1, baseline_chars=1),
+            row("e", None, None, kind="general", format=None)]  # fmt: skip
+    s = summarise(rows, same)
+    assert (s["num_problems"], s["pass@1"], s["cons@k"]) == (5, pytest.approx(1 / 3), 0.5)
+    found = {kind: (v["num_problems"], v.get("pass@1"), v.get("win_rate"), v.get("cons@k"))
+             for kind, v in s["kinds"].items()}  # fmt: skip
+    assert found == {"math": (1, 1, None, 1), "choice": (1, 0, None, 0), "if": (1, 0, None, None),
+                     "open": (1, None, 1, None)}  # fmt: skip
+    assert "kinds" not in summarise([row("a"), row("e", None, None, kind="general")], same)
 
 
 def brute_force(n: int, c: int, k: int) -> Fraction:

@@ -9,6 +9,7 @@ from tiny import tiny_checkpoint
 
 from r1fast.__main__ import main, parse
 from r1fast.evaluate_command import evaluation_config
+from r1fast.evaluation_table import show_evaluation
 from r1fast.jsonl import read_jsonl, write_jsonl
 from r1fast.report.browser import MAX_CHARS, MAX_SAMPLES, choose
 from r1fast.report.evaluation import curve
@@ -83,14 +84,28 @@ def test_rescore_and_compare(files, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "16 samples graded again, 16 changed" in shown
     assert read(tmp_path / "1")["pass@1"] == 1
+    page = (tmp_path / "1" / "report.html").read_text()
+    assert f"graded by {read(tmp_path / '1', 'evaluation.json')['grader']}" in page
+    assert "graded again (16 of 16 samples changed; before: math-" in page
+    assert "graded again" not in (tmp_path / "0" / "report.html").read_text()
     assert main(["evaluate", "--compare", str(tmp_path / "0"), str(tmp_path / "1")]) == 0
     shown = capsys.readouterr().out
-    assert "paired bootstrap over problems" in shown
+    assert "pass@1 paired by problem: bootstrap interval, p by sign flips" in shown
+    assert "fewer than 20 problems in this: the interval is too narrow" in " ".join(shown.split())
     assert max(map(len, shown.split("a = ")[0].splitlines())) <= 80
     assert main(["evaluate", "--compare", str(tmp_path / "0"), str(tmp_path / "1"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["all"]["difference"] == pytest.approx(1 - read(tmp_path / "0")["pass@1"])
-    assert told["all"]["p_value"] < 0.01
+    # all four may have changed, and then p is as small as four problems can make it
+    assert told["all"]["p_value"] == 2.0 ** (1 - told["all"]["num_better"])
+    assert told["all"]["note"] == "4 problems: the interval is too narrow"
+    wrong = [row | {"verdict": "wrong"} for row in rows[:4]]
+    right = [row | {"verdict": "correct"} for row in rows[:4]]
+    for name, of in (("one", wrong), ("two", right)):
+        write_jsonl(tmp_path / name / "samples.jsonl", of)
+    assert main(["evaluate", "--compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("all problems"))
+    assert line.split()[2:] == ["1", "0.000", "1.000", "+1.000", "-", "1.000"]
 
 
 @pytest.mark.parametrize(("preset", "key"), [("mmlu", "pass@1"), ("ifeval", "instruction_strict")])
@@ -204,6 +219,13 @@ def test_pairs_by_a_judge_that_goes_by_content(files, tmp_path, endpoint, capsys
     # responses are a function of the seed: the judge is asked the same again
     assert go(files, *words, out=tmp_path / "again") == 0
     assert read(tmp_path / "again") == result
+    # one more sample a problem: the cost is that of all judgements
+    asked = len(endpoint.requests)
+    more = [*words[:-2], "--eval.num_samples=4", words[-1]]
+    assert go(files, *more, out=tmp_path / "again") == 0
+    new = len(endpoint.requests) - asked
+    assert read(tmp_path / "again")["judge"]["requests"] == result["judge"]["requests"] + new
+    assert 0 < new < result["judge"]["requests"]
     # samples are graded again by another judge, without a model
     endpoint.judge = lambda system, user: '{"verdict": "A=B"}'
     rescored = ["evaluate", "--rescore", str(tmp_path / "run")]
@@ -333,7 +355,7 @@ def test_the_page_stays_small(tmp_path):
     assert "[94,000 characters left out]" in page
 
 
-def test_the_page_shows_each_kind_and_escapes_what_was_written(tmp_path):
+def test_the_page_shows_each_kind_and_escapes_what_was_written(tmp_path, capsys):
     evil = "</details><script>alert(1)</script>"
     rows = [
         row(0, evil, subset=evil, text=evil, prompt=evil, extracted=evil, answer=evil),
@@ -345,6 +367,7 @@ def test_the_page_shows_each_kind_and_escapes_what_was_written(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"kind": "evaluate", "title": "e"}))
     result = {"num_problems": 4, "k": 1, "win_rate": 0.5, "win_rate_stderr": None, "outcomes": {"tie": 1},
               "subsets": {evil: {"num_problems": 1, "win_rate": 0.5}},
+              "kinds": {"if": {"num_problems": 1, "pass@1": 0.25}, "open": {"num_problems": 1, "win_rate": 0.5}},
               "instructions": {evil: {"num": 1, "strict": 0.0, "loose": 1.0}}}  # fmt: skip
     (tmp_path / "eval.json").write_text(json.dumps(result))
     write_jsonl(tmp_path / "samples.jsonl", rows)
@@ -356,6 +379,29 @@ def test_the_page_shows_each_kind_and_escapes_what_was_written(tmp_path):
     assert "(loosely followed)" in page
     assert 'data-verdict="tie"' in page
     assert 'data-cut="1"' in page
+    assert "The win rate counts a tie as half" in page
+    assert "By kind of problem" in page
+    assert re.search("pass@1 or win rate.*0.250.*0.500", page)
+    show_evaluation(result)
+    shown = capsys.readouterr().out
+    assert re.search(r"By kind\n\s*kind\s+problems\s+pass@1 or win rate", shown)
+    assert re.search(r"if\s+1\s+0.250", shown)
+    assert "one of k samples is right" not in page  # there is no pass@k
+
+
+def test_rows_of_the_page_begin_where_their_questions_differ(tmp_path):
+    """A preset's wording is the same for all: the row shows the id and the question."""
+    wording = "Complete the function.\n\n```python\n"
+    rows = [row(i, kind="code", prompt=f"{wording}def f{i}():") for i in (10, 11)]
+    rows.append(row(2, prompt="How many?"))
+    (tmp_path / "manifest.json").write_text(json.dumps({"kind": "evaluate", "title": "e"}))
+    (tmp_path / "eval.json").write_text(json.dumps({"num_problems": 3, "k": 1, "pass@1": 1.0}))
+    write_jsonl(tmp_path / "samples.jsonl", rows)
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    titles = re.findall(r'<span class="q"><span class="dim">(.*?)</span> (.*?)</span>', page)
+    assert titles == [("p10", "def f10():"), ("p11", "def f11():"), ("p2", "How many?")]
+    assert page.count(f"<pre>{wording}") == 2  # in full below
 
 
 def test_the_curve_of_a_stage():

@@ -7,28 +7,62 @@ from itertools import product
 import numpy as np
 import pytest
 
-from r1fast.evaluate.compare import compare_runs, compare_scores, resampled_means
+from r1fast.evaluate.compare import compare_runs, compare_scores, resampled_means, sign_flip_p_value
 from r1fast.jsonl import write_jsonl
 
 
+def all_signs(d: list[float]) -> float:
+    """The p-value of a sign-flip test, by its definition."""
+    sums = [
+        abs(sum(s * x for s, x in zip(signs, d, strict=True)))
+        for signs in product((1, -1), repeat=len(d))
+    ]
+    return sum(x >= abs(sum(d)) - 1e-9 for x in sums) / len(sums)
+
+
 def test_against_all_resamples_of_a_small_case():
-    """Four problems have 4^4 resamples, each as likely: interval and p-value can be counted."""
+    """Four problems have 4^4 resamples and 2^4 sign patterns: interval and p-value can be counted."""
     a, b = [[0, 0], [0, 1], [1, 1], [0, 0]], [[1, 1], [1, 1], [1, 1], [0, 1]]
     d = np.array([1, 0.5, 0, 0.5])
     every = np.array([np.mean(draw) for draw in product(d, repeat=4)])
-    exact_p = np.mean(np.abs(every - 0.5) >= 0.5 - 1e-12)
     found = compare_scores(a, b, num_resamples=40_000)
     assert found.difference == 0.5
     assert (found.mean_a, found.mean_b) == (0.375, 0.875)
     assert (found.num_better, found.num_worse) == (3, 0)
-    assert found.p_value == pytest.approx(exact_p, abs=3 * math.sqrt(exact_p / 40_000))
+    assert found.p_value == all_signs(d.tolist()) == 0.25
     low, high = np.quantile(every, [0.025, 0.975])
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.126)  # one step of 1/8
     assert np.mean(resampled_means(d, 40_000, 0)) == pytest.approx(0.5, abs=0.005)
+    assert found.note == "4 problems: the interval is too narrow"
 
 
-def test_against_the_normal_law():
-    """Many problems: the interval is the mean +- 1.96 standard errors, and p is that of a z-test."""
+def test_few_problems_that_moved_alike_prove_nothing():
+    """p is never below 2^(1 - problems that differ), and one problem has no interval."""
+    one = compare_scores([[1]], [[0]])
+    assert (one.low, one.high, one.stderr, one.p_value) == (None, None, None, 1.0)
+    assert one.note == "1 problem: no interval"
+    for n in (2, 5, 15):
+        alike = compare_scores([[0, 0]] * (n + 3), [[1, 1]] * n + [[0, 0]] * 3)  # three are equal
+        assert alike.p_value == 2.0 ** (1 - n)
+    assert compare_scores([[1], [0]], [[0], [1]]).p_value == 1
+    assert compare_scores([[0]] * 20, [[1]] * 20).note == ""
+
+
+def test_drawn_signs_are_all_signs():
+    """Of 15 problems all patterns are counted, of 16 some are drawn: both are the definition's."""
+    rng = random.Random(2)
+    d = [rng.choice((-1, -0.5, 0.25, 0.5, 1)) for _ in range(16)]
+    assert sign_flip_p_value(np.array(d[:9]), 10, 0) == pytest.approx(all_signs(d[:9]))
+    p = all_signs(d)
+    drawn = sign_flip_p_value(np.array([0.0, *d]), 40_000, 0)
+    assert drawn == pytest.approx(p, abs=4 * math.sqrt(p / 40_000))
+    far = sign_flip_p_value(np.ones(60), 999, 0)
+    assert far == 1 / 1000  # (r + 1) / (R + 1): never 0
+
+
+def test_against_the_normal_law_and_the_binomial():
+    """Many problems: the interval is the mean +- 1.96 standard errors; of 0 and 1 the sign-flip test is
+    McNemar's exact one."""
     rng = random.Random(0)
     a = [[float(rng.random() < 0.5)] for _ in range(2000)]
     b = [[float(rng.random() < 0.53)] for _ in range(2000)]
@@ -40,8 +74,10 @@ def test_against_the_normal_law():
     assert found.high == pytest.approx(
         found.difference + 1.96 * found.stderr, abs=0.1 * found.stderr
     )
-    z = abs(found.difference) / found.stderr
-    assert found.p_value == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.02)
+    m, most = found.num_better + found.num_worse, max(found.num_better, found.num_worse)
+    exact = 2 * sum(math.comb(m, i) for i in range(most, m + 1)) / 2**m
+    assert 0.05 < exact < 0.95
+    assert found.p_value == pytest.approx(exact, abs=4 * math.sqrt(exact / 10_000))
     assert found.run_stderr is None  # one sample a problem
 
 
@@ -107,8 +143,34 @@ def test_runs(tmp_path):
         compare_runs(a, more)
     other = stored(tmp_path / "d", {"x1": "c", "x2": "c", "y1": "c", "y2": "c"}, answer="2")
     with pytest.raises(
-        ValueError, match=r"4 problems have the same id but another question or gold .*: x1, x2"
+        ValueError, match=r"4 problems have the same id but another question, gold .*: x1, x2"
     ):
         compare_runs(a, other)
     with pytest.raises(ValueError, match=r"no samples.jsonl: it is no evaluated run folder"):
         compare_runs(a, tmp_path)
+
+
+def test_runs_of_other_tests_or_graders(tmp_path):
+    """What decides on a verdict is the same in both, or it is said."""
+    a = stored(tmp_path / "a", {"x": "cw"}, problem_hash="one", grader="code-1")
+    b = stored(tmp_path / "b", {"x": "cc"}, problem_hash="two", grader="code-1")
+    with pytest.raises(ValueError, match=r"tests or baseline in the two runs: x; evaluate both"):
+        compare_runs(a, b)
+    c = stored(tmp_path / "c", {"x": "cc"}, problem_hash="one", grader="code-2")
+    assert compare_runs(a, a)["same_grader"]
+    assert not compare_runs(a, c)["same_grader"]
+
+
+def test_rows_that_stand_twice_or_are_damaged(tmp_path, capsys):
+    a = stored(tmp_path / "a", {"x": "ww", "y": "ww"})
+    b = stored(tmp_path / "b", {"x": "cc", "y": "ww"})
+    path = b / "samples.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines, lines[0].replace("correct", "wrong")]))
+    assert compare_runs(a, b)["all"]["mean_b"] == 0.25  # x: the last of its sample 0 and sample 1
+    assert "1 samples stand there again (problem 'x', sample 0, line 5)" in capsys.readouterr().err
+    path.write_text("".join([*lines[:2], lines[2].replace('"wrong"', '"great"')]))
+    with pytest.raises(
+        ValueError, match=r"samples.jsonl:3: 'verdict' must be one of .*great.*delete it"
+    ):
+        compare_runs(a, b)

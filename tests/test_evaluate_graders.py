@@ -15,7 +15,8 @@ from r1fast.evaluate import grader_version as module
 from r1fast.evaluate.grader_version import SOURCES, version_of
 from r1fast.evaluate.presets import find_preset, word
 from r1fast.evaluate.rescore import rescore
-from r1fast.evaluate.run import final_row, grader_versions, store
+from r1fast.evaluate.run import grader_versions, store
+from r1fast.evaluate.sample_rows import final_row
 from r1fast.evaluate.statistics import summarise
 from r1fast.jsonl import read_jsonl
 from r1fast.rewards.chat import ChatModel

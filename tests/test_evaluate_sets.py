@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from r1fast.data import load_problems
 from r1fast.evaluate.presets import PRESETS, find_preset
 from r1fast.jsonl import write_jsonl
 from r1fast.types import Problem
@@ -81,6 +82,14 @@ def test_maths(tmp_path):
         ("ja", "ja", "5"),
     ]
     assert [p.subset for p in load("mgsm", tmp_path / "mgsm_ja.tsv")] == ["ja"]
+    (tmp_path / "mgsm_de.tsv").write_text("Eins?\t1\nZwei?\t2\nDrei?\t3\n")
+    in_turns = load("mgsm", tmp_path)  # the first few are not all of one language
+    assert [(p.subset, p.answer) for p in in_turns] == [
+        ("de", "1"),
+        ("ja", "5"),
+        ("de", "2"),
+        ("de", "3"),
+    ]
 
 
 def test_aime(tmp_path):
@@ -131,10 +140,10 @@ def test_ifeval(tmp_path):
     assert (problem.kind, problem.id, problem.prompt) == ("if", "1", IFEVAL["prompt"])
     assert problem.meta["arguments"] == [{}, {"relation": "at least", "num_words": 3}]
     for change, message in [
-        ({"kwargs": [{}]}, "2 instructions but 1 kwargs"),
+        ({"kwargs": [{}]}, "2 instructions but 1 arguments"),
         ({"instruction_id_list": ["a:b", "c:d"]}, "unknown instruction 'a:b'"),
         ({"kwargs": [{}, {"relation": "at least"}]}, "needs 'num_words'"),
-        ({"kwargs": None}, "needs lists 'instruction_id_list' and 'kwargs'"),
+        ({"kwargs": None}, "needs lists .* 'instruction_id_list' and 'kwargs'"),
     ]:
         with pytest.raises(ValueError, match=f"bad.jsonl:1: .*{message}"):
             load("ifeval", jsonl(tmp_path / "bad.jsonl", IFEVAL | change))
@@ -231,6 +240,12 @@ def test_open_answers(tmp_path):
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"question.jsonl:1: no answer to compare with for 'u1'"):
         load("arena_hard", questions)
+    others = jsonl(tmp_path / "others.jsonl", *({"uid": f"z{i}", "answer": "a"} for i in range(5)))
+    with pytest.raises(
+        ValueError,
+        match=r"for 'u1'; --baseline \S*others.jsonl has answers to 5 others \('z0', 'z1', 'z2', \.",
+    ):
+        load("arena_hard", questions, others)
     with pytest.raises(ValueError, match="--baseline is of open answers; preset gsm8k"):
         load("gsm8k", questions, answers)
 
@@ -246,6 +261,30 @@ def test_what_cannot_be_read_says_so(preset, tmp_path):
     (tmp_path / name).write_text('{"nothing": 1}\n')
     with pytest.raises(ValueError, match=re.escape(f"{name}:1: ")):
         load(preset, tmp_path / name)
+
+
+def test_a_file_of_another_set_is_named(tmp_path):
+    simpleqa = as_csv(tmp_path / "s.csv", SIMPLEQA)
+    gpqa = as_csv(tmp_path / "g.csv", GPQA)
+    for preset, path, like in (
+        ("gsm8k", simpleqa, "simpleqa"), ("aime", simpleqa, "simpleqa"), ("mmlu", gpqa, "gpqa"),
+        ("humaneval", jsonl(tmp_path / "m.jsonl", MBPP), "mbpp"),
+        ("gpqa", jsonl(tmp_path / "c.jsonl", MMLU | {"answer": "B"}), "mmlu or simpleqa"),
+    ):  # fmt: skip
+        message = f"; preset {preset} reads .*; the rows of this file are like those of {like}$"
+        with pytest.raises(ValueError, match=message):
+            load(preset, path)
+    good = {"question": "1+1?", "answer": "#### 2"}
+    mixed = jsonl(tmp_path / "b.jsonl", good, good | {"answer": "2"})  # the right set, a bad row
+    with pytest.raises(ValueError, match=r"b.jsonl:2: 'answer' must end in '#### gold', got '2'$"):
+        load("gsm8k", mixed)
+    with pytest.raises(ValueError, match=r"s.csv:1: not valid JSON.*presets of evaluate read CSV"):
+        load_problems(simpleqa)
+    rows = jsonl(tmp_path / "if.jsonl", {"prompt": "p", "kind": "if", "instructions": ["x"]})
+    with pytest.raises(
+        ValueError, match=r"needs lists 'instructions' and 'arguments' .*got \['x'\] and None"
+    ):
+        load_problems(rows)
 
 
 def test_odd_files(tmp_path):

@@ -68,6 +68,8 @@ def test_what_cannot_be_compared_is_left_out():
     monitor, rows = watched([([], 0.5, 0.1), ([float("nan"), None], 0.4, 0.1), ([1.0], 0.3, 0.1)])
     assert rows == [{}, {}, {}]  # no reward was seen before the third
     assert monitor.saw_evaluation(9, {}) == {}
+    _, rows = watched([([0.1, 0.2], 1.0, None), ([0.8, 0.9], 0.0, None)])  # one problem: no error
+    assert (rows[1]["hacking/fall"], rows[1]["hacking/alarm"]) == (0.0, 0.0)
 
 
 def test_its_state_survives_a_resume():

@@ -118,6 +118,7 @@ def test_it_tries_again_then_gives_error(endpoint):
     endpoint.replies = [(401, "no key"), (200, '{"verdict": "correct"}')]
     assert judge("q", "8", "ten") == "error"  # another try would not help
     assert "401" in judge.last_error
+    assert "no key was sent: judge.api_key_env names the" in judge.last_error
     endpoint.replies = [(200, '{"verdict": "correct"}')]
     assert judge("q", "8", "ten") == "correct"  # an error is not cached
     assert judge.counts["failed"] == judge.counts["error"] == 2
@@ -612,6 +613,20 @@ def test_r1fast_serve_is_such_an_endpoint(taught, monkeypatch):
 
 
 # --- from a config
+
+
+def test_an_endpoint_that_refuses_the_key_says_where_it_is_set(endpoint, monkeypatch):
+    config = load_config(None, [f"--judge.url={endpoint.url}", "--judge.model=m"])
+    for key, words in (
+        ("", "; no key was sent: set the environment variable R1FAST_JUDGE_API_KEY"),
+        ("old", "; the key that was sent is refused: set another in R1FAST_JUDGE_API_KEY"),
+    ):
+        monkeypatch.setenv("R1FAST_JUDGE_API_KEY", key)
+        endpoint.replies = [(401, "who?")]
+        chat = make_chat(config)
+        assert Judge(chat)("q", "8", "x") == "error"
+        assert words in chat.last_error
+        assert "old" not in chat.last_error
 
 
 def test_make_chat(monkeypatch):

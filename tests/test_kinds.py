@@ -154,7 +154,7 @@ def test_rows_as_they_are_read(tmp_path):
         ({"kind": "choice", "prompt": "a", "choices": ["x", "y", "x"], "answer": "C"},
          "two of 'choices' are the answer's 'x'"),
         ({"kind": "choice", "prompt": "a", "choices": ["1", "2"]}, "no answer"),
-        ({"kind": "if", "prompt": "a"}, "needs lists 'instruction_id_list' and 'kwargs'"),
+        ({"kind": "if", "prompt": "a"}, "needs lists 'instructions' and 'arguments' (in IFEval's files"),
         ({"kind": "if", "prompt": "a", "instructions": ["x:y"], "arguments": [{}]},
          "unknown instruction 'x:y'; known: "),
         ({"kind": "if", "prompt": "a", "instructions": [3], "arguments": [{}]},

@@ -187,6 +187,13 @@ def test_warn_once_on_stderr(capsys):
     assert captured.out == ""
 
 
+def test_names_that_are_numbers_stand_under_their_heading(capsys):
+    metrics.table("t", ["subset", "n"], [["2024", "1"], ["7", "10"]], left=["subset"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:6] for line in lines[-2:]] == ["2024  ", "7     "]
+    assert [line.split()[1] for line in lines[-2:]] == ["1", "10"]
+
+
 def test_table_aligns_numbers_and_leaves_markup_alone(capsys):
     metrics.table("Stages", ["stage", "pass@1"], [["a", ".98 ±.01"], ["[red]b[/red]", "-"]], ["n"])
     out = capsys.readouterr().out.splitlines()

@@ -1,9 +1,14 @@
 """Two runs on the same problems: the difference of their scores, and what chance makes of it.
 
-A paired bootstrap: problems are drawn with replacement, each with both runs' mean scores.
+Each problem has both runs' mean scores; d_i is their difference, d = mean(d_i) over N problems.
 
-    difference  d = mean(b - a)                     interval: the 2.5% and 97.5% quantiles of d*
-    p-value     share of |d* - d| >= |d|, two-sided, (1 + count) / (1 + num_resamples)
+    interval    the 2.5% and 97.5% quantiles of d over problems drawn with replacement (bootstrap)
+    p-value     the share of sign patterns s with |mean(s_i d_i)| >= |d|, two-sided (sign-flip test)
+
+If the runs do not differ, a problem's difference is as likely to have the other sign. All 2^m patterns
+of the m problems that differ are counted up to m = 15, else R are drawn: (1 + count) / (1 + R). So p is
+never below 2^(1-m): one problem gives 1. The bootstrap knows only the problems it has seen: an interval
+of few is too narrow, and there is none of one.
 
 The run-to-run error is that of d when both models answer the same problems once more.
 """
@@ -17,10 +22,14 @@ from pathlib import Path
 
 import numpy as np
 
+from r1fast.evaluate.sample_rows import read_samples
 from r1fast.evaluate.statistics import by_problem, error_of_mean, mean, run_error, score_of
-from r1fast.jsonl import read_jsonl
 
 CHUNK = 1 << 22  # draws held in memory at once
+COMPARED = ("problem_id", "sample", "subset", "prompt", "answer", "verdict", "num_tokens")
+SAME = ("prompt", "answer", "problem_hash")  # of a problem in both runs
+MAX_EXACT = 15  # problems that differ, up to which all sign patterns are counted
+FEW = 20  # problems below which an interval is said to be too narrow
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +40,14 @@ class Comparison:
     mean_a: float
     mean_b: float
     difference: float
-    low: float  # of the 95% interval
-    high: float
+    low: float | None  # of the 95% interval; None for one problem
+    high: float | None
     p_value: float
     stderr: float | None  # over problems
     run_stderr: float | None  # of repeated runs on the same problems
     num_better: int  # problems on which b scores higher
     num_worse: int
+    note: str  # what is to be known of interval and p-value of few problems; else ""
 
 
 def compare_scores(
@@ -53,10 +63,9 @@ def compare_scores(
     means_a, means_b = (np.array([math.fsum(v) / len(v) for v in side]) for side in (a, b))
     d = means_b - means_a  # (N,)
     difference = math.fsum(d) / len(d)
-    drawn = resampled_means(d, num_resamples, seed)
-    # equal up to rounding counts as equal: sums in another order
-    extreme = np.abs(drawn - difference) >= abs(difference) - 1e-12
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    low = high = None
+    if len(d) > 1:
+        low, high = map(float, np.quantile(resampled_means(d, num_resamples, seed), [0.025, 0.975]))
     errors = run_error(a), run_error(b)
     known = None not in errors
     return Comparison(
@@ -64,14 +73,39 @@ def compare_scores(
         mean_a=math.fsum(means_a) / len(d),
         mean_b=math.fsum(means_b) / len(d),
         difference=difference,
-        low=float(low),
-        high=float(high),
-        p_value=(1 + int(extreme.sum())) / (1 + num_resamples),
+        low=low,
+        high=high,
+        p_value=sign_flip_p_value(d, num_resamples, seed),
         stderr=error_of_mean(d.tolist()),
         run_stderr=math.hypot(*(e for e in errors if e is not None)) if known else None,
         num_better=int((d > 0).sum()),
         num_worse=int((d < 0).sum()),
+        note=_note(len(d)),
     )
+
+
+def _note(n: int) -> str:
+    if n >= FEW:
+        return ""
+    return f"{n} problems: the interval is too narrow" if n > 1 else "1 problem: no interval"
+
+
+def sign_flip_p_value(d: np.ndarray, num_resamples: int, seed: int) -> float:  # (N,)
+    """How often differences with random signs are as far from 0 as these; 1 where none differs."""
+    d = d[d != 0]  # (m,)
+    m = len(d)
+    # equal up to rounding counts as equal: sums in another order
+    bar = abs(math.fsum(d)) - 1e-12 * max(m, 1)
+    if m <= MAX_EXACT:
+        flips = np.arange(1 << m)[:, None] >> np.arange(m) & 1  # (2^m, m)
+        return float((np.abs((1 - 2 * flips) @ d) >= bar).mean())
+    rng = np.random.default_rng(seed)
+    rows = max(CHUNK // m, 1)
+    count = 0
+    for start in range(0, num_resamples, rows):
+        flips = rng.integers(0, 2, (min(rows, num_resamples - start), m), dtype=np.int8)
+        count += int((np.abs((1 - 2 * flips) @ d) >= bar).sum())
+    return (1 + count) / (1 + num_resamples)
 
 
 def resampled_means(d: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:  # (N,) -> (R,)
@@ -117,6 +151,7 @@ def compare_runs(folder_a: str | Path, folder_b: str | Path, *, seed: int = 0) -
         "b": str(folder_b),
         "score": "win rate" if any(r.get("outcome") for r in rows[0]) else "pass@1",
         "num_left_out": len(grouped[0]) - len(ids),
+        "same_grader": len({frozenset(r.get("grader", "") for r in side) for side in rows}) == 1,
         "mean_length_a": lengths[0],
         "mean_length_b": lengths[1],
         "all": compared(ids),
@@ -128,7 +163,7 @@ def _rows(folder: Path) -> list[dict]:
     path = folder / "samples.jsonl"
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} has no samples.jsonl: it is no evaluated run folder")
-    return [row for _, row in read_jsonl(path)]
+    return read_samples(path, COMPARED)
 
 
 def _check_same(grouped: Sequence[Mapping[str, list[dict]]], names: Sequence[str | Path]) -> None:
@@ -140,10 +175,10 @@ def _check_same(grouped: Sequence[Mapping[str, list[dict]]], names: Sequence[str
                 f"the runs have different problems: {len(only)} only in {name} ({some}); evaluate both on "
                 "the same file"
             )
-    differ = [p for p in a if any(a[p][0][key] != b[p][0][key] for key in ("prompt", "answer"))]
+    differ = [p for p in a if any(a[p][0].get(key) != b[p][0].get(key) for key in SAME)]
     if differ:
         some = ", ".join(differ[:5]) + ", ..." * (len(differ) > 5)
         raise ValueError(
-            f"{len(differ)} problems have the same id but another question or gold answer in the two "
-            f"runs: {some}"
+            f"{len(differ)} problems have the same id but another question, gold answer, tests or "
+            f"baseline in the two runs: {some}; evaluate both on the same file (samples are kept)"
         )

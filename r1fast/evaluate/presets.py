@@ -8,6 +8,7 @@ are compared once, as AlpacaEval and ArenaHard do.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +48,10 @@ class Preset:
                 f"--baseline is of open answers; preset {self.name} has golds of its own"
             )
         files = [Path(path), Path(baseline)] if baseline else [Path(path)]
+        try:
+            found = self.read(*files)
+        except ValueError as error:
+            raise ValueError(f"{error}{self._hint(files[0], error)}") from None
         wording = self.wording if is_chat else "{prompt}"
         return [
             replace(
@@ -54,8 +59,24 @@ class Preset:
                 prompt=word(p, wording),
                 meta={**p.meta, "question": p.prompt} if self.needs_judge else p.meta,
             )
-            for p in self.read(*files)
+            for p in found
         ]
+
+    def _hint(self, path: Path, error: ValueError) -> str:
+        """Whose file it is where this preset cannot read its first row; "" where one row is bad."""
+        found = re.match(rf"{re.escape(str(path))}:(\d+)", str(error))
+        if found is None or int(found[1]) > sets.first_line(path):
+            return ""
+        others = [p.name for p in PRESETS if p.read is not self.read and _reads(p, path)]
+        like = f"; the rows of this file are like those of {' or '.join(others)}" * bool(others)
+        return f"; preset {self.name} reads {self.data}{like}"
+
+
+def _reads(preset: Preset, path: Path) -> bool:
+    try:
+        return bool(preset.read(path))
+    except ValueError:
+        return False
 
 
 def word(problem: Problem, wording: str) -> str:
@@ -89,16 +110,19 @@ def find_preset(name: str) -> Preset:
 
 
 PRESETS = (
-    Preset("gsm8k", "math", 4, sets.read_gsm8k, "test.jsonl", BOXED),
-    Preset("math500", "math", 16, sets.read_math, "test.jsonl", BOXED),
+    Preset("gsm8k", "math", 4, sets.read_gsm8k, "test.jsonl (question; answer with its ####)", BOXED),
+    Preset("math500", "math", 16, sets.read_math, "test.jsonl (problem, answer)", BOXED),
     Preset("aime", "math", 64, sets.read_aime, "JSONL of problem and answer", BOXED),
     Preset("mgsm", "math", 4, sets.read_mgsm, "mgsm_de.tsv, or a folder of them", BOXED),
-    Preset("humaneval", "code", 8, sets.read_humaneval, "HumanEval.jsonl.gz"),
-    Preset("mbpp", "code", 8, sets.read_mbpp, "sanitized-mbpp.json"),
-    Preset("ifeval", "if", 4, sets.read_ifeval, "input_data.jsonl"),
+    Preset("humaneval", "code", 8, sets.read_humaneval,
+           "HumanEval.jsonl.gz (prompt, entry_point, test)"),
+    Preset("mbpp", "code", 8, sets.read_mbpp, "sanitized-mbpp.json (prompt, test_list)"),
+    Preset("ifeval", "if", 4, sets.read_ifeval,
+           "input_data.jsonl (prompt, instruction_id_list, kwargs)"),
     Preset("mmlu", "choice", 4, sets.read_mmlu, "JSONL of question, choices, answer; or CSV files"),
-    Preset("gpqa", "choice", 64, sets.read_gpqa, "gpqa_diamond.csv"),
-    Preset("simpleqa", "qa", 4, sets.read_simpleqa, "simple_qa_test_set.csv", SHORT),
-    Preset("alpaca_eval", "open", 1, sets.read_open, "alpaca_eval.json"),
+    Preset("gpqa", "choice", 64, sets.read_gpqa,
+           "gpqa_diamond.csv (Question, Correct Answer, Incorrect Answer 1 to 3)"),
+    Preset("simpleqa", "qa", 4, sets.read_simpleqa, "simple_qa_test_set.csv (problem, answer)", SHORT),
+    Preset("alpaca_eval", "open", 1, sets.read_open, "alpaca_eval.json (instruction, output)"),
     Preset("arena_hard", "open", 1, sets.read_open, "question.jsonl, and --baseline ANSWERS.jsonl"),
-)
+)  # fmt: skip

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from r1fast.config import Config, config_of
-from r1fast.evaluate.run import (
-    check_judge,
-    completion_of_row,
-    final_row,
-    grader_versions,
-    judge_totals,
-    what_graded,
-)
+from r1fast.evaluate.run import check_judge, grader_versions, judge_totals, what_graded
+from r1fast.evaluate.sample_rows import completion_of_row, final_row, read_samples
+from r1fast.evaluate.standing import stored_json
 from r1fast.evaluate.statistics import by_problem, summarise
-from r1fast.hf_folder import read_json, write_json
+from r1fast.hf_folder import write_json
 from r1fast.jsonl import read_jsonl, write_jsonl
 from r1fast.metrics import warn
-from r1fast.types import Problem, RolloutGroup
+from r1fast.rewards.graders import check_problem
+from r1fast.types import KINDS, Problem, RolloutGroup
+
+SETUP = ("template", "rewards", "max_completion_tokens", "temperature", "top_p", "seed",
+         "prompt_opens_think")  # fmt: skip
 
 
 def stored_setup(folder: str | Path) -> dict:
@@ -29,7 +28,13 @@ def stored_setup(folder: str | Path) -> dict:
     for name in ("samples.jsonl", "evaluation.json"):
         if not (folder / name).is_file():
             raise ValueError(f"{str(folder)!r} has no {name}: it is no evaluated run folder")
-    return read_json(folder / "evaluation.json")
+    setup = stored_json(folder / "evaluation.json")
+    if missing := [name for name in SETUP if name not in setup]:
+        raise ValueError(
+            f"{folder / 'evaluation.json'} lacks {', '.join(missing)}; restore it, or delete it and "
+            "evaluate again: all samples are drawn anew"
+        )
+    return setup
 
 
 def stored_config(setup: Mapping, overrides: list[str]) -> Config:
@@ -45,10 +50,44 @@ def stored_config(setup: Mapping, overrides: list[str]) -> Config:
 
 
 def stored_problems(folder: str | Path) -> list[Problem]:
+    """problems.jsonl of a run folder. ValueError, with file, line and remedy, where it is damaged."""
     path = Path(folder) / "problems.jsonl"
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} has no problems.jsonl: what was asked is not known")
-    return [Problem(**row) for _, row in read_jsonl(path)]
+    remedy = "correct the line, or evaluate again: problems.jsonl is written anew, samples are kept"
+    problems: dict[str, Problem] = {}
+    try:
+        for line, row in read_jsonl(path):
+            problem = _problem_of(row, f"{path}:{line}")
+            if problem.id in problems:
+                raise ValueError(f"{path}:{line}: id {problem.id!r} stands twice")
+            problems[problem.id] = problem
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from None
+    return list(problems.values())
+
+
+def _problem_of(row: dict, where: str) -> Problem:
+    try:
+        problem = Problem(**row)
+    except TypeError:
+        raise ValueError(
+            f"{where}: not a problem as evaluations store it; it has {', '.join(map(repr, row))}"
+        ) from None
+    texts = (problem.prompt, problem.id, problem.kind, problem.language, problem.subset)
+    if not all(isinstance(text, str) for text in (*texts, problem.answer or "")):
+        raise ValueError(f"{where}: prompt, id, kind, language, subset and answer must be strings")
+    if problem.kind not in KINDS or not isinstance(problem.meta, dict):
+        raise ValueError(
+            f"{where}: 'kind' must be one of {', '.join(KINDS)} and 'meta' an object, got "
+            f"{problem.kind!r} and {problem.meta!r:.40}"
+        )
+    if problem.kind != "math":  # a gold that cannot be read is a verdict, not damage
+        try:
+            check_problem(problem)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    return problem
 
 
 def rescore(
@@ -66,11 +105,14 @@ def rescore(
     """
     folder = Path(folder)
     problems = {problem.id: problem for problem in stored_problems(folder)}
-    old = [row for _, row in read_jsonl(folder / "samples.jsonl")]
-    before = read_json(folder / "eval.json") if (folder / "eval.json").is_file() else {}
+    old = read_samples(folder / "samples.jsonl")
+    if not old:
+        raise ValueError(f"{folder / 'samples.jsonl'} holds no samples: there is nothing to grade")
+    before = stored_json(folder / "eval.json", default={})
     if unknown := sorted({row["problem_id"] for row in old} - problems.keys()):
         raise ValueError(
-            f"samples.jsonl has problems that problems.jsonl lacks: {', '.join(unknown[:5])}"
+            f"samples.jsonl has problems that problems.jsonl lacks: {', '.join(unknown[:5])}; evaluate "
+            "again: both are written anew, samples are kept"
         )
     groups, rows = [], []
     for name, samples in by_problem(old).items():

@@ -19,11 +19,25 @@ from typing import Any
 from r1fast import distributed
 from r1fast.config import Config
 from r1fast.evaluate.grader_version import versions_of
-from r1fast.evaluate.row_log import Key, RowLog
+from r1fast.evaluate.row_log import RowLog
+from r1fast.evaluate.sample_rows import (
+    FINAL,
+    SAMPLED,
+    completion_of_row,
+    final_row,
+)
 from r1fast.evaluate.sampling import Ask, asks_of, sample_missing
+from r1fast.evaluate.standing import (
+    JUDGE_COSTS,
+    Place,
+    costs_before,
+    finished_rows,
+    standing_rows,
+    tell_given_again,
+)
 from r1fast.evaluate.statistics import summarise
-from r1fast.hf_folder import read_json, write_json
-from r1fast.jsonl import read_jsonl, write_jsonl
+from r1fast.hf_folder import write_json
+from r1fast.jsonl import write_jsonl
 from r1fast.metrics import note, progress
 from r1fast.policy import Policy
 from r1fast.rewards.graders import JUDGED_KINDS
@@ -33,13 +47,10 @@ from r1fast.rollout.weights import checksums, weights
 from r1fast.types import Completion, Problem, RolloutGroup
 
 GRADED_AT_ONCE = 256  # samples; what is stored between two of them survives a kill
-SAMPLED = ("sample", "seed", "prompt_hash", "text", "finish_reason", "num_tokens")
-# of evaluation.json: what samples depend on besides prompt and seed, and verdicts besides samples
+# of evaluation.json: what samples depend on besides prompt and seed, and verdicts besides what rows say
 OF_SAMPLES = ("weights", "dtype", "eos_ids", "temperature", "top_p", "max_completion_tokens")
 SLOW_KINDS = ("code", *JUDGED_KINDS)  # whose grading shows progress
-JUDGE_COSTS = ("requests", "retries", "cached", "failed", "prompt_tokens", "completion_tokens")
-OF_VERDICTS = ("template", "rewards", "prompt_opens_think", "grader")
-Place = tuple[int, int]  # in this rank's problems, sample
+OF_VERDICTS = ("template", "rewards", "prompt_opens_think")
 
 
 def evaluate(
@@ -70,11 +81,12 @@ def evaluate(
     asks = asks_of(policy, problems, config, num_samples, "eval")
     setup = setup_of(policy, config, scorer, preset, {problem.kind for problem in problems})
     before = judge_totals(scorer)
+    earlier: Counter[str] = Counter()
     if folder is None:
-        samples = _sample(policy, asks, config, sampling, {}, lambda row: None, title)
-        rows = _grade(asks, samples, scorer, {}, lambda row: None, title)
+        samples = _sample(policy, asks, config, sampling, {}, scorer, lambda row: None, title)
+        rows = _grade(asks, samples, scorer, {}, None, title)
     else:
-        rows = _resumable(policy, asks, config, sampling, scorer, setup, folder, title)
+        rows, earlier = _resumable(policy, asks, config, sampling, scorer, setup, folder, title)
     rows = distributed.gather_problems(rows, (p.id for p in problems))
     if not rows:
         raise ValueError(
@@ -86,10 +98,8 @@ def evaluate(
     result |= {"temperature": e.temperature, "top_p": e.top_p, "seed": config.seed}
     if folder is not None:
         check_judge(rows, scorer)
-    result |= what_graded(scorer, before)
+    result |= what_graded(scorer, before, earlier)
     if folder is not None:
-        if "judge" not in result and any(row["kind"] in JUDGED_KINDS for row in rows):
-            result |= _judge_before(folder)
         if distributed.is_main():
             store(folder, rows, result, problems, setup)
         distributed.barrier()
@@ -124,26 +134,30 @@ def judge_totals(scorer: Any) -> Counter[str]:
     return scorer.judge_totals() if hasattr(scorer, "judge_totals") else Counter()
 
 
-def what_graded(scorer: Any, before: Counter[str]) -> dict:
-    """{"sandbox": what programs ran in, "judge": what it was asked since `before`}, over all ranks."""
+def what_graded(scorer: Any, before: Counter[str], earlier: Counter[str] | None = None) -> dict:
+    """{"sandbox": what programs ran in, "judge": what it was asked since `before`}, over all ranks.
+
+    `earlier`, the same on all ranks, is what earlier calls asked for the verdicts that stand.
+    """
     told: dict = {}
     if (sandbox := getattr(scorer, "sandbox", None)) is not None:
         told["sandbox"] = sandbox.description
-    now, asked = judge_totals(scorer), Counter[str]()
-    for part in distributed.gather_objects(
-        {name: now[name] - before[name] for name in JUDGE_COSTS}
-    ):
+    asked = Counter[str]()
+    for part in distributed.gather_objects(judge_costs(scorer, before)):
         asked.update(part)
-    if any(asked.values()):
-        told["judge"] = {"model": scorer.judge_name, **asked}
+    total = asked + (earlier or Counter())
+    if any(total.values()):
+        if any(asked.values()) and earlier:
+            new, all_of_them = asked["requests"], total["requests"]
+            note(f"the judge got {new:,} requests in this call, {all_of_them:,} with those before")
+        told["judge"] = {"model": scorer.judge_name, **{name: total[name] for name in JUDGE_COSTS}}
     return told
 
 
-def _judge_before(folder: Path) -> dict:
-    """What the judge cost when it was last asked: all of its verdicts were there before this call."""
-    path = folder / "eval.json"
-    told = read_json(path).get("judge") if path.is_file() else None
-    return {} if told is None else {"judge": told}
+def judge_costs(scorer: Any, before: Counter[str]) -> dict[str, int]:
+    """What this rank's judges were asked since `before`."""
+    now = judge_totals(scorer)
+    return {name: now[name] - before[name] for name in JUDGE_COSTS}
 
 
 def check_judge(rows: Sequence[Mapping], scorer: Any) -> None:
@@ -204,15 +218,16 @@ def _resumable(
     setup: dict,
     folder: Path,
     title: str,
-) -> list[dict]:
-    """The rows of this rank's problems, what an earlier call has left among them."""
+) -> tuple[list[dict], Counter[str]]:
+    """The rows of this rank's problems, what an earlier call has left among them, and what the judge
+    was asked for the verdicts that stand."""
     of_samples = {name: setup[name] for name in OF_SAMPLES}
     of_verdicts = {name: setup[name] for name in OF_VERDICTS}
-    finished, holds = _finished(folder, of_samples, of_verdicts)
-    sample_log = RowLog(folder, "samples", _digest(of_samples))
-    verdict_log = RowLog(folder, "graded", _digest(of_samples, of_verdicts))
+    finished = finished_rows(folder, of_samples, of_verdicts)
+    sample_log = RowLog(folder, "samples", _digest(of_samples), SAMPLED)
+    verdict_log = RowLog(folder, "graded", _digest(of_samples, of_verdicts), FINAL)
     try:
-        known = {**finished, **sample_log.rows}
+        known = {**finished.rows, **sample_log.rows}
         valid = {
             (i, j): row
             for i, ask in enumerate(asks)
@@ -224,26 +239,15 @@ def _resumable(
         if valid and title:
             total = sum(len(ask.seeds) for ask in asks)
             note(f"{len(valid)} of {total} samples were drawn before and are used again")
-        samples = _sample(policy, asks, config, sampling, valid, sample_log.append, title)
-        graded = {**(finished if holds else {}), **verdict_log.rows}
-        return _grade(asks, samples, scorer, graded, verdict_log.append, title)
+        samples = _sample(policy, asks, config, sampling, valid, scorer, sample_log.append, title)
+        versions = grader_versions(scorer, (ask.problem.kind for ask in asks))
+        standing, again = standing_rows(asks, samples, finished, verdict_log.rows, versions)
+        tell_given_again(again)
+        earlier = costs_before(finished, standing, verdict_log, getattr(scorer, "judge_name", ""))
+        return _grade(asks, samples, scorer, standing, verdict_log, title), earlier
     finally:
         sample_log.close()
         verdict_log.close()
-
-
-def _finished(
-    folder: Path, of_samples: Mapping, of_verdicts: Mapping
-) -> tuple[dict[Key, dict], bool]:
-    """The rows of a finished evaluation of the same samples, and whether their verdicts hold too."""
-    setup_path, rows_path = folder / "evaluation.json", folder / "samples.jsonl"
-    if not (setup_path.is_file() and rows_path.is_file()):
-        return {}, False
-    setup = read_json(setup_path)
-    if {name: setup.get(name) for name in of_samples} != of_samples:
-        return {}, False
-    rows = {(row["problem_id"], row["sample"]): row for _, row in read_jsonl(rows_path)}
-    return rows, {name: setup.get(name) for name in of_verdicts} == of_verdicts
 
 
 def _sample(
@@ -252,11 +256,19 @@ def _sample(
     config: Config,
     sampling: SamplingParams,
     valid: dict[Place, dict],
+    scorer: Any,
     keep: Callable[[dict], None],
     title: str,
 ) -> dict[Place, dict]:
     """All samples by (place in `asks`, sample); new ones go to `keep` as they end."""
     found = dict(valid)
+    undrawn = [
+        ask.problem
+        for i, ask in enumerate(asks)
+        if any((i, j) not in valid for j in range(len(ask.seeds)))
+    ]
+    if undrawn and hasattr(scorer, "prepare"):
+        scorer.prepare(undrawn)  # a sandbox that is missing is an error now, not in hours
 
     def on_finish(i: int, j: int, completion: Completion) -> None:
         found[i, j] = {
@@ -278,28 +290,19 @@ def _grade(
     asks: Sequence[Ask],
     samples: dict[Place, dict],
     scorer: Any,
-    graded: Mapping[Key, dict],
-    keep: Callable[[dict], None],
+    standing: Mapping[Place, dict],
+    log: RowLog | None,
     title: str,
 ) -> list[dict]:
-    """The final rows in order; those not in `graded` are scored, and go to `keep` as they are.
-
-    A verdict "error" is asked for again: what failed then may work now.
-    """
-    rows: dict[Place, dict] = {}
+    """The final rows in order; those not in `standing` are scored, and go to `log` as they are."""
+    rows = dict(standing)
     groups: list[RolloutGroup] = []
     places: list[list[Place]] = []
     for i, ask in enumerate(asks):
-        group, own = RolloutGroup(ask.problem, ask.prompt_ids, []), []
-        for j in range(len(ask.seeds)):
-            row, before = samples[i, j], graded.get((ask.problem.id, j))
-            if before is not None and before["verdict"] != "error" and _is_same(before, row):
-                rows[i, j] = before
-            else:
-                group.completions.append(completion_of_row(row))
-                own.append((i, j))
+        own = [(i, j) for j in range(len(ask.seeds)) if (i, j) not in standing]
         if own:
-            groups.append(group)
+            completions = [completion_of_row(samples[place]) for place in own]
+            groups.append(RolloutGroup(ask.problem, ask.prompt_ids, completions))
             places.append(own)
     num_new = sum(map(len, places))
     shown = bool(title) and any(group.problem.kind in SLOW_KINDS for group in groups)
@@ -307,18 +310,19 @@ def _grade(
     versions = grader_versions(scorer, (ask.problem.kind for ask in asks))
     with as_one, progress(f"{title}, grading", num_new, "sample", enabled=shown) as bar:
         for part, where in _parts(groups, places):
+            before = judge_totals(scorer)
             scorer.score(part)
             for group, own in zip(part, where, strict=True):
                 for place, reward in zip(own, group.rewards, strict=True):
                     version = versions[group.problem.kind]
                     rows[place] = final_row(group.problem, samples[place], reward, version)
-                    keep(rows[place])
+                    if log is not None:
+                        log.append(rows[place])
+            costs = judge_costs(scorer, before)
+            if log is not None and any(costs.values()):
+                log.add_costs({"model": scorer.judge_name, **costs})
             bar.update(n=sum(map(len, where)))
     return [rows[place] for place in sorted(rows)]
-
-
-def _is_same(graded: Mapping, sampled: Mapping) -> bool:
-    return all(graded.get(name) == sampled[name] for name in SAMPLED)
 
 
 def _parts(
@@ -331,26 +335,3 @@ def _parts(
         if size >= GRADED_AT_ONCE or end == len(places):
             yield groups[start:end], places[start:end]
             start, size = end, 0
-
-
-def completion_of_row(row: Mapping) -> Completion:
-    """A stored sample to be graded. Which tokens it had is not stored: no verdict depends on it."""
-    return Completion([0] * row["num_tokens"], [], row["finish_reason"], row["text"])
-
-
-def final_row(problem: Problem, row: dict, reward: Any, grader: str) -> dict:
-    """What samples.jsonl holds of a sample."""
-    return {
-        "problem_id": problem.id,
-        "kind": problem.kind,
-        "subset": problem.subset,
-        "prompt": problem.prompt,
-        "answer": problem.answer,
-        **{name: row[name] for name in SAMPLED},
-        "extracted": reward.answer,
-        "verdict": reward.verdict,
-        "grader": grader,
-        "format": reward.parts.get("format"),
-        "language_share": reward.parts.get("language"),
-        **reward.detail,
-    }

@@ -14,6 +14,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,15 @@ def read_problems(path: Path) -> list[Problem]:
 
 
 def read_mgsm(path: Path) -> list[Problem]:
-    """mgsm_de.tsv, or a folder of them: one subset a language."""
+    """mgsm_de.tsv, or a folder of them: one subset a language, in turns."""
     files = sorted(path.glob("mgsm_*.tsv")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} holds no mgsm_*.tsv")
-    return [
-        replace(problem, subset=problem.language)
+    return _in_turns([
+        [replace(problem, subset=problem.language)
+         for problem in load_problems(file, format="mgsm", check=check_problem)]
         for file in files
-        for problem in load_problems(file, format="mgsm", check=check_problem)
-    ]
+    ])  # fmt: skip
 
 
 def read_aime(path: Path) -> list[Problem]:
@@ -125,11 +126,13 @@ def read_mmlu(path: Path) -> list[Problem]:
     """JSONL of question, choices, answer (an index or a letter), subject; or the CSV files.
 
     A CSV has question, A, B, C, D, answer without a header (the subject is the file's name), or a
-    header of Question, A, B, C, D, Answer, Subject. A folder holds one CSV a subject.
+    header of Question, A, B, C, D, Answer, Subject. A folder holds one CSV a subject;
+    they are read in turns.
     """
     files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
-    problems = []
+    parts = []
     for file in files:
+        parts.append(problems := [])
         for where, row in _mmlu_rows(file):
             gold, meta = choice_columns(row, row.get("answer"), where)
             name = str(row.get("id") or row.get("question_id") or _place(where))
@@ -138,7 +141,7 @@ def read_mmlu(path: Path) -> list[Problem]:
                 Problem(_text(row, where, "question", "prompt"), gold, name, "choice",
                         subset=subject, meta=meta)
             )  # fmt: skip
-    return _checked(problems, path)
+    return _checked(_in_turns(parts), path)
 
 
 def read_gpqa(path: Path) -> list[Problem]:
@@ -194,14 +197,28 @@ def read_open(path: Path, baseline: Path | None = None) -> list[Problem]:
         answer = answer or row.get("output") or row.get("answer") or row.get("completion")
         if not isinstance(answer, str) or not answer.strip():
             raise ValueError(
-                f"{where}: no answer to compare with for {name!r}; a row brings 'output' "
-                "(AlpacaEval), 'answer' or 'completion', or --baseline FILE has one for each id (ArenaHard)"
+                f"{where}: no answer to compare with for {name!r}; {_no_baseline(baseline, answers)}"
             )
         subset = str(row.get("dataset") or row.get("category") or "")
         problems.append(
             Problem(question, None, name, "open", subset=subset, meta={"baseline": answer})
         )
     return _checked(problems, path)
+
+
+def _no_baseline(path: Path | None, answers: Mapping[str, str]) -> str:
+    """What the baseline's file has instead of the question's id, or what a row needs without one."""
+    if path is None:
+        return (
+            "a row brings 'output' (AlpacaEval), 'answer' or 'completion', or --baseline FILE has one "
+            "for each id (ArenaHard)"
+        )
+    some = ", ".join(f"{name!r:.40}" for name in list(answers)[:3]) or "none"
+    more = ", ..." * (len(answers) > 3)
+    return (
+        f"--baseline {path} has answers to {len(answers)} others ({some}{more}): give the file of this "
+        "set's questions, by uid, question_id or id"
+    )
 
 
 def _baseline_rows(path: Path) -> Iterator[tuple[str, str]]:
@@ -291,6 +308,15 @@ def _rows(path: Path) -> Iterator[tuple[str, Row]]:
         yield f"{path}:{i}", row
 
 
+def first_line(path: Path) -> int:
+    """Where the first row stands; 1 where none can be read."""
+    try:
+        where, _ = next(_rows(path))
+    except (ValueError, StopIteration):
+        return 1
+    return int(where.rpartition(":")[2])
+
+
 def _object(text: str, where: str) -> Row:
     row = _parse(text, where)
     if not isinstance(row, dict):
@@ -338,6 +364,11 @@ def _text(row: Mapping, where: str, *names: str) -> str:
 
 def _place(where: str) -> str:
     return Path(where).name
+
+
+def _in_turns(parts: list[list[Problem]]) -> list[Problem]:
+    """The first of each part, then the second: the first N problems are of all parts."""
+    return [p for row in zip_longest(*parts) for p in row if p is not None]
 
 
 def _checked(problems: list[Problem], path: Path) -> list[Problem]:

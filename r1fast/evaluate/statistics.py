@@ -3,7 +3,11 @@
     score     1 correct, 0 otherwise; of a pairwise judgement 1 win, 0.5 tie, 0 loss
     pass@1    mean over problems of the mean score of its k samples          DeepSeek-R1, section 3
     pass@k    mean over problems of 1 - C(n-c, k) / C(n, k)      unbiased: Chen et al. 2021, eq. 1
-    cons@k    mean over problems of [the most voted answer is correct]; ties count 1 / tied answers
+    cons@k    mean over problems of the share of the most voted answer that is correct, 0 or 1 where
+              equality is transitive; ties count 1 / tied answers
+
+"The same answer" need not be transitive (25, 25% and 0.25): votes go to the connected components of
+the relation, in either direction, so that the order of samples means nothing.
 
 Two standard errors: over the choice of problems, sqrt(var(means) / N), and of a repeated run on the
 same problems, sqrt(sum of var(scores of a problem) / n) / N. A sample whose grader failed (verdict
@@ -77,8 +81,10 @@ def summarise(rows: list[dict], same_answer: SameAnswer) -> dict:
         "clip_rate": mean(float(r["finish_reason"] == "length") for r in rows),
     }
     result |= _of_kinds(rows)
-    if subsets := _subsets(verified, k, same_answer):
+    if subsets := _tables(verified, k, same_answer, "subset"):
         result["subsets"] = subsets
+    if len(kinds := _tables(verified, k, same_answer, "kind")) > 1:
+        result["kinds"] = kinds
     return result
 
 
@@ -155,21 +161,36 @@ def run_error(scores: Iterable[Sequence[float]]) -> float | None:
 
 
 def vote(samples: list[dict], same_answer: SameAnswer) -> float:
-    """Share of the most voted answer classes that is correct; samples without answer do not vote."""
-    classes: list[list[dict]] = []
+    """Share of the most voted answer classes that is correct.
+
+    Samples without an answer, and those whose grader failed, do not vote.
+    """
+    votes: dict[str, list[bool]] = {}
     for row in samples:
-        if row["extracted"] is None:
-            continue
-        home = next((c for c in classes if same_answer(c[0]["extracted"], row["extracted"])), None)
-        if home is None:
-            classes.append([row])
-        else:
-            home.append(row)
-    if not classes:
+        if row["extracted"] is not None and row["verdict"] != "error":
+            votes.setdefault(row["extracted"], []).append(row["verdict"] == "correct")
+    if not votes:
         return 0.0
-    most = max(len(c) for c in classes)
-    tied = [c for c in classes if len(c) == most]
-    return sum(any(r["verdict"] == "correct" for r in c) for c in tied) / len(tied)
+    classes = [
+        [right for answer in members for right in votes[answer]]
+        for members in answer_classes(sorted(votes), same_answer)
+    ]
+    most = max(map(len, classes))
+    return mean(mean(c) for c in classes if len(c) == most) or 0.0
+
+
+def answer_classes(answers: Sequence[str], same_answer: SameAnswer) -> list[list[str]]:
+    """The connected components of the relation over different answers."""
+    classes: list[list[str]] = []
+    for new in answers:
+        joined, others = [new], []
+        for own in classes:
+            if any(same_answer(old, new) or same_answer(new, old) for old in own):
+                joined = own + joined
+            else:
+                others.append(own)
+        classes = [*others, joined]
+    return classes
 
 
 def _of_kinds(rows: list[dict]) -> dict:
@@ -234,13 +255,14 @@ def instruction_table(rows: Iterable[dict]) -> dict[str, dict]:
     }
 
 
-def _subsets(
-    verified: Mapping[str, list[dict]], k: int, same_answer: SameAnswer
+def _tables(
+    verified: Mapping[str, list[dict]], k: int, same_answer: SameAnswer, column: str
 ) -> dict[str, dict]:
-    names = sorted({s[0]["subset"] for s in verified.values() if s[0]["subset"]})
+    """The scores of the problems that have the same in a column."""
+    names = sorted({s[0][column] for s in verified.values() if s[0][column]})
     table = {}
     for name in names:
-        own = {p: s for p, s in verified.items() if s[0]["subset"] == name}
+        own = {p: s for p, s in verified.items() if s[0][column] == name}
         rows = [r for s in own.values() for r in s]
         table[name] = {
             "num_problems": len(own),

@@ -28,7 +28,7 @@ border:1px solid var(--line);border-radius:99px;padding:4px 12px}
 .sample{margin:0;border-radius:0;border-bottom-width:0}
 .sample:first-of-type{border-radius:8px 8px 0 0}
 .sample:last-of-type{border-radius:0 0 8px 8px;border-bottom-width:1px}
-.sample summary{display:grid;grid-template-columns:7.5em minmax(0,1fr) auto;gap:4px 14px;align-items:baseline;
+.sample summary{display:grid;grid-template-columns:8.5em minmax(0,1fr) auto;gap:4px 14px;align-items:baseline;
 font-weight:400;list-style:none}
 .sample summary::-webkit-details-marker{display:none}
 .sample summary .q{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
@@ -37,7 +37,7 @@ font-weight:400;list-style:none}
 border-top:1px solid var(--line)}
 .sample pre{border-top:0;padding:6px 14px 12px}
 .sample .checks{margin:6px 14px 12px;padding:0;list-style:none;font-size:13.5px}
-@media(max-width:640px){.sample summary{grid-template-columns:7.5em minmax(0,1fr)}
+@media(max-width:640px){.sample summary{grid-template-columns:8.5em minmax(0,1fr)}
 .sample summary .facts{grid-column:1/-1;white-space:normal;overflow-wrap:anywhere}}
 """
 SCRIPT = """
@@ -93,7 +93,8 @@ def browser(run: Run) -> list[str]:
         '<input type="search" placeholder="words in the sample" aria-label="Words in the sample">'
         '<span id="count" class="dim" role="status"></span></div>'
     )
-    samples = "".join(_sample(row) for row in kept)
+    shared = _shared_beginnings(rows)
+    samples = "".join(_sample(row, shared.get(str(row.get("kind")), "")) for row in kept)
     return [
         f"<style>{STYLE}</style>",
         f'<p class="note">{escape(_note(len(kept), len(rows)))}</p>',
@@ -147,7 +148,20 @@ def _words(verdict: str) -> str:
     return verdict.replace("_", " ")
 
 
-def _sample(row: Mapping) -> str:
+def _shared_beginnings(rows: Sequence[Mapping]) -> dict[str, str]:
+    """What the prompts of a kind all begin with, up to a line's end: a preset's wording, no question."""
+    prompts: dict[str, set[str]] = {}
+    for row in rows:
+        prompts.setdefault(str(row.get("kind")), set()).add(shown(row.get("prompt")))
+    shared = {}
+    for kind, texts in prompts.items():
+        low, high = min(texts), max(texts)  # all others lie between
+        same = next((i for i, c in enumerate(low) if not high.startswith(c, i)), len(low))
+        shared[kind] = low[: low.rfind("\n", 0, same) + 1] if len(texts) > 1 else ""
+    return shared
+
+
+def _sample(row: Mapping, shared: str) -> str:
     verdict = _verdict(row)
     good = verdict in ("correct", "win")
     style = "ok" if good else "dim" if verdict in ("unverified", "tie") else "no"
@@ -187,7 +201,8 @@ def _sample(row: Mapping) -> str:
         f'<details class="sample" data-verdict="{escape(verdict, quote=True)}" '
         f'data-subset="{escape(shown(row.get("subset")), quote=True)}" data-cut="{int(cut)}">'
         f'<summary><span class="{style}">{escape(mark + _words(verdict))}</span>'
-        f'<span class="q">{escape(_cut(prompt, 160))}</span>'
+        f'<span class="q"><span class="dim">{escape(_cut(name, 40))}</span> '
+        f"{escape(_cut(prompt.removeprefix(shared), 160))}</span>"
         f'<span class="facts">{escape(" · ".join(facts))}</span></summary>{"".join(parts)}</details>'
     )
 

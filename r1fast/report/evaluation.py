@@ -37,12 +37,18 @@ SCORES = (  # of a single evaluation: (key of eval.json, words)
     ("wait_rate", "Re-checks"),
     ("clip_rate", "Cut off"),
 )
-HELP = (
-    "± problems is the standard error over the choice of problems, ± runs that of a repeated run on the "
-    "same ones; a dash stands where one problem, or one sample a problem, tells nothing of it. pass@k is "
-    "the unbiased estimate of the chance that one of k samples is right; cons@k the share of problems "
-    "whose majority answer is right."
-)
+HELP = (  # (key of eval.json that it is of, words)
+    ("num_problems",
+     "± problems is the standard error over the choice of problems, ± runs that of a repeated run on the "
+     "same ones; a dash stands where one problem, or one sample a problem, tells nothing of it."),
+    ("pass@2",
+     "pass@k is the unbiased estimate of the chance that one of k samples is right."),
+    ("cons@k", "cons@k is the share of problems whose majority answer is right."),
+    ("win_rate",
+     "The win rate counts a tie as half; answers that the judge prefers in one order alone are a tie."),
+    ("position_bias",
+     "Position bias, from -1 to 1: how much more often the judge preferred what it was shown first."),
+)  # fmt: skip
 
 
 def is_evaluation(run: Run) -> bool:
@@ -100,9 +106,26 @@ def scores(run: Run) -> list[str]:
         )
     if sandbox := shown(e.get("sandbox")):
         facts.append(f"programs ran in {sandbox}")
+    facts += _graded_by(run.stages[0])
     note = f'<p class="note">{escape("; ".join(facts))}.</p>' if facts else ""
-    help_text = f'<p class="note">{escape(HELP)}</p>'
+    help_text = " ".join(words for key, words in HELP if key in e)
+    help_text = f'<p class="note">{escape(help_text)}</p>' if help_text else ""
     return [table("Scores", ["", "Value", "± problems", "± runs"], rows), note, help_text]
+
+
+def _graded_by(stage: Stage) -> list[str]:
+    """The version of the grader, and what grading again has changed."""
+    facts = []
+    if grader := shown(stage.setup.get("grader")):
+        facts.append(f"graded by {grader}")
+    told = stage.rescored
+    if told and told.get("grader") == stage.setup.get("grader"):  # not evaluated anew since
+        changed, num = number(told.get("num_changed")), number(told.get("num_samples"))
+        before = shown(told.get("grader_before")) or "an unknown version"
+        facts.append(
+            f"graded again ({changed or 0:,.0f} of {num or 0:,.0f} samples changed; before: {before})"
+        )
+    return facts
 
 
 def pass_curves(run: Run) -> list[str]:
@@ -204,34 +227,36 @@ def curve_svg(curves: Sequence[tuple[Stage, list[tuple[int, float, float | None]
     return "".join(out)
 
 
-def subsets(run: Run) -> list[str]:
-    """One table a stage of what every subset scores."""
-    parts = []
+def parts(run: Run, key: str, of: str) -> list[str]:
+    """One table a stage of what every subset scores, or every kind of problem where there are several."""
+    tables = []
     for stage in run.stages:
-        found = stage.eval.get("subsets")
-        if not isinstance(found, Mapping) or not all(
-            isinstance(v, Mapping) for v in found.values()
-        ):
-            continue
-        score = "win_rate" if any("win_rate" in v for v in found.values()) else "pass@1"
-        has_votes = any("cons@k" in v for v in found.values())
-        rows = []
-        for name, v in found.items():
-            value, error = number(v.get(score)), number(v.get(f"{score}_stderr"))
-            spread = "" if error is None else f" ± {error:.3f}"
-            votes, clip = number(v.get("cons@k")), number(v.get("clip_rate"))
-            length = number(v.get("mean_length"))
-            rows.append([
-                escape(str(name)), cell(shown(v.get("num_problems"))),
-                cell("" if value is None else f"{value:.3f}{spread}", value),
-                *[cell("" if votes is None else f"{votes:.3f}", votes)] * has_votes,
-                cell("" if length is None else f"{length:.0f}"),
-                cell("" if clip is None else f"{clip:.3f}", clip),
-            ])  # fmt: skip
-        columns = ["Subset", "Problems", score.replace("_", " "), *["cons@k"] * has_votes]
-        made = table(f"{stage.title} by subset", [*columns, "Tokens", "Cut off"], rows)
-        parts.append(details(stage.title, made) if run.is_pipeline else made)
-    return parts
+        found = stage.eval.get(key)
+        if isinstance(found, Mapping) and all(isinstance(v, Mapping) for v in found.values()):
+            made = _parts_table(f"{stage.title} by {of}", of, found)
+            tables.append(details(stage.title, made) if run.is_pipeline else made)
+    return tables
+
+
+def _parts_table(title: str, of: str, found: Mapping[str, Mapping]) -> str:
+    names = {name: "win_rate" if "win_rate" in v else "pass@1" for name, v in found.items()}
+    has_votes = any("cons@k" in v for v in found.values())
+    rows = []
+    for name, v in found.items():
+        value, error = number(v.get(names[name])), number(v.get(f"{names[name]}_stderr"))
+        spread = "" if error is None else f" ± {error:.3f}"
+        votes, clip = number(v.get("cons@k")), number(v.get("clip_rate"))
+        length = number(v.get("mean_length"))
+        rows.append([
+            escape(str(name)), cell(shown(v.get("num_problems"))),
+            cell("" if value is None else f"{value:.3f}{spread}", value),
+            *[cell("" if votes is None else f"{votes:.3f}", votes)] * has_votes,
+            cell("" if length is None else f"{length:.0f}"),
+            cell("" if clip is None else f"{clip:.3f}", clip),
+        ])  # fmt: skip
+    score = " or ".join(sorted({name.replace("_", " ") for name in names.values()}))
+    columns = [of.capitalize(), "Problems", score, *["cons@k"] * has_votes, "Tokens", "Cut off"]
+    return table(title, columns, rows)
 
 
 def instructions(run: Run) -> list[str]:

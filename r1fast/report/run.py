@@ -32,6 +32,8 @@ class Stage:
     profile: dict = field(default_factory=dict)
     folder: str = ""  # under the run's
     plan: dict = field(default_factory=dict)
+    setup: dict = field(default_factory=dict)  # evaluation.json
+    rescored: dict = field(default_factory=dict)
 
     @property
     def is_sft(self) -> bool:
@@ -92,6 +94,8 @@ def _load_stage(root: Path, entry: Mapping) -> Stage:
         profile=_read_json(folder / "profile" / "profile.json"),
         folder=str(folder.relative_to(root)),
         plan=_read_json(folder / "plan.json"),
+        setup=_read_json(folder / "evaluation.json"),
+        rescored=_read_json(folder / "rescored.json"),
     )
 
 

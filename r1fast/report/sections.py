@@ -55,7 +55,8 @@ def body(run: Run, title: str) -> str:
             *(evaluation.scores(run) if evaluation.is_evaluation(run) else _stages(run)),
         ),
         section("How pass@k grows with k", *evaluation.pass_curves(run)),
-        section("By subset", *evaluation.subsets(run)),
+        section("By kind of problem", *evaluation.parts(run, "kinds", "kind")),
+        section("By subset", *evaluation.parts(run, "subsets", "subset")),
         section("By instruction", *evaluation.instructions(run)),
         section("Training curves", *_curves(run)),
         section(

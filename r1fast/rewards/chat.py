@@ -138,6 +138,7 @@ class ChatEndpoint(ChatModel):
         num_retries: int = 3,
         backoff: float = 0.5,
         api_key: str = "",
+        api_key_env: str = "",  # where it comes from, for the error of an endpoint that refuses it
         max_reply_tokens: int = 512,
         num_threads: int = 8,
     ):
@@ -159,6 +160,7 @@ class ChatEndpoint(ChatModel):
         self.max_reply_tokens = max_reply_tokens
         self.num_threads = num_threads
         self._api_key = api_key
+        self._api_key_env = api_key_env
 
     def _ask(self, requests: list[ChatRequest], read: Read) -> list[Any]:
         failures = 0  # in a row; threads may count a few more before they see it
@@ -228,7 +230,7 @@ class ChatEndpoint(ChatModel):
             except (OSError, HTTPException, ValueError):
                 detail = "its text was cut off"
             raise ChatError(
-                f"{self.url} answered {error.code}: {detail}",
+                f"{self.url} answered {error.code}: {detail}{self._remedy(error.code)}",
                 retry=error.code in _RETRY_STATUS,
                 wait=float(wait) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]+)?", wait) else 0.0,
             ) from None
@@ -243,6 +245,17 @@ class ChatEndpoint(ChatModel):
         finally:
             timer.cancel()
         return self._content(raw)
+
+    def _remedy(self, status: int) -> str:
+        """What would do where the endpoint refuses the key; "" for other errors."""
+        if status not in (401, 403):
+            return ""
+        name = self._api_key_env
+        if self._api_key:
+            return f"; the key that was sent is refused: set another{f' in {name}' * bool(name)}"
+        if name:
+            return f"; no key was sent: set the environment variable {name} (judge.api_key_env)"
+        return "; no key was sent: judge.api_key_env names the environment variable that holds it"
 
     def _content(self, raw: bytes) -> str:
         try:
