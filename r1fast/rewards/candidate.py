@@ -8,7 +8,8 @@ of the candidate's code is there; then comes the job:
     {mode: calls | programs, language: python | cpp, code, preamble, ..., limits}
 
 calls: {id, name, args} -> {id, value} or {id, raised, text} or {id, refused}
-programs: {id, stdin} -> {id, status, out}, each in a process of its own that is killed with all it left
+programs: {id, stdin} -> {id, status, out}, each in a process of its own that is killed with all it left;
+    {stop: id} ends one that runs. Whoever started the box has the clock.
 """
 
 import builtins
@@ -292,7 +293,7 @@ def build(control, job):
         limit(limits["compile_memory"], limits["compile_cpu"], limits["file"])
         os.execve(command[0], command, environment)
 
-    status, out = supervise(start, b"", limits["compile_wall"], 4096, job, flood_ends=False)
+    status, out = supervise(start, b"", 4096, job, flood_ends=False)
     if status == "ok" and os.path.exists("main"):
         os.unlink("main.cpp")
         report_load(control, "yes")
@@ -314,7 +315,7 @@ def serve_programs(control, job):
 
     else:
         # compiled in a child first: a text that takes the compiler down takes no more than it
-        status, out = supervise(lambda: try_to_compile(job), b"", limits["wall"], 4096, job)
+        status, out = supervise(lambda: try_to_compile(job), b"", 4096, job)
         if status != "ok":
             verdict = "timeout" if status == "timeout" else "unparseable"
             return report_load(control, verdict, out.decode("utf-8", "replace") or status)
@@ -329,12 +330,14 @@ def serve_programs(control, job):
     keep = {"main"}
     while True:
         test = control.read()
+        if "stop" in test:  # it ended by itself in the meantime
+            continue
         stdin = test["stdin"].encode("utf-8", "surrogatepass")
         try:
-            status, out = supervise(start, stdin, limits["wall"], limits["output"], job)
+            status, out = supervise(start, stdin, limits["output"], job, control)
         except OSError:  # a full disk, most likely
             clear(keep)
-            status, out = supervise(start, stdin, limits["wall"], limits["output"], job)
+            status, out = supervise(start, stdin, limits["output"], job, control)
         clear(keep)
         text = out.decode("utf-8", "backslashreplace")
         control.write(f'{{"id":{test["id"]},"status":{escape(status)},"out":{escape(text)}}}')
@@ -377,16 +380,16 @@ def run_python(preamble, code):
     os._exit(status & 255)
 
 
-def supervise(start, stdin, wall, cap, job, flood_ends=True):
+def supervise(start, stdin, cap, job, control=None, flood_ends=True):
     """Run `start` in a child: (ok | exit N | signal N | timeout | output, what it wrote).
+
+    A message that comes over `control` in the meantime can only be the one to stop.
 
     Its standard input is a file, so nothing need be fed; its output is read up to `cap` bytes. When
     it ends, whatever it left behind is killed: nobody waits for the end of its output.
     """
     import select
-    import time
 
-    deadline, turns = time.monotonic() + wall, 0
     file = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o600)
     reader = writer = exited = child = -1
     try:
@@ -412,15 +415,13 @@ def supervise(start, stdin, wall, cap, job, flood_ends=True):
         poll = select.poll()
         poll.register(reader, select.POLLIN)
         poll.register(exited, select.POLLIN)
+        if control:
+            poll.register(control.descriptor, select.POLLIN)
         out, status = bytearray(), ""
         while True:
-            left = deadline - time.monotonic()
-            ready = dict(poll.poll(max(0, left * 1000))) if left > 0 else {}
-            if not ready:
-                turns += 1
-                if turns < job["patience"] and starved(child, wall * turns, job["limits"]["cpu"]):
-                    deadline += wall  # of a core it has had too little
-                    continue
+            ready = dict(poll.poll())
+            if control and control.descriptor in ready:
+                control.read()
                 status = "timeout"
                 break
             ended = exited in ready
@@ -449,17 +450,6 @@ def supervise(start, stdin, wall, cap, job, flood_ends=True):
         for descriptor in (file, reader, writer, exited):
             if descriptor >= 0:
                 os.close(descriptor)
-
-
-def starved(child, elapsed, cpu):
-    """Whether a process runs, and not sleeps, but has had less than `cpu` seconds of a core."""
-    try:
-        with open(f"/proc/{child}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return False
-    spent = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-    return 0.1 * elapsed <= spent < cpu
 
 
 def drain(reader, out, cap):

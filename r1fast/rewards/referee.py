@@ -5,7 +5,7 @@ are proxies that pass a call's arguments out as literals and take a literal back
 frame or descriptor of the candidate's ever meets a test. One process stays warm and forks for each
 verdict: descriptor 0 is a socket over which it gets the socket of the next one.
 
-    in:  {setup, tests, names, check, stop_early, cpu, wall, think, memory, json_args}, then answers
+    in:  {setup, tests, names, check, stop_early, cpu, think, memory, json_args}, then answers
     out: {call, name, args, result_from}; {test, outcome, share, why} for each test; {done, error}
     answers: {said: what the candidate wrote} | {gone: timeout | wrong, why}, the launcher's own
     said:    {id, value} | {id, raised, text} | {id, refused}; nothing else in it counts
@@ -86,7 +86,7 @@ def limit(job):
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
-    signal.setitimer(signal.ITIMER_REAL, job["think"])  # unhandled: it ends the process
+    signal.setitimer(signal.ITIMER_PROF, job["think"])  # unhandled: it ends the process
 
 
 def described(error):
@@ -208,12 +208,11 @@ class Match:
             self.send(
                 {"call": self.num_calls, "name": name, "args": text, "result_from": result_from}
             )
-            signal.setitimer(signal.ITIMER_REAL, self.job["wall"])
             line = self.lines.readline()
             if not line:
                 os._exit(1)
             # a value may make a test compute for ever
-            signal.setitimer(signal.ITIMER_REAL, self.job["think"])
+            signal.setitimer(signal.ITIMER_PROF, self.job["think"])
             return self.outcome(json.loads(line))
 
         candidate.__name__ = candidate.__qualname__ = name
