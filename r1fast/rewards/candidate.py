@@ -400,7 +400,7 @@ def supervise(start, stdin, cap, job, control=None, flood_ends=True):
         child = os.fork()
         if child == 0:
             try:
-                os.setsid()
+                os.setpgid(0, 0)
                 os.dup2(file, 0)
                 os.dup2(writer, 1)
                 for descriptor in (file, reader, writer):

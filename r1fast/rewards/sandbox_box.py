@@ -229,29 +229,37 @@ class Box:
         which the box wanted a core that others had does not count, here and for `deadline`, up to
         `patience` times as much in all.
         """
-        loop, meter = asyncio.get_running_loop(), Meter()
-        start = loop.time()
+        start = asyncio.get_running_loop().time()
+        meter = Meter(start)
+        room = min(wall, deadline.at - start)
+        last = min(start + self.patience * wall, deadline.last)
         try:
-            while True:
-                now = loop.time()
-                own_end = min(start + wall, deadline.at) + meter.kept
-                last = min(start + self.patience * wall, deadline.last)
-                if now >= own_end or meter.busy >= cpu:
-                    return None
+            while meter.own < room and meter.busy < cpu:
+                now = asyncio.get_running_loop().time()
                 if now >= last:
-                    if self.slot.nice:  # by its own processes
+                    if self.slot.nice or self._has_yielded():  # its own doing
                         return None
                     raise BoxStarved(
                         f"the machine was too busy: {meter.busy:.1f} s of a core in {now - start:.1f} s"
                     )
-                line = await self.read_line(min(self.census.interval, own_end - now, last - now))
+                line = await self.read_line(
+                    min(self.census.interval, max(room - meter.own, 0.02), last - now)
+                )
                 if line is not None:
                     return line
                 seen_at, seen = self.census.look()
-                if self.pid in seen:
-                    meter.look(seen_at, seen[self.pid])
+                meter.look(seen_at, seen.get(self.pid))
+            return None
         finally:
             deadline.at += meter.kept
+
+    def _has_yielded(self) -> bool:
+        """Whether it gave its session a lower priority, which a file can do."""
+        for pid in self.census.seen[self.pid].pids if self.pid in self.census.seen else ():
+            with contextlib.suppress(OSError):
+                if not Path(f"/proc/{pid}/autogroup").read_text().rstrip().endswith(" nice 0"):
+                    return True
+        return False
 
     def complaint(self) -> str:
         with contextlib.suppress(OSError):

@@ -16,6 +16,8 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 
+from r1fast.rewards.sandbox_usage import status_of
+
 MAX_ENTRIES, MAX_DEPTH = 10_000, 40
 _PREFIX = "r1fast-boxes-"
 
@@ -125,13 +127,20 @@ def holds_more(
             try:
                 for found in _nameless(pid):
                     add(found)
-            except PermissionError:
-                return True
-            except OSError:  # it has ended
-                continue
+            except OSError as error:  # it has ended, or has yet to become this user
+                if isinstance(error, PermissionError) and _is_of(pid, uid):
+                    return True
             if size > most:
                 return True
     return False
+
+
+def _is_of(pid: int, uid: int | None) -> bool:
+    try:
+        status = status_of(pid)
+    except OSError:
+        return False
+    return status["State"][:1] not in "ZX" and status["Uid"].split()[0] == str(uid)
 
 
 def _nameless(pid: int) -> Iterator[os.stat_result]:

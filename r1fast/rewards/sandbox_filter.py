@@ -2,10 +2,11 @@
 
 A list of what is denied, for programs need hundreds of the others: sockets, tracing and other processes'
 memory, mounts and namespaces, kernel interfaces with a history of holes (bpf, io_uring, userfaultfd,
-perf, keys), memory that no limit of a process counts (System V IPC, memfd), other priorities (a program
-that yields to all others would look like one that is kept from running). Denied calls answer EPERM;
-clone3 answers ENOSYS, so that libraries fall back to clone, whose flags can be read. Of sockets there are
-connected pairs of streams, which event loops need: the others of a pair can send to any name.
+perf, keys), memory that no limit of a process counts (System V IPC, memfd), priorities and sessions (a
+program that yields to all others would look like one that is kept from running, and where the scheduler
+groups by session a new one is another share). Denied calls answer EPERM; clone3 answers ENOSYS, so that
+libraries fall back to clone, whose flags can be read. Of sockets there are connected pairs of streams,
+which event loops need: the others of a pair can send to any name.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import struct
 # name: (x86_64, aarch64); None where the architecture has no such call
 DENIED: dict[str, tuple[int | None, int | None]] = {
     "socket": (41, 198), "connect": (42, 203), "bind": (49, 200),
-    "setpriority": (141, 140), "sched_setparam": (142, 118), "sched_setscheduler": (144, 119),
+    "setsid": (112, 157), "setpriority": (141, 140), "sched_setparam": (142, 118), "sched_setscheduler": (144, 119),
     "sched_setattr": (314, 274), "ioprio_set": (251, 30), "ptrace": (101, 117), "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271), "process_madvise": (440, 440), "process_mrelease": (448, 448),
     "kcmp": (312, 272), "pidfd_getfd": (438, 438), "personality": (135, 92),

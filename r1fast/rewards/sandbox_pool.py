@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import socket
+import time
 from pathlib import Path
 
 from r1fast.rewards.sandbox_box import (
@@ -151,8 +152,10 @@ class BoxPool:
         what it could come to. Files, without a file system of its own.
         """
         limit_memory, rung = self.rung.host.cgroups is None, self.rung
+        cost = 0.0
         while limit_memory or rung.work:
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(max(0.1, 5 * cost))
+            spent = time.process_time()
             held = usage({pid: box.lone_uid for pid, box in self.boxes.items()})
             for pid, box in list(self.boxes.items()):
                 if (part := held.get(pid)) is None:
@@ -162,6 +165,7 @@ class BoxPool:
                     and holds_more(TMPFS_BYTES, box.folder, rung.shared, box.slot.uid, part.pids)
                 ):
                     kill_tree(pid, box.slot, box.dead.is_set())
+            cost = time.process_time() - spent
 
     async def even_out(self) -> None:
         """Where boxes have no share of the cores: one with many processes gives each less of them.

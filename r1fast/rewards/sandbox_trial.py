@@ -114,7 +114,7 @@ def _read_output(line: bytes) -> tuple[str, str] | None:
 
 async def _run_programs(job: dict, pool: BoxPool, referee: Referee, trial: Trial) -> None:
     tests, limits = job["tests"], job["limits"]
-    deadline = Deadline.within(limits["total"], pool.patience)
+    deadline: Deadline | None = None
 
     def record(outcome: str, why: str = "") -> bool:
         """Whether to go on."""
@@ -123,6 +123,8 @@ async def _run_programs(job: dict, pool: BoxPool, referee: Referee, trial: Trial
 
     for _ in range(_MAX_BOXES):
         box = await pool.take(limits["box_memory"])
+        # a box comes first: others' programs may keep it waiting for long
+        deadline = deadline or Deadline.within(limits["total"], pool.patience)
         try:
             if not await _load(job, box, pool, trial, deadline):
                 return
@@ -162,7 +164,7 @@ async def _run_programs(job: dict, pool: BoxPool, referee: Referee, trial: Trial
             return
         if deadline.left <= 0:
             break
-    late = deadline.left <= 0
+    late = deadline is not None and deadline.left <= 0
     while len(trial.tests) < len(tests):
         record("timeout" if late else "wrong", "no time left" if late else "it takes boxes down")
 

@@ -53,9 +53,9 @@ def usage(roots: Mapping[int, int | None], *, threads: bool = False) -> dict[int
             continue
         with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
             if at not in total:
-                at = by_uid[int(_status(at)["Uid"].split()[0])]
+                at = by_uid[int(status_of(at)["Uid"].split()[0])]
             part = total[at]
-            status = _status(pid)
+            status = status_of(pid)
             part.pids.append(pid)
             part.cpu_seconds += sum(map(int, stat[11:15])) / _TICKS
             for kind in ("RssAnon", "RssShmem"):
@@ -75,7 +75,7 @@ def _stat(folder: str) -> list[str]:
     return _read(f"{folder}/stat").rpartition(")")[2].split()
 
 
-def _status(pid: int) -> dict[str, str]:
+def status_of(pid: int) -> dict[str, str]:
     lines = _read(f"/proc/{pid}/status").split("\n")
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
@@ -109,39 +109,50 @@ class Census:
 
     def look(self) -> tuple[float, dict[int, Usage]]:
         """(time, usage by pid of a box), not older than half an interval."""
-        start = time.monotonic()
-        if start - self.at > self.interval / 2:
+        now = time.monotonic()
+        if now - self.at > self.interval / 2:
             roots = {pid: box.lone_uid for pid, box in self.boxes.items()}
-            self.seen, self.at = usage(roots, threads=True), start
-            # of the launcher's time no more than a twentieth
-            self.interval = max(LOOK_SECONDS, 20 * (time.monotonic() - start))
+            spent = time.process_time()
+            self.seen, self.at = usage(roots, threads=True), now
+            # no more than a twentieth of a core
+            cost = 20 * (time.process_time() - spent)
+            self.interval = min(1.0, max(LOOK_SECONDS, cost))
         return self.at, self.seen
 
 
 class Meter:
-    """How long a box ran since the first look, and how long it was kept from running.
+    """How long a box has been waited for by its own clock: not while it is kept from running.
 
-    What counts is the box as a whole: one in which any thread runs is not kept from running by that
+    Between two looks; before the first one no more than a moment counts, for then whoever looks was
+    kept from running as well. What counts is the box as a whole: one in which any thread runs is not kept from running by that
     share of the time, so that processes which are in each other's way gain nothing.
     """
 
-    def __init__(self) -> None:
-        self.last: tuple[float, Usage] | None = None
+    def __init__(self, start: float) -> None:
+        self.start = self.at = start
+        self.last: Usage | None = None
+        self.unseen = 0.0
         self.elapsed = self.busy = self.waited = 0.0
 
     @property
     def kept(self) -> float:
         """Seconds in which something of the box waited for a core that others had."""
-        return max(0.0, min(self.waited, self.elapsed - self.busy))
+        return self.unseen + max(0.0, min(self.waited, self.elapsed - self.busy))
 
-    def look(self, now: float, seen: Usage) -> None:
-        if self.last is None:
-            self.last = now, seen
-        at, last = self.last
-        passed = now - at
+    @property
+    def own(self) -> float:
+        return self.at - self.start - self.kept
+
+    def look(self, now: float, seen: Usage | None) -> None:
+        """`seen` is None where the box could not be found: then it was not kept from anything."""
+        passed = now - self.at
         if passed <= 0:
             return
-        self.last = now, seen
+        last, self.at, self.last = self.last, now, seen
+        if last is None or seen is None:
+            if now - self.start == passed:
+                self.unseen = max(0.0, passed - 2 * LOOK_SECONDS)
+            return
         self.elapsed += passed
         self.busy += min(passed, max(0.0, seen.cpu_seconds - last.cpu_seconds))
         waited = [0.0]
