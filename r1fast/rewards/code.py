@@ -16,7 +16,7 @@ from typing import Any
 
 from r1fast.metrics import note, warn
 from r1fast.protocol import SPECIAL_TOKEN
-from r1fast.rewards.code_answer import extract_code
+from r1fast.rewards.code_answer import cpp_standard, extract_code
 from r1fast.rewards.code_problem import COLUMNS, MAX_CODE, CodeProblem, read_code_problem
 from r1fast.rewards.messages import column_of, message_text
 from r1fast.rewards.sandbox import Sandbox, SandboxInfo, TrialResult
@@ -171,10 +171,14 @@ class CodeReward:
             return self._decided(
                 GradedCode(extracted.verdict or "no_answer", None, 0.0, extracted.fault)
             )
-        return self.run(problem, extracted.answer)
+        return self.run(problem, extracted.answer, cpp_standard(extracted.tag))
 
-    def run(self, problem: CodeProblem, code: str) -> Future[GradedCode]:
-        """Run a program as it is. ValueError where a C++ problem meets a machine without g++."""
+    def run(self, problem: CodeProblem, code: str, standard: str = "c++17") -> Future[GradedCode]:
+        """Run a program as it is. ValueError where a C++ problem meets a machine without g++.
+
+        `standard` is what C++ is compiled as: c++17, c++20 or c++23, or the next lower one that the
+        compiler knows.
+        """
         try:
             size = len(code.encode("utf-8"))
         except UnicodeEncodeError:
@@ -194,7 +198,7 @@ class CodeReward:
             total_timeout=self.total_timeout,
             memory_mib=self.memory_mib,
             stop_early=not self.partial,
-        )
+        ) | {"standard": standard}
         graded: Future[GradedCode] = Future()
 
         def finish(done: Future[TrialResult]) -> None:

@@ -191,6 +191,8 @@ class Match:
     def compare(self, test):
         call = self.proxy(test["name"], test["result_from"])
         value = call(*test["args"], **test["kwargs"])
+        if self.job["json_args"]:
+            value = in_pairs(value, test["expected"])
         if not same(value, test["expected"], test["tolerance"]):
             raise AssertionError(f"got {shortened(value)}, not the expected value")
 
@@ -301,6 +303,15 @@ def same(value, expected, tolerance):
     return value == expected
 
 
+def in_pairs(value, expected):
+    """A map of C++ as a list of pairs where that is what is expected."""
+    if isinstance(value, dict) and isinstance(expected, list):
+        value = [[k, v] for k, v in value.items()]
+    if isinstance(value, list) and isinstance(expected, list) and len(value) == len(expected):
+        return [in_pairs(v, e) for v, e in zip(value, expected, strict=True)]
+    return value
+
+
 def shortened(value):
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -362,6 +373,11 @@ def text_of(value):
     raise Unsendable(f"a {name}", foreign=not returnable(value))
 
 
+def key(value):
+    """A pair or a vector as the key of a C++ map comes as a list."""
+    return tuple(map(key, value)) if isinstance(value, list) else value
+
+
 def decode(value):
     """The inverse of candidate.encode; ValueError or TypeError for what that never writes."""
     if isinstance(value, list):
@@ -372,7 +388,7 @@ def decode(value):
     if tag == "t":
         return tuple(decode(v) for v in inner)
     if tag in ("d", "Counter", "OrderedDict", "defaultdict"):
-        found = {decode(k): decode(v) for k, v in (pair["t"] for pair in inner)}
+        found = {key(decode(k)): decode(v) for k, v in (pair["t"] for pair in inner)}
         if tag == "d":
             return found
         home = sys.modules["collections"]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from r1fast.rewards.cpp_calls import cpp_mains
 from r1fast.rewards.program_output import same_output
 from r1fast.rewards.sandbox_box import Box, BoxFailure, Deadline
 from r1fast.rewards.sandbox_ladder import NUM_PROCESSES
@@ -47,14 +48,17 @@ async def run_trial(job: dict, pool: BoxPool, referee: Referee) -> Trial:
 
 
 def _load_message(job: dict, pool: BoxPool) -> str:
-    code = job["code"]
+    code, mains = job["code"], [""]
     if job["language"] == "cpp":
         code = f"{job['preamble']}\n{code}"
         if job["mode"] == "calls":
-            code = f'{_DRIVER.read_text()}#line 1 "main.cpp"\n{code}\n{_cpp_main(job)}'
+            mains = cpp_mains(job)
+            code = f'{_DRIVER.read_text()}#line 1 "main.cpp"\n{code}\n'
     message = {
         **{name: job[name] for name in ("mode", "language", "preamble", "limits")},
         "code": code,
+        "mains": mains,
+        "standard": job.get("standard") or "c++17",
         "alone": pool.rung.alone,
         # without a uid of its own a box counts its processes in its own user namespace
         "processes": NUM_PROCESSES
@@ -63,14 +67,6 @@ def _load_message(job: dict, pool: BoxPool) -> str:
         "compiler": pool.rung.host.compiler,
     }
     return ascii(message)
-
-
-def _cpp_main(job: dict) -> str:
-    owner, _, name = job["names"][0].rpartition(".")
-    if not owner and any(f"{kind} Solution" in job["code"] for kind in ("class", "struct")):
-        owner = "Solution"
-    target = f"{owner}::{name}" if owner else name
-    return f"#undef main\nint main() {{ return r1fast_candidate::serve_calls(&{target}); }}\n"
 
 
 async def _load(job: dict, box: Box, pool: BoxPool, trial: Trial, deadline: Deadline) -> bool:
