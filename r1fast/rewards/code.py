@@ -39,8 +39,11 @@ class GradedCode:
 class CodeReward:
     """Grades programs in Python and C++; thread safe, to be closed. Also a TRL reward function.
 
-    `timeout` is the seconds of one call or program (a problem's `time_limit` goes before it),
-    `total_timeout` those of all tests of a completion. `partial` scores the share of tests that pass and
+    `timeout` is the seconds of a core of one call or program (a problem's `time_limit` goes before
+    it); the clock's may be half as many again and 1 s. `total_timeout` is the seconds of the clock of
+    all tests of a completion, once it has a box. What a program is kept from running by others does
+    not count, up to four times these limits (more with more than two slots a core), where the verdict
+    is `error`. So an endless loop ends after `timeout` on quiet cores. `partial` scores the share of tests that pass and
     runs them all; else a completion is right as a whole, and the first failure ends its tests. What
     isolates the programs: see Sandbox; SandboxUnavailable at the first use where nothing can.
     """

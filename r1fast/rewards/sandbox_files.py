@@ -136,11 +136,12 @@ def holds_more(
 
 
 def _is_of(pid: int, uid: int | None) -> bool:
+    """Whether it runs as this user; one that ends has no memory any more, and hides by that."""
     try:
         status = status_of(pid)
     except OSError:
         return False
-    return status["State"][:1] not in "ZX" and status["Uid"].split()[0] == str(uid)
+    return "VmSize" in status and status["Uid"].split()[0] == str(uid)
 
 
 def _nameless(pid: int) -> Iterator[os.stat_result]:
