@@ -162,8 +162,8 @@ class Box:
         for wanted in (0, 1, 2, 3):
             os.dup2((10, 10, 11, 12)[wanted], wanted)
         os.closerange(3 if rung.name != "bwrap" else 4, 1 << 16)
-        # a trainer that was started with a higher priority does not give it to what it runs
-        os.setpriority(os.PRIO_PROCESS, 0, max(0, os.getpriority(os.PRIO_PROCESS, 0)))
+        # this process has the launcher's own priority, which may be a higher one
+        os.setpriority(os.PRIO_PROCESS, 0, rung.host.nice)
         if slot.uid is not None:
             os.setgroups([])
             os.setresgid(slot.uid, slot.uid, slot.uid)

@@ -54,6 +54,7 @@ class Host:
     landlock: bool
     why: dict[str, str] = field(default_factory=dict)  # a part that is missing: the reason
     lock: socket.socket | None = None  # holds the block of uids
+    nice: int = 0  # of boxes
 
     @property
     def shares_cores(self) -> bool:

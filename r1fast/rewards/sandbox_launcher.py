@@ -42,7 +42,9 @@ def main() -> None:
     """argv: the descriptor of the socket, the pid of whoever starts it, settings as JSON."""
     descriptor, parent, settings = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
     os.umask(0o077)
-    with contextlib.suppress(OSError):  # the clock of all boxes; they have ordinary priority
+    # a trainer that was started with a higher priority does not give it to what it runs
+    settings["nice"] = max(0, os.getpriority(os.PRIO_PROCESS, 0))
+    with contextlib.suppress(OSError):  # the clock of all boxes
         os.setpriority(os.PRIO_PROCESS, 0, -20)
     faulthandler.dump_traceback_later(100)  # a start that hangs says where; cancelled after it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -69,6 +71,7 @@ class Launcher:
         try:
             try:
                 host = look_around(self.settings["cgroups"])
+                host.nice = self.settings["nice"]
                 _end_strays(host)
                 rung, skipped = await self._climb(host)
             except NoSandbox as error:

@@ -182,7 +182,7 @@ class BoxPool:
                     continue
                 running = sum(thread.runnable for thread in seen[pid].threads.values())
                 nice = min(19, round(math.log(max(1, running), 1.25)))
-                if nice > box.slot.nice:
+                if nice > box.slot.nice and nice > self.rung.host.nice:
                     box.slot.nice = nice
                     lower(box.slot, seen[pid])
 
