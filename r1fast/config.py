@@ -163,8 +163,12 @@ class RewardConfig:
     math_timeout: float = 5.0  # seconds a verdict may take
     math_batch_timeout: float = 120.0  # seconds the verdicts of a call may take, together
     math_workers: int = 2  # processes that compare symbolic answers, started when needed
-    code_timeout: float = 4.0  # seconds of one test of a program, where the problem names none
-    code_total_timeout: float = 30.0  # of all tests of one program
+    # seconds of a core for one test of a program, where the problem names none; of the clock 1.5 times
+    # that and 1 s more. Time in which the program is kept from running by others does not count, up to
+    # 4 times the limit (more where there are more than 2 slots a core); then the verdict is error
+    code_timeout: float = 4.0
+    # seconds of the clock for all tests of one program, from when it has a box, counted likewise
+    code_total_timeout: float = 30.0
     code_memory_mib: int = 512  # of a program with all it starts
     code_partial: bool = False  # the share of tests that pass; false: all of them or nothing
     sandbox: Literal["auto", "bwrap", "namespaces", "rlimits"] = "auto"  # auto: the best there is

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,8 @@ from r1fast.protocol import join_completion
 from r1fast.rewards import CodeReward
 from r1fast.rewards.code import GradedCode, judged
 from r1fast.rewards.code_answer import extract_code, fenced_blocks
-from r1fast.rewards.code_problem import read_code_problem
+from r1fast.rewards.code_problem import MAX_CODE, read_code_problem
+from r1fast.rewards.cpp_calls import cpp_mains
 from r1fast.rewards.graders import check_problem
 from r1fast.rewards.program_output import same_output
 from r1fast.rewards.sandbox import SandboxUnavailable, TrialResult, find_compiler
@@ -453,6 +456,84 @@ int main() { return 3; }
     futures = [reward.run(read_code_problem(c), code) for c, code, _ in cases]
     for (_, code, expected), future in zip(cases, futures, strict=True):
         assert future.result().verdict == expected, (code, future.result())
+
+
+@needs_compiler
+def test_common_cpp_can_be_called(reward):
+    def problem(*pairs, **columns):
+        tests = [{"args": args, "expected": expected} for args, expected in pairs]
+        return {"tests": tests, "entry_point": "f", "programming_language": "cpp", **columns}
+
+    square, text = problem(([3], 9), ([-4], 16)), problem((["ab"], "ba"))
+    counts = problem(([{"a": 1}], {"a": 1}))
+    std = "using namespace std;\n"
+    reverse = "string r(s.rbegin(), s.rend()); return r; }"
+    cases = [
+        (counts, std + "map<string, int> f(map<string, int> m) { return m; }", "correct"),
+        (counts, std + "map<string, int> f(map<string, int> m) { m[\"b\"]; return m; }", "wrong"),
+        (problem(([{"1": 2}], {"1": 2})), std + "unordered_map<int, int> f(unordered_map<int, int>& m) { return m; }", "correct"),
+        (problem(([[1, 1]], [[1, 2]])), std + "map<int, int> f(vector<int> v) { map<int, int> m; for (int x : v) m[x]++; return m; }", "correct"),
+        (problem(([1], [[[1, 2], 3]])), std + "map<pair<int, int>, int> f(int n) { return {{{n, 2}, 3}}; }", "correct"),
+        ({"tests": ["assert f([1, 1, 2]) == {1: 2, 2: 1}"], "programming_language": "cpp"},
+         std + "map<int, int> f(vector<int> v) { map<int, int> m; for (int x : v) m[x]++; return m; }", "correct"),
+        (square, "// class Solution {\n/* struct Solution { */ int f(int n) { return n * n; }", "correct"),
+        (square, "struct SolutionHelper { int a; };\nint f(int n) { return n * n; }", "correct"),
+        (square, "class Solution { public: int g(int n) { return n; } };\nint f(int n) { return n * n; }", "correct"),
+        (square, "int f(int n);\nstruct Solution { int g() { return f(1); } };\nint f(int n) { return n * n; }", "correct"),
+        (square, "long long f(long long n) { return 0; }\nint f(int n) { return n * n; }", "correct"),
+        (square, "struct Solution { int f(int n) { return n * n; } int f(std::string s) { return 0; } };", "correct"),
+        (square, "template <class T> T f(T n) { return n * n; }", "correct"),
+        (square, "auto f = [](int n) { return n * n; };", "correct"),
+        (square, "auto f = [](auto n) { return n * n; };", "correct"),
+        (square, "std::function<int(int)> f = [](int n) { return n * n; };", "correct"),
+        (square, "#define int long long\nint f(int n) { return n * n; }\nsigned main() {}", "correct"),
+        (square, "template <class T> T f(T n) { return n + 6; }", "wrong"),
+        (square, "template <class T> T f(T n) { return n * ; }", "unparseable"),
+        (square, std + "int f(vector<int>&& v) { return v[0]; }", "wrong"),
+        (text, std + "string f(string_view s) { " + reverse, "correct"),
+        (text, std + "string f(string&& s) { " + reverse, "correct"),
+        (text, std + "string f(const char* p) { string s = p; " + reverse, "correct"),
+        (problem(([[2, 1]], 1), entry_point="distance"),
+         std + "int distance(vector<int> v) { return v[0] - v[1]; }", "correct"),
+    ]  # fmt: skip
+    futures = [reward.run(read_code_problem(columns), code) for columns, code, _ in cases]
+    for (_, code, expected), future in zip(cases, futures, strict=True):
+        assert future.result().verdict == expected, (code, future.result())
+
+
+@needs_compiler
+def test_the_tag_names_the_standard(reward):
+    problem = read_code_problem(
+        {"tests": [{"args": [3], "expected": 9}], "entry_point": "f", "programming_language": "cpp"}
+    )
+    code = "#include <concepts>\ntemplate <std::integral T> T g(T n) { return n * n; }\nint f(int n) { return g(n); }"
+    assert reward.grade(problem, f"```c++20\n{code}\n```").verdict == "correct"
+    assert reward.grade(problem, f"```cpp23\n{code}\n```").verdict == "correct"
+    assert reward.grade(problem, f"```cpp\n{code}\n```").verdict == "unparseable"
+
+
+def test_text_of_cpp_takes_linear_time():
+    for hostile in ("/*", 'R"(', "class Solution ", '"', "'", "f "):
+        start = time.process_time()
+        cpp_mains({"names": ["f"], "tests": [], "code": hostile * (MAX_CODE // len(hostile))})
+        assert time.process_time() - start < 2.0, hostile
+
+
+def test_a_forked_process_has_a_sandbox_of_its_own(reward):
+    problem = read_code_problem(ADD)
+    assert reward.run(problem, "def add(a, b): return a + b").result().verdict == "correct"
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            future = reward.run(problem, "def add(a, b): return b + a")
+            status = int(future.result(timeout=60).verdict != "correct")
+            reward.sandbox.close()
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert verdict(reward, ADD, "def add(a, b): return a + b") == "correct"
+    assert reward.sandbox.num_restarts == 0, "the parent's is as it was"
 
 
 def test_a_missing_compiler_is_said(reward, monkeypatch):

@@ -1,20 +1,26 @@
 """The sandbox of code rewards: attacks are judged from outside, on every rung that this machine has."""
 
+import asyncio
 import contextlib
+import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from r1fast.rewards.code_problem import read_code_problem
 from r1fast.rewards.sandbox import Sandbox, SandboxUnavailable, find_compiler
+from r1fast.rewards.sandbox_box import Box, BoxStarved, Deadline
 from r1fast.rewards.sandbox_filter import DENIED, seccomp_program
+from r1fast.rewards.sandbox_usage import LOOK_SECONDS, Meter, Thread, Usage
 
 ROOT = Path(__file__).parents[1]
 ATTACKS = json.loads((ROOT / "tests/fixtures/sandbox_attacks.json").read_text())
@@ -357,8 +363,6 @@ sys.stdin.read()
 @pytest.mark.parametrize("name", ["bwrap", "namespaces", "rlimits"])
 @pytest.mark.parametrize("also_launcher", [False, True])
 def test_kill_9_leaves_no_orphans(name, also_launcher):
-    if name == "rlimits" and also_launcher:
-        pytest.skip("without namespaces the next launcher ends what two SIGKILLs left")
     rung(name, num_slots=1).close()
     trainer = subprocess.Popen(
         [sys.executable, "-c", CHILD, name],
@@ -380,8 +384,183 @@ def test_kill_9_leaves_no_orphans(name, also_launcher):
         os.kill(launcher, signal.SIGKILL)
     trainer.wait()
     assert until(lambda: not running(everything), 10), running(everything)
+    assert until(lambda: not list(Path("/tmp").glob(f"r1fast-boxes-{launcher}-*")))
     trainer.stdin.close()
     trainer.stdout.close()
+
+
+def test_folders_of_killed_launchers_go_when_the_next_one_starts():
+    done = subprocess.Popen(["/bin/true"])
+    done.wait()
+    stale, held = (Path(f"/tmp/r1fast-boxes-{done.pid}-{name}") for name in ("stale", "held"))
+    for folder in (stale, held):
+        (folder / "box").mkdir(parents=True)
+    lock = os.open(held, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # as a launcher in another container has it
+    try:
+        with rung("rlimits", num_slots=1):
+            assert not stale.exists()
+            assert held.exists()
+    finally:
+        os.close(lock)
+        shutil.rmtree(held)
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+# what one box does to the others
+
+SPINNERS = """
+import os
+for _ in range(58):
+    if os.fork() == 0:
+        try: os.setsid()
+        except OSError: pass
+        while True: pass
+while True: pass
+"""
+WORK = "s = 0\nfor i in range(6_000_000): s += i * i % 7\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "cgroups"), [("bwrap", True), ("bwrap", False), ("rlimits", False)]
+)
+def test_a_program_with_many_processes_does_not_make_others_late(name, cgroups):
+    calls = read_code_problem(
+        {"tests": [{"args": [3], "expected": 9}], "entry_point": "f", "time_limit": 3}
+    )
+    body = "".join(f"    {line}\n" for line in WORK.splitlines())
+    function = calls.job(f"def f(n):\n{body}    return n * n", **LIMITS)
+    with rung(name, num_slots=4, cgroups=cgroups) as sandbox:
+        attackers = [sandbox.submit(program(SPINNERS, time_limit=8)) for _ in range(3)]
+        time.sleep(0.5)
+        for job in (function, program(WORK + "print('fine')", output="fine", time_limit=3)):
+            result = sandbox.submit(job).result()
+            assert (outcome(result), result.error) == (["pass"], "")
+            assert not any(future.done() for future in attackers), "they were to be in the way"
+        if not cgroups:  # each of n weighs an nth, where the scheduler does not group by session
+            pids = set(slot_processes()) & set(family(sandbox._launcher._process.pid))
+            nice = [os.getpriority(os.PRIO_PROCESS, pid) for pid in running(pids)]
+            assert sum(n >= 15 for n in nice) >= 3 * 59, nice
+
+
+def seen(cpu, **threads):
+    return Usage(cpu_seconds=cpu, threads={k: Thread(*t) for k, t in threads.items()})
+
+
+def test_the_clock_of_a_box():
+    def own(*looks):
+        meter = Meter(0.0)
+        for at, cpu, threads in looks:
+            meter.look(at, seen(cpu, **threads))
+        return meter.own, meter.busy
+
+    asleep = own((1.0, 0, {"a": (0, 0, False)}), (9.0, 0, {"a": (0, 0, False)}))
+    assert asleep == (pytest.approx(8 + 2 * LOOK_SECONDS), 0), "before the first look: a moment"
+    # it has run for a second, waited for six, and slept for one
+    waited = own((0.1, 0, {"a": (0, 0, True)}), (8.1, 1, {"a": (1, 6, False)}))
+    assert waited == (pytest.approx(2.1), pytest.approx(1))
+    # the kernel counts a wait when it ends
+    waits = own((0.1, 0, {"a": (0, 0, True)}), (8.1, 0, {"a": (0, 0, True)}))
+    assert waits == (pytest.approx(0.1), 0)
+    # two of its own processes wait for each other: the box runs all the time
+    itself = own(
+        (0.1, 0, {"a": (0, 0, True), "b": (0, 0, True)}),
+        (8.1, 8, {"a": (4, 4, True), "b": (4, 4, True)}),
+    )
+    assert itself == (pytest.approx(8.1), pytest.approx(8))
+    # a kernel that does not say how long: who is runnable, and has not had the core
+    unknown = own((0.1, 0, {"a": (0, None, True)}), (8.1, 2, {"a": (2, None, True)}))
+    assert unknown == (pytest.approx(2.1), pytest.approx(2))
+    gone = Meter(0.0)
+    gone.look(0.1, None)
+    gone.look(5.0, None)
+    assert gone.own == pytest.approx(5.0)
+
+
+def test_a_box_that_never_has_a_core_is_our_failure():
+    """Nothing that it did: `error` where even patience ends, and not `timeout`."""
+
+    class Census:
+        interval, seen = 0.01, {}
+
+        def look(self):  # runnable, and never runs
+            at = time.monotonic()
+            return at, {box.pid: seen(0.0, a=(0.0, 0.0, True))}
+
+    async def wait(nice):
+        box.slot.nice = nice
+        box.reader = asyncio.StreamReader()
+        return await box.read_answer(0.2, 1.0, Deadline.within(10.0, 4.0))
+
+    box = Box(SimpleNamespace(nice=0, uid=None), Census(), 4.0)
+    start = time.monotonic()
+    with pytest.raises(BoxStarved, match=r"the machine was too busy: 0\.0 s of a core in 0\.8 s"):
+        asyncio.run(wait(0))
+    assert time.monotonic() - start >= 0.8
+    # where its own processes are why
+    assert asyncio.run(wait(18)) is None
+
+
+def test_time_in_the_queue_does_not_count():
+    limits = {**LIMITS, "timeout": 0.5, "total_timeout": 1.0}
+    job = read_code_problem({"tests": [{"input": "", "output": "fine"}]}).job
+    with rung("auto", num_slots=1) as sandbox:
+        slow = [sandbox.submit(job("import time; time.sleep(9)", **limits)) for _ in range(3)]
+        after = sandbox.submit(job("print('fine')", **limits))
+        assert outcome(after.result()) == ["pass"]
+        assert [outcome(future.result()) for future in slow] == [["timeout"]] * 3
+
+
+# the lower rungs have the host's file system
+
+WRITERS = {
+    "files": "open(f'f{i}', 'wb').write(block)",
+    "files without a name": "f = open('f', 'wb', 0); os.unlink('f'); kept.append(f); f.write(block)",
+    "mapped files": "f = open('f', 'w+b'); f.write(block); f.flush(); os.unlink('f')\n"
+    "    kept.append(mmap.mmap(f.fileno(), 0)); f.close()",
+    "deep folders": "os.mkdir('d'); os.chdir('d'); open('f', 'wb').write(block)",
+}
+
+
+@pytest.mark.parametrize("way", list(WRITERS))
+def test_files_are_bounded_without_a_file_system_of_their_own(way):
+    code = f"""
+import mmap, os, time
+kept, block = [], bytes(10 << 20)
+for i in range(40):
+    {WRITERS[way]}
+    time.sleep(0.05)
+print('DONE')
+"""
+    with rung("rlimits", num_slots=1, num_spare=0) as sandbox:
+        result = sandbox.submit(program(code, time_limit=20)).result()
+        assert (outcome(result), result.outputs) == (["wrong"], [])
+        assert result.tests[0]["why"] == "it took its box down"
+        small = code.replace("range(40)", "range(4)")
+        assert sandbox.submit(program(small, output="DONE")).result().outputs == ["ok: DONE\n"]
+
+
+@pytest.mark.parametrize("name", ["bwrap", "rlimits"])
+def test_no_word_to_the_host_and_no_other_priority(host, name):
+    code = """
+import asyncio, os, socket
+def failure(work, *args):
+    try: return work(*args)
+    except OSError as error: return error.errno
+one, other = socket.socketpair()
+other.close()
+path, abstract = '/tmp/r1fast_probe/u.sock', chr(0) + 'lababs'
+print([failure(socket.socketpair, socket.AF_UNIX, kind) for kind in (socket.SOCK_DGRAM, socket.SOCK_SEQPACKET)],
+      [failure(one.connect, to) for to in (path, abstract)], failure(one.bind, 'x'),
+      [failure(one.sendto, b'x', to) is not None for to in (path, abstract)],
+      failure(os.nice, 5), failure(os.sched_setscheduler, 0, os.SCHED_IDLE, os.sched_param(0)),
+      failure(os.setsid), asyncio.run(asyncio.sleep(0, 'asyncio')))
+"""
+    said = "[1, 1] [1, 1] 1 [True, True] 1 1 1 asyncio"
+    with rung(name, num_slots=1) as sandbox:
+        result = sandbox.submit(program(code, output=said)).result()
+    assert result.outputs == [f"ok: {said}\n"]
+    assert host.connections() == 0
 
 
 def test_a_killed_launcher_is_an_error_and_the_next_job_has_a_new_one():

@@ -23,7 +23,8 @@ SOURCES = {  # what a verdict of each kind depends on, under r1fast/
              "rewards/program_output.py", "rewards/sandbox.py", "rewards/sandbox_box.py",
              "rewards/sandbox_cgroup.py", "rewards/sandbox_filter.py", "rewards/sandbox_ladder.py",
              "rewards/sandbox_launcher.py", "rewards/sandbox_pool.py", "rewards/sandbox_trial.py",
-             "rewards/sandbox_usage.py", "rewards/confine.py", "rewards/messages.py"),
+             "rewards/sandbox_usage.py", "rewards/sandbox_files.py", "rewards/cpp_calls.py",
+             "rewards/confine.py", "rewards/messages.py"),
     "qa": (*_ALL, *_CHAT, "rewards/judge.py"),
     "open": (*_ALL, *_CHAT, "rewards/pairwise.py"),
 }  # fmt: skip

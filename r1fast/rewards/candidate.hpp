@@ -20,11 +20,15 @@
 #include <sstream>
 #include <stack>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <unordered_map>
 #include <unordered_set>
 #include <utility>
 #include <vector>
+#if __cplusplus > 201703L
+#include <span>
+#endif
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -119,13 +123,26 @@ template <class C> auto read(Reader& r, C& v) -> std::enable_if_t<!std::is_arith
 template <class T> struct Element { using type = T; };  // the keys of a map are const in it
 template <class A, class B> struct Element<std::pair<const A, B>> { using type = std::pair<A, B>; };
 
+// with one value for a key: map, unordered_map
+template <class C, class = void> struct IsMap : std::false_type {};
+template <class C> struct IsMap<C, std::void_t<typename C::mapped_type, decltype(std::declval<C&>().at(std::declval<const typename C::key_type&>()))>> : std::true_type {};
+
+template <class K> void read_key(Reader& r, K& v) {
+    r.skip();
+    // the keys of a JSON object are strings
+    bool quoted = std::is_arithmetic_v<K> && !std::is_same_v<K, char> && r.take('"');
+    read(r, v);
+    if (quoted) r.need('"');
+}
+
 template <class C> auto read(Reader& r, C& v) -> std::enable_if_t<!std::is_arithmetic_v<C>, decltype(v.begin(), void(v.end()))> {
     v.clear();
     r.need('[');
     if (r.take(']')) return;
     do {
         typename Element<typename C::value_type>::type item{};
-        read(r, item);
+        if constexpr (IsMap<C>::value) { r.need('['); read_key(r, item.first); r.need(','); read(r, item.second); r.need(']'); }
+        else read(r, item);
         v.insert(v.end(), std::move(item));
     } while (r.take(','));
     r.need(']');
@@ -160,6 +177,7 @@ inline void write(std::string& out, const std::string& v) {
     out += '"';
 }
 inline void write(std::string& out, const char* v) { write(out, std::string(v)); }
+inline void write(std::string& out, std::string_view v) { write(out, std::string(v)); }
 inline void write(std::string& out, char v) { write(out, std::string(1, v)); }
 
 template <class T> std::enable_if_t<std::is_arithmetic_v<T>> write(std::string& out, T v) {
@@ -180,14 +198,16 @@ template <class T> void write(std::string& out, const std::optional<T>& v) {
     else out += "null";
 }
 template <class C> auto write(std::string& out, const C& v) -> std::enable_if_t<!std::is_arithmetic_v<C>, decltype(v.begin(), void(v.end()))> {
-    out += '[';
+    out += IsMap<C>::value ? "{\"d\":[" : "[";
     bool first = true;
     for (const auto& item : v) {
         if (!first) out += ',';
         first = false;
-        write(out, typename C::value_type(item));
+        if constexpr (IsMap<C>::value) {
+            out += "{\"t\":"; write(out, item); out += '}';
+        } else write(out, std::remove_cv_t<typename C::value_type>(item));
     }
-    out += ']';
+    out += IsMap<C>::value ? "]}" : "]";
 }
 template <class A, class B> void write(std::string& out, const std::pair<A, B>& v) {
     out += '['; write(out, v.first); out += ','; write(out, v.second); out += ']';
@@ -199,14 +219,29 @@ template <class... T> void write(std::string& out, const std::tuple<T...>& v) {
     out += ']';
 }
 
+// What holds an argument of a parameter's type: views need something to look at.
+template <class T> struct Stored { using type = T; };
+template <> struct Stored<std::string_view> { using type = std::string; };
+template <> struct Stored<const char*> { using type = std::string; };
+#if __cplusplus > 201703L
+template <class T> struct Stored<std::span<T>> { using type = std::vector<std::remove_cv_t<T>>; };
+#endif
+
+template <class A, class S> decltype(auto) given(S& arg) {
+    if constexpr (std::is_same_v<std::decay_t<A>, const char*>) return arg.c_str();
+    else if constexpr (std::is_rvalue_reference_v<A>) return std::move(arg);
+    else return (arg);
+}
+
 template <class Call, class R, class... A> std::string answer(Call call, const char* text, int result_from) {
-    std::tuple<std::decay_t<A>...> args;
+    std::tuple<typename Stored<std::decay_t<A>>::type...> args;
     Reader reader{text};
     read(reader, args);
     std::string out;
-    if constexpr (std::is_void_v<R>) std::apply(call, args);
+    auto run = [&](auto&... item) -> R { return call(given<A>(item)...); };
+    if constexpr (std::is_void_v<R>) std::apply(run, args);
     else {
-        R value = std::apply(call, args);
+        R value = std::apply(run, args);
         if (result_from < 0) write(out, static_cast<const std::decay_t<R>&>(value));
     }
     if (result_from >= 0) {
@@ -251,16 +286,33 @@ template <class R, class... A> int serve_calls(R (*f)(A...)) {
 template <class C, class R, class... A> int serve_calls(R (C::*f)(A...)) {
     return serve([f](const char* text, int from) {
         auto object = std::make_unique<C>();
-        auto call = [&](auto&... args) -> R { return ((*object).*f)(args...); };
+        auto call = [&](auto&&... args) -> R { return ((*object).*f)(std::forward<decltype(args)>(args)...); };
         return answer<decltype(call), R, A...>(call, text, from);
     });
 }
 template <class C, class R, class... A> int serve_calls(R (C::*f)(A...) const) {
     return serve([f](const char* text, int from) {
         auto object = std::make_unique<C>();
-        auto call = [&](auto&... args) -> R { return ((*object).*f)(args...); };
+        auto call = [&](auto&&... args) -> R { return ((*object).*f)(std::forward<decltype(args)>(args)...); };
         return answer<decltype(call), R, A...>(call, text, from);
     });
+}
+
+// An object that can be called: a lambda, a std::function.
+template <class F, class R, class... A> int serve_object(F* f, R (F::*)(A...) const) {
+    return serve([f](const char* text, int from) { return answer<F&, R, A...>(*f, text, from); });
+}
+template <class F, class R, class... A> int serve_object(F* f, R (F::*)(A...)) {
+    return serve([f](const char* text, int from) { return answer<F&, R, A...>(*f, text, from); });
+}
+template <class F> auto serve_calls(F* f) -> decltype(serve_object(f, &F::operator())) {
+    return serve_object(f, &F::operator());
+}
+
+// Whatever takes arguments of these types: an overloaded function, a template.
+template <class... A, class Call> int serve_typed(Call call) {
+    using R = decltype(call(std::declval<A&>()...));
+    return serve([call](const char* text, int from) { return answer<Call, R, A&...>(call, text, from); });
 }
 
 }  // namespace r1fast_candidate

@@ -16,7 +16,7 @@ from typing import Any
 
 from r1fast.metrics import note, warn
 from r1fast.protocol import SPECIAL_TOKEN
-from r1fast.rewards.code_answer import extract_code
+from r1fast.rewards.code_answer import cpp_standard, extract_code
 from r1fast.rewards.code_problem import COLUMNS, MAX_CODE, CodeProblem, read_code_problem
 from r1fast.rewards.messages import column_of, message_text
 from r1fast.rewards.sandbox import Sandbox, SandboxInfo, TrialResult
@@ -39,8 +39,11 @@ class GradedCode:
 class CodeReward:
     """Grades programs in Python and C++; thread safe, to be closed. Also a TRL reward function.
 
-    `timeout` is the seconds of one call or program (a problem's `time_limit` goes before it),
-    `total_timeout` those of all tests of a completion. `partial` scores the share of tests that pass and
+    `timeout` is the seconds of a core of one call or program (a problem's `time_limit` goes before
+    it); the clock's may be half as many again and 1 s. `total_timeout` is the seconds of the clock of
+    all tests of a completion, once it has a box. What a program is kept from running by others does
+    not count, up to four times these limits (more with more than two slots a core), where the verdict
+    is `error`. So an endless loop ends after `timeout` on quiet cores. `partial` scores the share of tests that pass and
     runs them all; else a completion is right as a whole, and the first failure ends its tests. What
     isolates the programs: see Sandbox; SandboxUnavailable at the first use where nothing can.
     """
@@ -177,10 +180,14 @@ class CodeReward:
             return self._decided(
                 GradedCode(extracted.verdict or "no_answer", None, 0.0, extracted.fault)
             )
-        return self.run(problem, extracted.answer)
+        return self.run(problem, extracted.answer, cpp_standard(extracted.tag))
 
-    def run(self, problem: CodeProblem, code: str) -> Future[GradedCode]:
-        """Run a program as it is. ValueError where a C++ problem meets a machine without g++."""
+    def run(self, problem: CodeProblem, code: str, standard: str = "c++17") -> Future[GradedCode]:
+        """Run a program as it is. ValueError where a C++ problem meets a machine without g++.
+
+        `standard` is what C++ is compiled as: c++17, c++20 or c++23, or the next lower one that the
+        compiler knows.
+        """
         try:
             size = len(code.encode("utf-8"))
         except UnicodeEncodeError:
@@ -200,7 +207,7 @@ class CodeReward:
             total_timeout=self.total_timeout,
             memory_mib=self.memory_mib,
             stop_early=not self.partial,
-        )
+        ) | {"standard": standard}
         graded: Future[GradedCode] = Future()
 
         def finish(done: Future[TrialResult]) -> None:

@@ -9,7 +9,10 @@ from r1fast.rewards.math import Extracted
 
 TAGS = {
     "python": frozenset({"", "python", "python3", "py", "py3", "python 3"}),
-    "cpp": frozenset({"", "cpp", "c++", "cc", "cxx", "c++11", "c++14", "c++17", "c++20", "cpp17"}),
+    "cpp": frozenset(
+        ["", "cpp", "c++", "cc", "cxx"]
+        + [f"{c}{year}" for c in ("c++", "cpp") for year in ("11", "14", "17", "20", "2a", "23")]
+    ),
 }
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*([^`\n]*)$", re.MULTILINE)
 
@@ -47,7 +50,14 @@ def extract_code(
     if not blocks and not bare:
         return Extracted(None, "no fenced block")
     code = fitting[-1] if blocks else region
-    return Extracted(code, "") if code.strip() else Extracted(None, "an empty block")
+    tag = next(t for t, c in reversed(blocks) if c is code) if blocks else ""
+    return Extracted(code, tag=tag) if code.strip() else Extracted(None, "an empty block")
+
+
+def cpp_standard(tag: str) -> str:
+    """What code with this tag is compiled as."""
+    year = tag[-2:]
+    return "c++23" if year == "23" else "c++20" if year in ("20", "2a") else "c++17"
 
 
 def fenced_blocks(text: str) -> tuple[list[tuple[str, str]], bool]:

@@ -70,6 +70,7 @@ class Extracted:
 
     answer: str | None
     fault: str = ""
+    tag: str = ""  # of the fenced block that it stood in
 
     @property
     def verdict(self) -> Verdict | None:

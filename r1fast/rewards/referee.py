@@ -5,7 +5,7 @@ are proxies that pass a call's arguments out as literals and take a literal back
 frame or descriptor of the candidate's ever meets a test. One process stays warm and forks for each
 verdict: descriptor 0 is a socket over which it gets the socket of the next one.
 
-    in:  {setup, tests, names, check, stop_early, cpu, wall, think, memory, json_args}, then answers
+    in:  {setup, tests, names, check, stop_early, cpu, think, memory, json_args}, then answers
     out: {call, name, args, result_from}; {test, outcome, share, why} for each test; {done, error}
     answers: {said: what the candidate wrote} | {gone: timeout | wrong, why}, the launcher's own
     said:    {id, value} | {id, raised, text} | {id, refused}; nothing else in it counts
@@ -86,7 +86,7 @@ def limit(job):
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
-    signal.setitimer(signal.ITIMER_REAL, job["think"])  # unhandled: it ends the process
+    signal.setitimer(signal.ITIMER_PROF, job["think"])  # unhandled: it ends the process
 
 
 def described(error):
@@ -191,6 +191,8 @@ class Match:
     def compare(self, test):
         call = self.proxy(test["name"], test["result_from"])
         value = call(*test["args"], **test["kwargs"])
+        if self.job["json_args"]:
+            value = in_pairs(value, test["expected"])
         if not same(value, test["expected"], test["tolerance"]):
             raise AssertionError(f"got {shortened(value)}, not the expected value")
 
@@ -208,12 +210,11 @@ class Match:
             self.send(
                 {"call": self.num_calls, "name": name, "args": text, "result_from": result_from}
             )
-            signal.setitimer(signal.ITIMER_REAL, self.job["wall"])
             line = self.lines.readline()
             if not line:
                 os._exit(1)
             # a value may make a test compute for ever
-            signal.setitimer(signal.ITIMER_REAL, self.job["think"])
+            signal.setitimer(signal.ITIMER_PROF, self.job["think"])
             return self.outcome(json.loads(line))
 
         candidate.__name__ = candidate.__qualname__ = name
@@ -302,6 +303,15 @@ def same(value, expected, tolerance):
     return value == expected
 
 
+def in_pairs(value, expected):
+    """A map of C++ as a list of pairs where that is what is expected."""
+    if isinstance(value, dict) and isinstance(expected, list):
+        value = [[k, v] for k, v in value.items()]
+    if isinstance(value, list) and isinstance(expected, list) and len(value) == len(expected):
+        return [in_pairs(v, e) for v, e in zip(value, expected, strict=True)]
+    return value
+
+
 def shortened(value):
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -363,6 +373,11 @@ def text_of(value):
     raise Unsendable(f"a {name}", foreign=not returnable(value))
 
 
+def key(value):
+    """A pair or a vector as the key of a C++ map comes as a list."""
+    return tuple(map(key, value)) if isinstance(value, list) else value
+
+
 def decode(value):
     """The inverse of candidate.encode; ValueError or TypeError for what that never writes."""
     if isinstance(value, list):
@@ -373,7 +388,7 @@ def decode(value):
     if tag == "t":
         return tuple(decode(v) for v in inner)
     if tag in ("d", "Counter", "OrderedDict", "defaultdict"):
-        found = {decode(k): decode(v) for k, v in (pair["t"] for pair in inner)}
+        found = {key(decode(k)): decode(v) for k, v in (pair["t"] for pair in inner)}
         if tag == "d":
             return found
         home = sys.modules["collections"]

@@ -67,10 +67,13 @@ class TrialResult:
 class Sandbox:
     """A launcher and its boxes; thread safe, starts when first needed, to be closed.
 
+    A process that is forked off has a launcher of its own when it first needs one.
+
     `num_slots` is how many boxes run at once (0: two for each usable core, at least 4, so that one
     slow program holds nobody up), `num_spare` how many are kept ready. `rung` is "auto" or a name
     from sandbox_ladder.RUNGS. `cgroups=False` leaves control groups alone, as a machine without them
-    does: then the launcher looks at the boxes' memory ten times a second. Without any isolation the first use raises SandboxUnavailable, unless
+    does: then the launcher looks at the boxes' memory ten times a second, and gives boxes with many
+    processes a lower priority. Without any isolation the first use raises SandboxUnavailable, unless
     `allow_unsafe` is set.
     """
 
@@ -102,7 +105,7 @@ class Sandbox:
             "memory_bytes": memory_bytes,
             "cgroups": cgroups,
         }
-        self._lock = threading.Lock()
+        self._lock, self._pid = threading.Lock(), os.getpid()
         self._launcher: _LauncherProcess | None = None
         self._closed = False
         self.num_restarts = 0  # launchers that ended by themselves
@@ -122,6 +125,9 @@ class Sandbox:
         return self._running().submit(job)
 
     def _running(self) -> _LauncherProcess:
+        if self._pid != os.getpid():  # a fork: the launcher and the thread are its parent's
+            self._lock, self._pid = threading.Lock(), os.getpid()
+            self._launcher = None
         with self._lock:
             if self._closed:
                 raise RuntimeError("the sandbox is closed")
@@ -167,7 +173,7 @@ class _LauncherProcess:
         )  # fmt: skip
         theirs.close()
         self._socket = ours
-        self._finalizer = weakref.finalize(self, _end, self._process, ours)
+        self._finalizer = weakref.finalize(self, _end, self._process, ours, os.getpid())
         self._lines = ours.makefile("r", encoding="ascii", newline="\n")
         try:
             ours.settimeout(_START_TIMEOUT)
@@ -249,8 +255,10 @@ def _read_results(
         future.set_result(TrialResult(error="the sandbox's launcher has ended"))
 
 
-def _end(process: subprocess.Popen, control: socket.socket) -> None:
+def _end(process: subprocess.Popen, control: socket.socket, owner: int) -> None:
     """The launcher ends its boxes when its socket does; it is given a moment for that."""
+    if os.getpid() != owner:  # a fork leaves
+        return
     try:
         control.shutdown(socket.SHUT_RDWR)
     except OSError:

@@ -13,14 +13,16 @@ import signal
 import socket
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from r1fast.rewards.sandbox_cgroup import Cgroup
+from r1fast.rewards.sandbox_files import kill_user, sweep_files
 from r1fast.rewards.sandbox_ladder import NUM_PROCESSES, TMPFS_BYTES, Rung
-from r1fast.rewards.sandbox_usage import usage
+from r1fast.rewards.sandbox_usage import Census, Meter, Usage
 
 MAX_LINE = 8 << 20  # bytes of a message from a box
-PATIENCE = 4
+MIN_PATIENCE = 4.0
 START_TIMEOUT = 20.0  # seconds, on a machine that is busy with other things
 HARD_MEMORY = 8 << 30  # what a box may set its own limits up to
 _KEPT_MEMORY = 96 << 20  # of a box beside its program: the harness, bubblewrap, files
@@ -34,6 +36,27 @@ _BOOT = (
 
 class BoxFailure(Exception):
     """A box that did not start: ours, not the candidate's."""
+
+
+class BoxStarved(BoxFailure):
+    """A box that had too little of a core to tell whether it was late."""
+
+
+@dataclass(slots=True)
+class Deadline:
+    """Of all that a candidate does, by its boxes' clock: moves on while they are kept from running."""
+
+    at: float
+    last: float  # ends all, whatever was the matter
+
+    @classmethod
+    def within(cls, seconds: float, patience: float) -> Deadline:
+        now = asyncio.get_running_loop().time()
+        return cls(now + seconds, now + patience * seconds)
+
+    @property
+    def left(self) -> float:
+        return min(self.at, self.last) - asyncio.get_running_loop().time()
 
 
 class Program:
@@ -59,6 +82,7 @@ class Slot:
         first = rung.host.first_uid
         self.uid = None if first is None or rung.name == "unsafe" else first + index
         self.cgroup: Cgroup | None = None
+        self.nice = 0  # what even_out() gave the box that is there
         self.memory_bytes = 0
         self._limit_memory(memory_bytes)
 
@@ -86,12 +110,18 @@ class Slot:
 class Box:
     """A running box."""
 
-    def __init__(self, slot: Slot):
-        self.slot = slot
+    def __init__(self, slot: Slot, census: Census, patience: float):
+        self.slot, self.census, self.patience = slot, census, patience
+        slot.nice = 0
         self.pid = 0
         self.folder = ""
         self.dead = asyncio.Event()
         self.kept: socket.socket | None = None
+
+    @property
+    def lone_uid(self) -> int | None:
+        """A uid that only its processes have."""
+        return self.slot.uid
 
     def start(self, program: Program) -> None:
         """Fork and execute. No Python runs in the child but what stands in `_become`."""
@@ -132,8 +162,8 @@ class Box:
         for wanted in (0, 1, 2, 3):
             os.dup2((10, 10, 11, 12)[wanted], wanted)
         os.closerange(3 if rung.name != "bwrap" else 4, 1 << 16)
-        # a trainer that was started with a higher priority does not give it to what it runs
-        os.setpriority(os.PRIO_PROCESS, 0, max(0, os.getpriority(os.PRIO_PROCESS, 0)))
+        # this process has the launcher's own priority, which may be a higher one
+        os.setpriority(os.PRIO_PROCESS, 0, rung.host.nice)
         if slot.uid is not None:
             os.setgroups([])
             os.setresgid(slot.uid, slot.uid, slot.uid)
@@ -192,23 +222,44 @@ class Box:
         except (ValueError, OSError):
             return b""
 
-    async def read_answer(self, wall: float, cpu: float, until: float) -> bytes | None:
-        """`read_line`, with patience for what has had too little of a core.
+    async def read_answer(self, wall: float, cpu: float, deadline: Deadline) -> bytes | None:
+        """`read_line`, by the box's own clock; BoxStarved where the machine had no core for it.
 
-        On a machine that is busy with other things a program that would be right in time is not late
-        as long as it has run for less than `cpu` seconds: it is waited for up to PATIENCE times
-        `wall`. One that sleeps is late at once. `until` is the loop's time at which all ends.
+        Late is what has been waited for `wall` seconds, or has had `cpu` seconds of a core. Time in
+        which the box wanted a core that others had does not count, here and for `deadline`, up to
+        `patience` times as much in all.
         """
-        loop = asyncio.get_running_loop()
-        for turn in range(1, PATIENCE + 1):
-            line = await self.read_line(min(wall, max(0.0, until - loop.time())))
-            if line is not None or loop.time() >= until:
-                return line
-            spent = usage([self.pid])[self.pid].cpu_seconds
-            # what earlier calls took counts too: patience is for the whole of a box's life
-            if spent >= cpu or spent < 0.1 * wall * turn:
-                return None
-        return None
+        start = asyncio.get_running_loop().time()
+        meter = Meter(start)
+        room = min(wall, deadline.at - start)
+        last = min(start + self.patience * wall, deadline.last)
+        try:
+            while meter.own < room and meter.busy < cpu:
+                now = asyncio.get_running_loop().time()
+                if now >= last:
+                    if self.slot.nice or self._has_yielded():  # its own doing
+                        return None
+                    raise BoxStarved(
+                        f"the machine was too busy: {meter.busy:.1f} s of a core in {now - start:.1f} s"
+                    )
+                line = await self.read_line(
+                    min(self.census.interval, max(room - meter.own, 0.02), last - now)
+                )
+                if line is not None:
+                    return line
+                seen_at, seen = self.census.look()
+                meter.look(seen_at, seen.get(self.pid))
+            return None
+        finally:
+            deadline.at += meter.kept
+
+    def _has_yielded(self) -> bool:
+        """Whether it gave its session a lower priority, which a file can do."""
+        for pid in self.census.seen[self.pid].pids if self.pid in self.census.seen else ():
+            with contextlib.suppress(OSError):
+                if not Path(f"/proc/{pid}/autogroup").read_text().rstrip().endswith(" nice 0"):
+                    return True
+        return False
 
     def complaint(self) -> str:
         with contextlib.suppress(OSError):
@@ -230,7 +281,7 @@ class Box:
             os.close(self.diagnosis)
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
-            sweep_files(self.slot.uid)
+            sweep_files(self.slot.rung.shared, self.slot.uid)
 
     def _left(self) -> bool:
         return self.slot.cgroup is not None and bool(self.slot.cgroup.members())
@@ -246,33 +297,26 @@ def kill_tree(pid: int, slot: Slot, dead: bool) -> None:
             with contextlib.suppress(OSError):
                 os.kill(member, signal.SIGKILL)
     if slot.rung.name == "rlimits" and slot.uid is not None:
-        child = os.fork()
-        if child == 0:
-            try:
-                os.setresuid(slot.uid, slot.uid, slot.uid)
-                os.kill(-1, signal.SIGKILL)
-            finally:
-                os._exit(0)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(child, 0)
+        kill_user(slot.uid)
     elif slot.rung.name == "unsafe":
         with contextlib.suppress(OSError):
             os.killpg(pid, signal.SIGKILL)
 
 
-def sweep_files(uid: int | None) -> None:
-    """Without a private /tmp (and without Landlock) a program can leave files in shared folders."""
-    if uid is None:
+def lower(slot: Slot, seen: Usage) -> None:
+    """Give all that runs in a box the priority `slot.nice`."""
+    if slot.uid is not None:  # at once, so that nothing forks away from it
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_USER, slot.uid, slot.nice)
         return
-    for folder in ("/tmp", "/var/tmp", "/dev/shm"):
-        with contextlib.suppress(OSError), os.scandir(folder) as entries:
-            for entry in entries:
-                with contextlib.suppress(OSError):
-                    if entry.stat(follow_symlinks=False).st_uid == uid:
-                        if entry.is_dir(follow_symlinks=False):
-                            shutil.rmtree(entry.path, ignore_errors=True)
-                        else:
-                            os.unlink(entry.path)
+    for thread in seen.threads:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, slot.nice)
+
+
+def patience_of(num_slots: int) -> float:
+    """How many times its limits a box may take: what it needs for them when all are at work, twice."""
+    return max(MIN_PATIENCE, 2 * num_slots / len(os.sched_getaffinity(0)))
 
 
 def default_processes(slots: int) -> int:

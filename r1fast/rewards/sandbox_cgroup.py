@@ -1,4 +1,4 @@
-"""Control groups of the boxes: memory and processes of a whole box, whatever it forks.
+"""Control groups of the boxes: memory, processes and share of the cores of a whole box, whatever it forks.
 
 Version 1 (a hierarchy for each controller) and version 2 (where the controllers are delegated to
 us). One group a slot, made once, reused, removed at the end; those of launchers that were killed are
@@ -17,11 +17,14 @@ _PREFIX = "r1fast-"
 
 
 class Cgroup:
-    """The group of one slot: a folder a controller (one folder for all of them in version 2)."""
+    """The group of one slot: a folder a controller (one folder for all of them in version 2).
 
-    def __init__(self, memory: Path, pids: Path):
+    `cpu` is a folder to be in, or none: groups have equal shares unless told otherwise.
+    """
+
+    def __init__(self, memory: Path, pids: Path, cpu: Path | None = None):
         self.memory, self.pids = memory, pids
-        self.folders = sorted({memory, pids})
+        self.folders = sorted({memory, pids} | ({cpu} if cpu else set()))
         self.version = 2 if memory == pids else 1
 
     def limit(self, memory_bytes: int, num_processes: int) -> None:
@@ -77,7 +80,11 @@ class CgroupTree:
     """Where groups can be made. ValueError, with the reason, where they cannot."""
 
     def __init__(self) -> None:
-        self.parents = _parents()
+        self.parents: tuple[Path, ...] = _parents()
+        self.version = 2 if self.parents[0] == self.parents[1] else 1
+        cpu = self._cpu_parent()
+        self.has_cpu = cpu is not None
+        self.parents += (cpu,) if cpu else ()
         self._sweep()
 
     def make(self, name: str, memory_bytes: int, num_processes: int) -> Cgroup:
@@ -87,6 +94,29 @@ class CgroupTree:
         group = Cgroup(*folders)
         group.limit(memory_bytes, num_processes)
         return group
+
+    def _cpu_parent(self) -> Path | None:
+        """Where groups have a share of the cores; None where nothing gives them one."""
+        if self.version == 2:
+            control = self.parents[0] / "cgroup.subtree_control"
+            with contextlib.suppress(OSError):
+                control.write_text("+cpu")
+            return self.parents[0] if "cpu" in control.read_text().split() else None
+        own = _own_groups()
+        if "cpu" not in own:
+            return None
+        parent = _ROOT / "cpu" / own["cpu"]
+        probe = parent / f"{_PREFIX}{os.getpid()}-probe"
+        try:
+            probe.mkdir(exist_ok=True)
+            (probe / "cpu.shares").read_text()
+            _try_to_join([probe])
+            return parent
+        except OSError:
+            return None
+        finally:
+            with contextlib.suppress(OSError):
+                probe.rmdir()
 
     def _sweep(self) -> None:
         """Remove the groups of launchers that died by SIGKILL."""
@@ -98,13 +128,18 @@ class CgroupTree:
                         folder.rmdir()
 
 
-def _parents() -> tuple[Path, Path]:
-    """The folders (memory, pids) in which to make groups, tried out."""
+def _own_groups() -> dict[str, str]:
     own = {}
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         for controller in controllers.split(","):
             own[controller] = path.lstrip("/")
+    return own
+
+
+def _parents() -> tuple[Path, Path]:
+    """The folders (memory, pids) in which to make groups, tried out."""
+    own = _own_groups()
     tried = []
     if "memory" in own and "pids" in own:
         tried = [tuple(_ROOT / c / own[c] for c in ("memory", "pids"))]

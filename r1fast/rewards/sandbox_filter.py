@@ -2,8 +2,11 @@
 
 A list of what is denied, for programs need hundreds of the others: sockets, tracing and other processes'
 memory, mounts and namespaces, kernel interfaces with a history of holes (bpf, io_uring, userfaultfd,
-perf, keys), memory that no limit of a process counts (System V IPC, memfd). Denied calls answer EPERM;
-clone3 answers ENOSYS, so that libraries fall back to clone, whose flags can be read.
+perf, keys), memory that no limit of a process counts (System V IPC, memfd), priorities and sessions (a
+program that yields to all others would look like one that is kept from running, and where the scheduler
+groups by session a new one is another share). Denied calls answer EPERM; clone3 answers ENOSYS, so that
+libraries fall back to clone, whose flags can be read. Of sockets there are connected pairs of streams,
+which event loops need: the others of a pair can send to any name.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ import struct
 
 # name: (x86_64, aarch64); None where the architecture has no such call
 DENIED: dict[str, tuple[int | None, int | None]] = {
-    "socket": (41, 198), "ptrace": (101, 117), "process_vm_readv": (310, 270),
+    "socket": (41, 198), "connect": (42, 203), "bind": (49, 200),
+    "setsid": (112, 157), "setpriority": (141, 140), "sched_setparam": (142, 118), "sched_setscheduler": (144, 119),
+    "sched_setattr": (314, 274), "ioprio_set": (251, 30), "ptrace": (101, 117), "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271), "process_madvise": (440, 440), "process_mrelease": (448, 448),
     "kcmp": (312, 272), "pidfd_getfd": (438, 438), "personality": (135, 92),
     "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
@@ -39,11 +44,16 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     "migrate_pages": (256, 238), "iopl": (172, None), "ioperm": (173, None),
     "modify_ldt": (154, None), "uselib": (134, None), "lookup_dcookie": (212, 18),
 }  # fmt: skip
-_MACHINES = {"x86_64": (0, 0xC000003E, 56, 16), "aarch64": (1, 0xC00000B7, 220, 29)}
+# column, AUDIT_ARCH, and the numbers of clone, ioctl and socketpair
+_MACHINES = {
+    "x86_64": (0, 0xC000003E, 56, 16, 53),
+    "aarch64": (1, 0xC00000B7, 220, 29, 199),
+}
 _CLONE3 = 435
 _NEW_NAMESPACES = 0x7E020000  # every CLONE_NEW* that clone takes
 _TERMINAL_INPUT = (0x5412, 0x541C)  # ioctl TIOCSTI and TIOCLINUX type into a terminal
-_LOAD, _JEQ, _JGE, _JSET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_LOAD, _JEQ, _JGE, _JSET, _AND, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
+_SOCK_STREAM = 1
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _NR, _ARCH, _ARG0, _ARG1 = 0, 4, 16, 24  # offsets in struct seccomp_data, little endian
 
@@ -58,7 +68,7 @@ def seccomp_program(machine: str | None = None) -> bytes:
         raise ValueError(
             f"no system call filter for {machine!r}; known: {', '.join(sorted(_MACHINES))}"
         )
-    column, arch, clone, ioctl = _MACHINES[machine]
+    column, arch, clone, ioctl, socketpair = _MACHINES[machine]
     denied = _RETURN, 0, 0, _ERRNO | errno.EPERM
     missing = _RETURN, 0, 0, _ERRNO | errno.ENOSYS
     code: list[tuple[int, int, int, int]] = [
@@ -80,6 +90,11 @@ def seccomp_program(machine: str | None = None) -> bytes:
         (_JSET, 0, 1, _NEW_NAMESPACES),
         denied,
         (_LOAD, 0, 0, _NR),
+        (_JEQ, 0, 4, socketpair),
+        (_LOAD, 0, 0, _ARG1),
+        (_AND, 0, 0, 0xF),
+        (_JEQ, 7, 0, _SOCK_STREAM),
+        denied,
         (_JEQ, 0, 5, ioctl),
         (_LOAD, 0, 0, _ARG1),
         (_JEQ, 0, 1, _TERMINAL_INPUT[0]),

@@ -20,12 +20,12 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from r1fast.rewards.sandbox import find_compiler
 from r1fast.rewards.sandbox_cgroup import CgroupTree
+from r1fast.rewards.sandbox_files import make_work_folder, shared_folders
 from r1fast.rewards.sandbox_filter import seccomp_program
 
 RUNGS = ("bwrap", "namespaces", "rlimits", "unsafe")
@@ -54,6 +54,12 @@ class Host:
     landlock: bool
     why: dict[str, str] = field(default_factory=dict)  # a part that is missing: the reason
     lock: socket.socket | None = None  # holds the block of uids
+    nice: int = 0  # of boxes
+
+    @property
+    def shares_cores(self) -> bool:
+        """Whether a box has a share of the cores, however many processes it has."""
+        return self.cgroups is not None and self.cgroups.has_cpu
 
 
 def look_around(use_cgroups: bool = True) -> Host:
@@ -74,6 +80,8 @@ def look_around(use_cgroups: bool = True) -> Host:
             why["cgroup"] = "not wanted"
     except (ValueError, OSError) as error:
         why["cgroup"] = str(error)
+    if cgroups is not None and not cgroups.has_cpu:
+        why["cgroup of cores"] = "not delegated"
     libc = ctypes.CDLL(None, use_errno=True)
     landlock = libc.syscall(444, None, ctypes.c_size_t(0), 1) >= 1
     if not landlock:
@@ -140,6 +148,8 @@ class Rung:
     host: Host
     options: list[str] = field(default_factory=list)  # of bwrap
     work: str = ""  # where rlimits and unsafe make their folders
+    work_lock: int = -1
+    shared: list[str] = field(default_factory=list)  # folders that boxes can write into
 
     @property
     def own_pids(self) -> bool:
@@ -159,7 +169,7 @@ class Rung:
             parts += ["seccomp"] if host.filter else []
             parts += ["Landlock"] if host.landlock and self.name != "bwrap" else []
             parts += ["slot uid"] if host.first_uid is not None else []
-        parts += [f"cgroup v{_version(host)}"] if host.cgroups else []
+        parts += [f"cgroup v{host.cgroups.version}"] if host.cgroups else []
         return [*parts, "rlimits"]
 
     def describe(self) -> str:
@@ -186,15 +196,10 @@ class Rung:
         return [self.host.python, "-I", "-S", "-c", _CONFINE.read_text(), json.dumps(job)]
 
 
-def _version(host: Host) -> int:
-    assert host.cgroups is not None
-    return 2 if host.cgroups.parents[0] == host.cgroups.parents[1] else 1
-
-
 def rung_of(name: str, host: Host) -> Rung:
     """The rung `name` on this host; ValueError says which part is missing."""
     if name == "unsafe":
-        return Rung(name, host, work=_work_folder())
+        return _with_folder(Rung(name, host))
     if not host.filter:
         raise ValueError(host.why["seccomp"])
     if name == "bwrap":
@@ -202,14 +207,13 @@ def rung_of(name: str, host: Host) -> Rung:
     if name == "rlimits":
         if host.first_uid is None:
             raise ValueError(f"needs a uid for each slot: {host.why['slot uid']}")
-        return Rung(name, host, work=_work_folder())
+        return _with_folder(Rung(name, host, shared=[] if host.landlock else shared_folders()))
     return Rung(name, host)
 
 
-def _work_folder() -> str:
-    folder = tempfile.mkdtemp(prefix=f"r1fast-boxes-{os.getpid()}-")
-    os.chmod(folder, 0o711)
-    return folder
+def _with_folder(rung: Rung) -> Rung:
+    rung.work, rung.work_lock = make_work_folder()
+    return rung
 
 
 def _bwrap_options(host: Host) -> list[str]:

@@ -2,7 +2,8 @@
 
 Started by sandbox.py, with one socket to it: jobs come as JSON lines, trials go back. It ends, and takes
 every box with it, when that socket closes or the process that started it has gone. A launcher
-that is killed itself leaves nothing either: bubblewrap dies with its parent.
+that is killed itself leaves nothing either: bubblewrap dies with its parent, and for the rung `rlimits`
+a process of its own waits for its end.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from r1fast.rewards.sandbox_box import BoxFailure, kill_tree
+from r1fast.rewards.sandbox_files import guard
 from r1fast.rewards.sandbox_ladder import (
     MAX_SLOTS,
     RUNGS,
@@ -40,6 +42,10 @@ def main() -> None:
     """argv: the descriptor of the socket, the pid of whoever starts it, settings as JSON."""
     descriptor, parent, settings = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
     os.umask(0o077)
+    # a trainer that was started with a higher priority does not give it to what it runs
+    settings["nice"] = max(0, os.getpriority(os.PRIO_PROCESS, 0))
+    with contextlib.suppress(OSError):  # the clock of all boxes
+        os.setpriority(os.PRIO_PROCESS, 0, -20)
     faulthandler.dump_traceback_later(100)  # a start that hangs says where; cancelled after it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # PR_SET_CHILD_SUBREAPER: what a box leaves comes to us, to be reaped now
@@ -65,6 +71,7 @@ class Launcher:
         try:
             try:
                 host = look_around(self.settings["cgroups"])
+                host.nice = self.settings["nice"]
                 _end_strays(host)
                 rung, skipped = await self._climb(host)
             except NoSandbox as error:
@@ -74,8 +81,10 @@ class Launcher:
             assert self.pool is not None
             self.referee = Referee(self.pool)
             self.pool.open_slots()
-            if host.cgroups is None:
-                self.watching = asyncio.ensure_future(self.pool.watch_memory())
+            self.watching = asyncio.gather(self.pool.watch(), self.pool.even_out())
+            if rung.name == "rlimits":
+                assert host.first_uid is not None
+                guard(rung.work, range(host.first_uid, host.first_uid + self.pool.num_slots + 1))
             self.pool.warm_up()
             self._say({
                 "rung": rung.name, "level": RUNGS.index(rung.name), "parts": rung.parts(),

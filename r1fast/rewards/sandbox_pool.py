@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import socket
+import time
 from pathlib import Path
 
 from r1fast.rewards.sandbox_box import (
@@ -16,9 +18,12 @@ from r1fast.rewards.sandbox_box import (
     Slot,
     default_processes,
     kill_tree,
+    lower,
+    patience_of,
 )
-from r1fast.rewards.sandbox_ladder import NUM_PROCESSES, Rung
-from r1fast.rewards.sandbox_usage import usage
+from r1fast.rewards.sandbox_files import holds_more
+from r1fast.rewards.sandbox_ladder import NUM_PROCESSES, TMPFS_BYTES, Rung
+from r1fast.rewards.sandbox_usage import Census, usage
 
 _FOLDER = Path(__file__).parent
 _REFEREE_MEMORY = 4 << 30
@@ -37,6 +42,8 @@ class BoxPool:
         self.boxes: dict[int, Box] = {}  # by pid, those that live
         self.slots: list[Slot] = []
         self.num_ready = self.num_waiting = self.num_started = 0
+        self.census, self.patience = Census(self.boxes), patience_of(num_slots)
+        self.num_working = 0  # boxes with a candidate
         self.tasks: set[asyncio.Task] = set()
 
     def open_slots(self) -> None:
@@ -47,6 +54,11 @@ class BoxPool:
 
     async def take(self, memory_bytes: int) -> Box:
         """A box that is ready. BoxFailure where two attempts to start one failed."""
+        box = await self._take(memory_bytes)
+        self.num_working += 1
+        return box
+
+    async def _take(self, memory_bytes: int) -> Box:
         self.num_waiting += 1
         try:
             place = await self.free.get()
@@ -71,6 +83,7 @@ class BoxPool:
 
     def give(self, box: Box) -> None:
         """Kill it; its slot is free when nothing of it is left."""
+        self.num_working -= 1
         self._spawn(self._recycle(box))
 
     def warm_up(self) -> None:
@@ -107,7 +120,7 @@ class BoxPool:
 
     async def _start(self, slot: Slot) -> Box:
         for attempt in range(2):
-            box = Box(slot)
+            box = Box(slot, self.census, self.patience)
             try:
                 box.start(self.program)
                 self.boxes[box.pid] = box
@@ -121,7 +134,7 @@ class BoxPool:
                     await self._end(box)
             except BaseException:
                 if box.pid:
-                    self.give(box)
+                    self._spawn(self._recycle(box))
                 raise
             if attempt == 0:
                 await asyncio.sleep(0.05)
@@ -132,17 +145,46 @@ class BoxPool:
         self.boxes.pop(box.pid, None)
         self.reap()
 
-    async def watch_memory(self) -> None:
-        """Without cgroups: end a box whose processes hold more than its slot may.
+    async def watch(self) -> None:
+        """End a box that holds more than it may of what nothing else bounds here.
 
-        Pages that processes share count in each of them, so a fork costs what it could come to.
+        Memory, without cgroups: pages that processes share count in each of them, so a fork costs
+        what it could come to. Files, without a file system of its own.
         """
-        while True:
-            await asyncio.sleep(0.1)
-            held = usage(self.boxes)
+        limit_memory, rung = self.rung.host.cgroups is None, self.rung
+        cost = 0.0
+        while limit_memory or rung.work:
+            await asyncio.sleep(max(0.1, 5 * cost))
+            spent = time.process_time()
+            held = usage({pid: box.lone_uid for pid, box in self.boxes.items()})
             for pid, box in list(self.boxes.items()):
-                if pid in held and held[pid].resident_bytes > box.slot.memory_bytes:
+                if (part := held.get(pid)) is None:
+                    continue
+                if (limit_memory and part.resident_bytes > box.slot.memory_bytes) or (
+                    box.folder
+                    and holds_more(TMPFS_BYTES, box.folder, rung.shared, box.slot.uid, part.pids)
+                ):
                     kill_tree(pid, box.slot, box.dead.is_set())
+            cost = time.process_time() - spent
+
+    async def even_out(self) -> None:
+        """Where boxes have no share of the cores: one with many processes gives each less of them.
+
+        Priorities are such that n running threads weigh as much as one: each step is a factor of 1.25.
+        """
+        while not self.rung.host.shares_cores:
+            await asyncio.sleep(self.census.interval)
+            if not self.num_working:
+                continue
+            _, seen = self.census.look()
+            for pid, box in list(self.boxes.items()):
+                if pid not in seen or box.slot.index == 0:  # the referees are ours
+                    continue
+                running = sum(thread.runnable for thread in seen[pid].threads.values())
+                nice = min(19, round(math.log(max(1, running), 1.25)))
+                if nice > box.slot.nice and nice > self.rung.host.nice:
+                    box.slot.nice = nice
+                    lower(box.slot, seen[pid])
 
     def reap(self) -> None:
         """On SIGCHLD."""
@@ -205,7 +247,7 @@ class Referee:
         if self.slot is None:
             pool = self.pool
             self.slot = Slot(0, pool.rung, default_processes(pool.num_slots), _REFEREE_MEMORY)
-        box = self.box = Box(self.slot)
+        box = self.box = Box(self.slot, self.pool.census, self.pool.patience)
         loop = asyncio.get_running_loop()
         try:
             box.start(self.program)

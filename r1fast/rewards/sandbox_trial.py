@@ -2,20 +2,21 @@
 
 Whatever comes out of a candidate's box is only ever an answer to compare. From the moment that a
 candidate's code is in the box every failure is the candidate's: `error` would earn the mean of its
-group, and must not be something that a program can bring about.
+group, and must not be something that a program can bring about. But for one: a box that others kept
+from running (BoxStarved).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from r1fast.rewards.cpp_calls import cpp_mains
 from r1fast.rewards.program_output import same_output
-from r1fast.rewards.sandbox_box import PATIENCE, Box, BoxFailure
+from r1fast.rewards.sandbox_box import Box, BoxFailure, Deadline
 from r1fast.rewards.sandbox_ladder import NUM_PROCESSES
 from r1fast.rewards.sandbox_pool import BoxPool, Referee
 
@@ -46,47 +47,35 @@ async def run_trial(job: dict, pool: BoxPool, referee: Referee) -> Trial:
     return trial
 
 
-def _left(deadline: float) -> float:
-    return deadline - asyncio.get_running_loop().time()
-
-
 def _load_message(job: dict, pool: BoxPool) -> str:
-    code = job["code"]
+    code, mains = job["code"], [""]
     if job["language"] == "cpp":
         code = f"{job['preamble']}\n{code}"
         if job["mode"] == "calls":
-            code = f'{_DRIVER.read_text()}#line 1 "main.cpp"\n{code}\n{_cpp_main(job)}'
+            mains = cpp_mains(job)
+            code = f'{_DRIVER.read_text()}#line 1 "main.cpp"\n{code}\n'
     message = {
         **{name: job[name] for name in ("mode", "language", "preamble", "limits")},
         "code": code,
+        "mains": mains,
+        "standard": job.get("standard") or "c++17",
         "alone": pool.rung.alone,
         # without a uid of its own a box counts its processes in its own user namespace
         "processes": NUM_PROCESSES
         if pool.rung.own_pids and pool.rung.host.first_uid is None
         else 0,
-        "patience": PATIENCE,
         "compiler": pool.rung.host.compiler,
     }
     return ascii(message)
 
 
-def _cpp_main(job: dict) -> str:
-    owner, _, name = job["names"][0].rpartition(".")
-    if not owner and any(f"{kind} Solution" in job["code"] for kind in ("class", "struct")):
-        owner = "Solution"
-    target = f"{owner}::{name}" if owner else name
-    return f"#undef main\nint main() {{ return r1fast_candidate::serve_calls(&{target}); }}\n"
-
-
-async def _load(job: dict, box: Box, pool: BoxPool, trial: Trial, deadline: float) -> bool:
+async def _load(job: dict, box: Box, pool: BoxPool, trial: Trial, deadline: Deadline) -> bool:
     limits = job["limits"]
-    room = limits["wall"]  # of importing a module; compilers are ended by the box itself
+    room, cpu = limits["wall"], limits["cpu"]
     if job["language"] == "cpp":
-        room += limits["compile_wall"]
-    if job["mode"] == "programs":
-        room += _GRACE
+        room, cpu = room + limits["compile_wall"], cpu + limits["compile_cpu"]
     box.send(_load_message(job, pool))
-    line = await box.read_answer(room, limits["cpu"], deadline)
+    line = await box.read_answer(room, cpu, deadline)
     if line is None:
         trial.loaded, trial.why = "timeout", "while it was loaded"
         return False
@@ -121,7 +110,7 @@ def _read_output(line: bytes) -> tuple[str, str] | None:
 
 async def _run_programs(job: dict, pool: BoxPool, referee: Referee, trial: Trial) -> None:
     tests, limits = job["tests"], job["limits"]
-    deadline = asyncio.get_running_loop().time() + limits["total"]
+    deadline: Deadline | None = None
 
     def record(outcome: str, why: str = "") -> bool:
         """Whether to go on."""
@@ -130,19 +119,23 @@ async def _run_programs(job: dict, pool: BoxPool, referee: Referee, trial: Trial
 
     for _ in range(_MAX_BOXES):
         box = await pool.take(limits["box_memory"])
+        # a box comes first: others' programs may keep it waiting for long
+        deadline = deadline or Deadline.within(limits["total"], pool.patience)
         try:
             if not await _load(job, box, pool, trial, deadline):
                 return
             while len(trial.tests) < len(tests):
                 test = tests[len(trial.tests)]
-                if _left(deadline) <= 0:
+                if deadline.left <= 0:
                     break
                 box.send(ascii({"id": len(trial.tests), "stdin": test["input"]}))
-                # the box itself ends a late program; this is for a box that does not
-                line = await box.read_answer(limits["wall"] + _GRACE, math.inf, deadline)
+                line = await box.read_answer(limits["wall"], limits["cpu"], deadline)
+                late = line is None
+                if late:  # the box can be asked to end the program, and be used for the next test
+                    box.send(ascii({"stop": len(trial.tests)}))
+                    line = await box.read_line(_GRACE)
                 reply = _read_output(line) if line else None
-                if reply is None:  # late, or the box is gone: the rest needs a new one
-                    late = line is None
+                if reply is None:  # the rest needs a new box
                     if not record(
                         "timeout" if late else "wrong", "" if late else "it took its box down"
                     ):
@@ -151,7 +144,7 @@ async def _run_programs(job: dict, pool: BoxPool, referee: Referee, trial: Trial
                 status, out = reply
                 if job.get("keep_output"):
                     trial.outputs.append(f"{status}: {out}")
-                if status == "timeout":
+                if late or status == "timeout":
                     go_on = record("timeout")
                 elif status != "ok":
                     go_on = record("wrong", status)
@@ -165,9 +158,9 @@ async def _run_programs(job: dict, pool: BoxPool, referee: Referee, trial: Trial
             pool.give(box)
         if len(trial.tests) == len(tests):
             return
-        if _left(deadline) <= 0:
+        if deadline.left <= 0:
             break
-    late = _left(deadline) <= 0
+    late = deadline is not None and deadline.left <= 0
     while len(trial.tests) < len(tests):
         record("timeout" if late else "wrong", "no time left" if late else "it takes boxes down")
 
@@ -175,7 +168,7 @@ async def _run_programs(job: dict, pool: BoxPool, referee: Referee, trial: Trial
 class _Candidate:
     """The box of a function problem's candidate, started again when it is gone."""
 
-    def __init__(self, job: dict, pool: BoxPool, trial: Trial, deadline: float):
+    def __init__(self, job: dict, pool: BoxPool, trial: Trial, deadline: Deadline):
         self.job, self.pool, self.trial, self.deadline = job, pool, trial, deadline
         self.box: Box | None = None
         self.num_boxes = 0
@@ -196,7 +189,7 @@ class _Candidate:
 
     async def answer(self, call: dict) -> bytes:
         """The reply for the referee, as a line."""
-        if _left(self.deadline) <= 0:
+        if self.deadline.left <= 0:
             return _gone("timeout", "no time left")
         if self.num_boxes >= _MAX_BOXES and self.box is None:
             return _gone("wrong", "it takes boxes down")
@@ -228,10 +221,9 @@ def _gone(kind: str, why: str) -> bytes:
 async def _run_calls(job: dict, pool: BoxPool, referee: Referee, trial: Trial) -> None:
     limits = job["limits"]
     # a box comes first: referees are not limited in number, and none should wait for a slot
-    candidate = _Candidate(job, pool, trial, 0.0)
-    candidate.box = await pool.take(limits["box_memory"])
-    candidate.num_boxes = 1
-    candidate.deadline = asyncio.get_running_loop().time() + limits["total"]
+    box = await pool.take(limits["box_memory"])
+    candidate = _Candidate(job, pool, trial, Deadline.within(limits["total"], pool.patience))
+    candidate.box, candidate.num_boxes = box, 1
     writer = None
     try:
         opening = asyncio.ensure_future(referee.open())
@@ -244,8 +236,8 @@ async def _run_calls(job: dict, pool: BoxPool, referee: Referee, trial: Trial) -
         names = ("setup", "check", "names", "tests", "stop_early")
         message = {name: job[name] for name in names} | {
             "cpu": int(limits["total"]) + 10,
-            "wall": limits["total"] + 30,
-            "think": limits["wall"] + _GRACE,  # seconds of the tests' own between two answers
+            # seconds of a core that the tests may take for themselves between two answers
+            "think": limits["wall"] + _GRACE,
             "memory": limits["referee_memory"],
             "json_args": job["language"] == "cpp",
         }
@@ -265,10 +257,10 @@ async def _relay(
     num_tests: int,
 ) -> None:
     """Carry calls to the candidate and answers back, until the referee is done."""
-    num_calls = 0
+    num_calls, patience = 0, candidate.pool.patience
     while True:  # a hanging test ends at its own alarm; the time-out is for one that has none
         try:
-            async with asyncio.timeout(candidate.job["limits"]["wall"] + 2 * _GRACE):
+            async with asyncio.timeout(patience * (candidate.job["limits"]["wall"] + 2 * _GRACE)):
                 message = _parse(await reader.readline())
         except (TimeoutError, ValueError, OSError):
             message = None
