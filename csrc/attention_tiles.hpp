@@ -294,7 +294,7 @@ R1FAST_AVX512 inline void softmax_rows(const SoftmaxRows& rows) {
     }
     rows.shrink[i] = _mm512_cvtss_f32(exp_vector(_mm512_set1_ps(rows.m[i] - m)));
     rows.m[i] = m;
-    rows.l[i] = rows.l[i] * rows.shrink[i] + across_lanes(sum, _mm512_add_ps);
+    rows.l[i] = rows.l[i] * rows.shrink[i] + across_lanes(sum, plus);
   }
 }
 
@@ -316,10 +316,10 @@ R1FAST_AVX512 inline void gradient_rows(const GradientRows& rows) {
   }
 }
 
-R1FAST_AVX512_INLINE __m512i load_words(const float* from, __mmask16 mask) {
+R1FAST_AVX512_INLINE __m512i wide_words(const float* from, __mmask16 mask) {
   return _mm512_castps_si512(_mm512_maskz_loadu_ps(mask, from));
 }
-R1FAST_AVX512_INLINE __m512i load_words(const Bf16* from, __mmask16 mask) {
+R1FAST_AVX512_INLINE __m512i wide_words(const Bf16* from, __mmask16 mask) {
   return _mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(mask, from)), 16);
 }
 
@@ -331,7 +331,7 @@ R1FAST_AVX512 void turn_rows(const TokenRows<const T>& from, int64_t width, floa
       const __mmask16 mask = column_mask(d, from.head_dim);
       __m512i words[kLanes];
       for (int64_t k = 0; k < kLanes; ++k) {
-        words[k] = load_words(from.data + (i + k) * from.ld + d, i + k < from.num_tokens ? mask : 0);
+        words[k] = wide_words(from.data + (i + k) * from.ld + d, i + k < from.num_tokens ? mask : 0);
       }
       transpose_words(words, to + d * kPanelKeys + i, kPanelKeys);
     }
@@ -382,29 +382,18 @@ struct AttentionTiles {
   }
 R1FAST_ATTENTION_TILES(baseline, , Four)
 #if defined(__x86_64__)
-R1FAST_ATTENTION_TILES(avx2, __attribute__((target("avx2,fma"))), Eight)
+R1FAST_ATTENTION_TILES(avx2, R1FAST_AVX2, Eight)
 R1FAST_ATTENTION_TILES(avx512, R1FAST_AVX512, Eight)
 #endif
 #undef R1FAST_ATTENTION_TILES
 
-// What "auto" is on this machine: avx512, avx2 or baseline.
-inline std::string attention_level() {
-#if defined(__x86_64__)
-  if (native_supported(false)) return "avx512";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
-#endif
-  return "baseline";
-}
-
 // `level` is auto, baseline, avx2 or avx512.
 template <class T>
-AttentionTiles<T> attention_tiles(std::string level) {
-  const std::string best = attention_level();
-  if (level == "auto") level = best;
-  if (level == "baseline") return attention_tiles_baseline<T>();
+AttentionTiles<T> attention_tiles(const std::string& level) {
+  const Level found = level_of(level);
 #if defined(__x86_64__)
-  if (level == "avx2" && best != "baseline") return attention_tiles_avx2<T>();
-  if (level == "avx512" && best == "avx512") {
+  if (found == Level::kAvx2) return attention_tiles_avx2<T>();
+  if (found == Level::kAvx512) {
     AttentionTiles<T> tiles = attention_tiles_avx512<T>();
     tiles.multiply = &avx512::multiply<false>;
     tiles.multiply_turned = &avx512::multiply<true>;
@@ -414,7 +403,7 @@ AttentionTiles<T> attention_tiles(std::string level) {
     return tiles;
   }
 #endif
-  throw std::invalid_argument("level must be auto, baseline, avx2 or avx512, one that this CPU has; got " + level);
+  return attention_tiles_baseline<T>();
 }
 
 }  // namespace r1fast

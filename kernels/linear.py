@@ -61,7 +61,8 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     product = _C.linear_forward if native else _C.linear_forward_bf16
     product(
         *matrix(rows), len(rows), *matrix(weight), *weight.shape,
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), "auto",
+        torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -75,7 +76,7 @@ def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
     rows, weight = as_rows(dy), as_rows(weight)
     dx = cpu_head.empty((*dy.shape[:-1], weight.shape[1]), torch.float32)
     _C.linear_dx(
-        *matrix(rows), len(rows), *matrix(weight), *weight.shape, dx.data_ptr(),
+        *matrix(rows), len(rows), *matrix(weight), *weight.shape, dx.data_ptr(), "auto",
         torch.get_num_threads(),
     )  # fmt: skip
     return dx
@@ -90,7 +91,7 @@ def linear_dweight(dy: Tensor, x: Tensor) -> Tensor:
 
     dy, x = as_rows(dy), as_rows(x)
     _C.linear_dweight(
-        *matrix(dy), len(dy), *matrix(x), *dweight.shape, dweight.data_ptr(),
+        *matrix(dy), len(dy), *matrix(x), *dweight.shape, dweight.data_ptr(), "auto",
         torch.get_num_threads(),
     )  # fmt: skip
     return dweight
