@@ -105,51 +105,95 @@ constexpr int kTileRows = 6;     // 12 sums in registers of 8, 2 of B and one of
 constexpr int kTileVectors = 1;
 constexpr bool kFewerRows = true;  // tiles have as many rows as count
 
+constexpr int64_t kWide = 128;  // words of bf16 rows that are made fp32 at a time
+
+// `count` words of M rows of A as fp32: the low halves of row i at wide[i * kWide], or word by word at wide[16 k] if
+// kColumns; the high halves behind them.
+template <bool kColumns, int M>
+R1FAST_AVX2_INLINE void widen_rows(const Word* a, int64_t lda, int64_t count, float* wide) {
+  if constexpr (kColumns) {
+    const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(M), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+    for (int64_t k = 0; k < count; ++k) {
+      const __m256i words = _mm256_maskload_epi32(reinterpret_cast<const int*>(a + k * lda), mask);
+      _mm256_store_ps(wide + 16 * k, low_halves(words));
+      _mm256_store_ps(wide + 16 * k + 8, high_halves(words));
+    }
+  } else {
+    for (int i = 0; i < M; ++i) {
+      for (int64_t k = 0; k < count; ++k) {
+        const uint32_t word = bits_of(a[i * lda + k]);
+        wide[i * kWide + k] = float_of(word << 16);
+        wide[(M + i) * kWide + k] = float_of(word & 0xffff0000u);
+      }
+    }
+  }
+}
+
+// low[i], high[i] += a_i times columns 0 .. 7 and 8 .. 15, where a_i is a[i * kStep]. In this order: GCC's own leaves too few
+// registers for the sums.
+template <int M, int64_t kStep>
+R1FAST_AVX2_INLINE void add_products(const float* a, __m256 b0, __m256 b1, __m256 (&low)[M], __m256 (&high)[M]) {
+#pragma GCC unroll 6
+  for (int i = 0; i < M; ++i) {
+    const __m256 value = _mm256_set1_ps(a[i * kStep]);
+    low[i] = _mm256_fmadd_ps(value, b0, low[i]);
+    high[i] = _mm256_fmadd_ps(value, b1, high[i]);
+    asm volatile("" : "+x"(low[i]), "+x"(high[i]));
+  }
+}
+
+// sums += the products of `count` words of bf16 from widen_rows and of the panel. A function of its own, likewise.
+template <bool kColumns, int M>
+__attribute__((noinline)) R1FAST_AVX2 void add_bf16_products(int64_t count, const float* wide, const Word* panel,
+                                                             Lanes* sums) {
+  constexpr int64_t kRow = kColumns ? 1 : kWide, kWord = kColumns ? 16 : 1, kHigh = kColumns ? 8 : M * kWide;
+  __m256 low[M], high[M];
+#pragma GCC unroll 6
+  for (int i = 0; i < M; ++i) low[i] = sums[i].low, high[i] = sums[i].high;
+#pragma GCC unroll 1
+  for (int64_t k = 0; k < count; ++k, wide += kWord, panel += kLanes) {
+    const Words top = load_words(panel);
+    add_products<M, kRow>(wide + kHigh, high_halves(top.low), high_halves(top.high), low, high);
+    asm volatile("" : "+r"(panel));  // loaded again, not kept
+    const Words bottom = load_words(panel);
+    add_products<M, kRow>(wide, low_halves(bottom.low), low_halves(bottom.high), low, high);
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < M; ++i) sums[i] = {low[i], high[i]};
+}
+
 template <bool kBf16, bool kColumns, int M, int N>
 R1FAST_AVX2_INLINE void tile_products(int64_t num_k, const Word* a, int64_t lda, const Word* panel,
                                       Lanes (&sums)[M][N]) {
   static_assert(N == 1);
-  __m256 low[M], high[M];
-  for (int i = 0; i < M; ++i) low[i] = high[i] = _mm256_setzero_ps();
-  const Word* a0 = a;
-  const Word* a3 = kColumns ? a : a + 3 * lda;
+  if constexpr (kBf16) {
+    for (int i = 0; i < M; ++i) sums[i][0] = zeros();
+    alignas(32) float wide[kColumns ? 16 * kWide : 2 * M * kWide];
+    for (int64_t k = 0; k < num_k; k += kWide) {
+      const int64_t count = std::min(kWide, num_k - k);
+      widen_rows<kColumns, M>(a + k * (kColumns ? lda : 1), lda, count, wide);
+      add_bf16_products<kColumns, M>(count, wide, panel + k * kLanes, &sums[0][0]);
+    }
+  } else {
+    __m256 low[M], high[M];
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i) low[i] = high[i] = _mm256_setzero_ps();
+    const Word* a3 = kColumns ? a : a + 3 * lda;
 #pragma GCC unroll 1
-  for (int64_t k = 0; k < num_k; ++k) {
-    const __m256 b0 = _mm256_loadu_ps(panel), b1 = _mm256_loadu_ps(panel + 8);
-    if constexpr (kBf16) {
-      const __m256 top0 = high_halves(_mm256_castps_si256(b0)), top1 = high_halves(_mm256_castps_si256(b1));
+    for (int64_t k = 0; k < num_k; ++k, panel += kLanes) {
+      const __m256 b0 = _mm256_loadu_ps(panel), b1 = _mm256_loadu_ps(panel + 8);
 #pragma GCC unroll 6
       for (int i = 0; i < M; ++i) {
-        const Word* row = kColumns ? a0 + i : (i < 3 ? a0 : a3) + (i % 3) * lda;
-        const __m256 value = high_halves(_mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(row))));
-        low[i] = _mm256_fmadd_ps(value, top0, low[i]);
-        high[i] = _mm256_fmadd_ps(value, top1, high[i]);
-      }
-      const __m256 bottom0 = low_halves(_mm256_castps_si256(b0)), bottom1 = low_halves(_mm256_castps_si256(b1));
-#pragma GCC unroll 6
-      for (int i = 0; i < M; ++i) {
-        const Word* row = kColumns ? a0 + i : (i < 3 ? a0 : a3) + (i % 3) * lda;
-        const __m256 value = low_halves(_mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(row))));
-        low[i] = _mm256_fmadd_ps(value, bottom0, low[i]);
-        high[i] = _mm256_fmadd_ps(value, bottom1, high[i]);
-      }
-    } else {
-#pragma GCC unroll 6
-      for (int i = 0; i < M; ++i) {
-        const Word* row = kColumns ? a0 + i : (i < 3 ? a0 : a3) + (i % 3) * lda;
-        const __m256 value = _mm256_broadcast_ss(reinterpret_cast<const float*>(row));
+        const __m256 value = _mm256_set1_ps(*(kColumns ? a + i : (i < 3 ? a : a3) + (i % 3) * lda));
         low[i] = _mm256_fmadd_ps(value, b0, low[i]);
         high[i] = _mm256_fmadd_ps(value, b1, high[i]);
       }
+      a += kColumns ? lda : 1;
+      a3 += kColumns ? lda : 1;
     }
-    panel += kLanes;
-    if (kColumns) {
-      a0 += lda;
-    } else {
-      ++a0, ++a3;
-    }
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i) sums[i][0] = {low[i], high[i]};
   }
-  for (int i = 0; i < M; ++i) sums[i][0] = {low[i], high[i]};
 }
 
 }  // namespace avx2
