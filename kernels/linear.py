@@ -3,8 +3,8 @@
     y = x W^T + b        dx = dy W        dW = dy^T x        db = sum_t dy
 
 In float32 on a CPU with AVX-512 or AVX2 they are csrc/products.hpp: MKL keeps to AVX2 on processors that are not
-Intel's, at half the speed of AVX-512; on AVX2 both are as fast, from some more tokens on. In bfloat16 the first is csrc/linear.hpp, which samples: what training computes is then what was sampled,
-and an oneDNN product, as exact but summed in another order, is on the other side of a rounding now and then. The choice
+Intel's, at half the speed of AVX-512; on AVX2 both are as fast, from some more tokens on. In bfloat16 the first is
+csrc/linear.hpp, which samples: what training computes is then what was sampled, and an oneDNN product, as exact but summed in another order, is on the other side of a rounding now and then. The choice
 depends on the processor, dtypes and shapes alone, and the products are the same bits for any number of threads, so that a
 resumed run repeats its steps. Everything else is PyTorch's.
 Shapes: T tokens, D inputs, N outputs.
