@@ -6,6 +6,7 @@
 #pragma once
 
 #include "gemm.hpp"
+#include "level.hpp"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -24,7 +25,7 @@ inline bool amx_supported() {
   static const bool supported = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
     constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-    if (!native_supported(true) || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (~d & (kBf16 | kTile))) return false;
+    if (!avx512_bf16_supported() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (~d & (kBf16 | kTile))) return false;
 #if defined(__linux__)
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -78,8 +79,8 @@ inline void amx_block(int64_t num_row_tiles, int64_t num_column_tiles, bool accu
   block(accumulate, num_k, a, a_step, lda, b, ldb, c, ldc);
 }
 
-// What Avx512Tiles is to AVX-512. A has kRows rows that may be read, and as many words as the panel has rows of k.
-struct AmxTiles {
+// A has kRows rows that may be read, and as many words as the panel has rows of k.
+struct AmxTiles : Avx512Tiles {
   static constexpr int64_t kRows = 2 * kTileWords;
   static constexpr int64_t kMaxVectors = 2;
   static constexpr int64_t kWordMultiple = kTileWords;
@@ -127,7 +128,7 @@ struct AmxTiles {
                                      int64_t num_columns) {
     for (int64_t i = 0; i < num_rows; ++i) {
       for (int64_t j = 0; j < num_vectors; ++j) {
-        const __mmask16 mask = column_mask(kLanes * j, num_columns);
+        const __mmask16 mask = avx512::column_mask(kLanes * j, num_columns);
         float* const to = c + i * ldc + kLanes * j;
         __m512 value = _mm512_load_ps(&sums[i][kLanes * j]);
         if (accumulate) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, to));
@@ -164,7 +165,7 @@ R1FAST_AVX512_INLINE void transpose_words(const __m512i (&rows)[16], Word* to, i
 // word for each pair of rows. What lies outside the matrix is zero.
 R1FAST_AVX512 inline void pack_turned(const Bf16* matrix, int64_t ld, int64_t first, int64_t num_rows, int64_t begin,
                                       int64_t num_columns, Word* tile) {
-  const __mmask16 mask = column_mask(begin, num_columns);
+  const __mmask16 mask = avx512::column_mask(begin, num_columns);
   __m512i rows[16];
   for (int i = 0; i < 16; ++i) {
     const int64_t row = first + 2 * i;

@@ -1,6 +1,6 @@
 // What training attention does to tiles in the cache: small matrix products, the two softmax loops, and moves from and to
 // the caller's rows. All tiles are fp32. Each is written in plain C++, compiled for the baseline and for AVX2, and what
-// takes the time once more with AVX-512.
+// takes the time once more with AVX-512, the softmax loops with AVX2 too.
 //
 // A product is cut into blocks of rows and vectors that are summed in registers. An element's sum runs over k in one
 // order, wherever it lies, and over 0 < k <= num_k alone: what is beside it changes nothing.
@@ -273,53 +273,10 @@ inline void multiply(const Product& p) {
   }
 }
 
-R1FAST_AVX512 inline void softmax_rows(const SoftmaxRows& rows) {
-  const __m512 scale = _mm512_set1_ps(rows.scale);
-  const __m512 minus_infinity = _mm512_set1_ps(-kInfinity);
-  for (int64_t i = 0; i < rows.num_rows; ++i) {
-    float* const s = rows.s + i * rows.ld;
-    __m512 most = minus_infinity, sum = _mm512_setzero_ps();
-    for (int64_t j = 0; j < rows.width; j += kVector) {
-      const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(s + j), scale);
-      const __m512 seen = _mm512_mask_mov_ps(minus_infinity, column_mask(j, rows.counts[i]), x);
-      _mm512_storeu_ps(s + j, seen);
-      most = larger(most, seen);
-    }
-    const float m = std::max(rows.m[i], across_lanes(most, larger));
-    for (int64_t j = 0; j < rows.width; j += kVector) {
-      const __m512 p = exp_vector(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(m)));
-      const __m512 seen = _mm512_maskz_mov_ps(column_mask(j, rows.counts[i]), p);
-      _mm512_storeu_ps(s + j, seen);
-      sum = _mm512_add_ps(sum, seen);
-    }
-    rows.shrink[i] = _mm512_cvtss_f32(exp_vector(_mm512_set1_ps(rows.m[i] - m)));
-    rows.m[i] = m;
-    rows.l[i] = rows.l[i] * rows.shrink[i] + across_lanes(sum, _mm512_add_ps);
-  }
-}
-
-R1FAST_AVX512 inline void gradient_rows(const GradientRows& rows) {
-  const __m512 scale = _mm512_set1_ps(rows.scale);
-  for (int64_t i = 0; i < rows.num_rows; ++i) {
-    float* const s = rows.s + i * rows.ld;
-    float* const dp = rows.dp + i * rows.ld;
-    const __m512 m = _mm512_set1_ps(rows.m[i]), share = _mm512_set1_ps(rows.share[i]);
-    const __m512 delta = _mm512_set1_ps(rows.delta[i]);
-    for (int64_t j = 0; j < rows.width; j += kVector) {
-      const __mmask16 seen = column_mask(j, rows.counts[i]);
-      const __m512 x = _mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(s + j), scale), m);
-      const __m512 p = _mm512_maskz_mul_ps(seen, share, exp_vector(x));
-      const __m512 d = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(dp + j), delta), scale);
-      _mm512_storeu_ps(s + j, p);
-      _mm512_storeu_ps(dp + j, _mm512_maskz_mul_ps(seen, p, d));
-    }
-  }
-}
-
-R1FAST_AVX512_INLINE __m512i load_words(const float* from, __mmask16 mask) {
+R1FAST_AVX512_INLINE __m512i wide_words(const float* from, __mmask16 mask) {
   return _mm512_castps_si512(_mm512_maskz_loadu_ps(mask, from));
 }
-R1FAST_AVX512_INLINE __m512i load_words(const Bf16* from, __mmask16 mask) {
+R1FAST_AVX512_INLINE __m512i wide_words(const Bf16* from, __mmask16 mask) {
   return _mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(mask, from)), 16);
 }
 
@@ -331,7 +288,7 @@ R1FAST_AVX512 void turn_rows(const TokenRows<const T>& from, int64_t width, floa
       const __mmask16 mask = column_mask(d, from.head_dim);
       __m512i words[kLanes];
       for (int64_t k = 0; k < kLanes; ++k) {
-        words[k] = load_words(from.data + (i + k) * from.ld + d, i + k < from.num_tokens ? mask : 0);
+        words[k] = wide_words(from.data + (i + k) * from.ld + d, i + k < from.num_tokens ? mask : 0);
       }
       transpose_words(words, to + d * kPanelKeys + i, kPanelKeys);
     }
@@ -340,6 +297,13 @@ R1FAST_AVX512 void turn_rows(const TokenRows<const T>& from, int64_t width, floa
 
 }  // namespace avx512
 #endif
+
+}  // namespace r1fast
+
+#define R1FAST_KERNELS "softmax_kernels.hpp"
+#include "each_level.hpp"
+
+namespace r1fast {
 
 // The loops of one instruction set. `T` is the caller's type.
 template <class T>
@@ -382,39 +346,33 @@ struct AttentionTiles {
   }
 R1FAST_ATTENTION_TILES(baseline, , Four)
 #if defined(__x86_64__)
-R1FAST_ATTENTION_TILES(avx2, __attribute__((target("avx2,fma"))), Eight)
+R1FAST_ATTENTION_TILES(avx2, R1FAST_AVX2, Eight)
 R1FAST_ATTENTION_TILES(avx512, R1FAST_AVX512, Eight)
 #endif
 #undef R1FAST_ATTENTION_TILES
 
-// What "auto" is on this machine: avx512, avx2 or baseline.
-inline std::string attention_level() {
-#if defined(__x86_64__)
-  if (native_supported(false)) return "avx512";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
-#endif
-  return "baseline";
-}
-
 // `level` is auto, baseline, avx2 or avx512.
 template <class T>
-AttentionTiles<T> attention_tiles(std::string level) {
-  const std::string best = attention_level();
-  if (level == "auto") level = best;
-  if (level == "baseline") return attention_tiles_baseline<T>();
+AttentionTiles<T> attention_tiles(const std::string& level) {
+  const Level found = level_of(level);
 #if defined(__x86_64__)
-  if (level == "avx2" && best != "baseline") return attention_tiles_avx2<T>();
-  if (level == "avx512" && best == "avx512") {
+  if (found == Level::kAvx2) {
+    AttentionTiles<T> tiles = attention_tiles_avx2<T>();
+    tiles.softmax_rows = &avx2::softmax_tile;
+    tiles.gradient_rows = &avx2::gradient_tile;
+    return tiles;
+  }
+  if (found == Level::kAvx512) {
     AttentionTiles<T> tiles = attention_tiles_avx512<T>();
     tiles.multiply = &avx512::multiply<false>;
     tiles.multiply_turned = &avx512::multiply<true>;
-    tiles.softmax_rows = &avx512::softmax_rows;
-    tiles.gradient_rows = &avx512::gradient_rows;
+    tiles.softmax_rows = &avx512::softmax_tile;
+    tiles.gradient_rows = &avx512::gradient_tile;
     tiles.turn_rows = &avx512::turn_rows<T>;
     return tiles;
   }
 #endif
-  throw std::invalid_argument("level must be auto, baseline, avx2 or avx512, one that this CPU has; got " + level);
+  return attention_tiles_baseline<T>();
 }
 
 }  // namespace r1fast

@@ -7,8 +7,6 @@ namespace r1fast {
 void bind_attention(py::module_& m) {
   using Address = uintptr_t;
 
-  m.def("attention_level", &attention_level, "What the level auto is on this machine.");
-
   m.def(
       "attention_forward",
       [](Address q, int64_t ld_q, Address k, int64_t ld_k, Address v, int64_t ld_v, bool bf16, int64_t num_heads,

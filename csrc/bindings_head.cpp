@@ -1,43 +1,27 @@
 #include "bindings.hpp"
 #include "head.hpp"
+#include "tiles.hpp"
 
 namespace r1fast {
 
-namespace {
-
-#if defined(__x86_64__)
-void check_amx(bool amx, bool bf16) {
-  if (amx && !(bf16 && amx_supported())) throw std::invalid_argument("AMX needs bf16, and a CPU that has it");
-}
-#endif
-
-}  // namespace
-
-// The head. The native_ functions are compiled for x86-64 alone, and run where `head_native` says so.
+// The head. The native_ functions are compiled for x86-64 alone, and run where `native_level` does not say baseline.
 void bind_head(py::module_& m) {
   using Address = uintptr_t;
 
   m.def(
-      "head_native",
-      [](bool bf16) {
-#if defined(__x86_64__)
-        return native_supported(bf16);
-#else
-        return false && bf16;
-#endif
-      },
-      py::arg("bf16"), "Whether this CPU runs the native_ functions.");
+      "cpu_level", [] { return std::string(name_of(cpu_level())); },
+      "What the level auto is: what this CPU has, or what R1FAST_CPU_LEVEL asks for.");
 
   m.def(
-      "head_amx",
-      [] {
+      "native_level",
+      [](bool bf16) {
 #if defined(__x86_64__)
-        return amx_supported();
+        return best_tiles(bf16);
 #else
-        return false;
+        return std::string("baseline") + (bf16 ? "" : "");
 #endif
       },
-      "Whether this CPU, and the kernel, let the native_ functions multiply bf16 on AMX.");
+      py::arg("bf16"), "What the level auto of the native_ functions is, or baseline: then there are none.");
 
   m.def("head_ld", &head_ld, py::arg("num_rows"), "Words between two rows of the transposed E.");
 
@@ -99,98 +83,94 @@ void bind_head(py::module_& m) {
       "native_forward",
       [](Address hidden, int64_t ld_hidden, Address weight, int64_t ld_weight, int64_t width, bool bf16, Address bias,
          Address target_ids, Address anchor, float inv_temperature, float softcap, Address e, int64_t ld,
-         int64_t num_rows, int64_t vocab_size, Address s, Address sz, bool amx, int64_t num_threads) {
+         int64_t num_rows, int64_t vocab_size, Address s, Address sz, const std::string& level, int64_t num_threads) {
         const LogitMap map{at<float>(bias), at<int64_t>(target_ids), at<float>(anchor), inv_temperature,
                                    softcap};
         const HeadView view{at<Word>(e), ld, num_rows, vocab_size};
-        check_amx(amx, bf16);
         with_dtype(bf16, [&](auto kind) {
           using T = decltype(kind);
-          const auto forward = [&](auto tiles) {
-            head_forward<decltype(tiles)>(at<const T>(hidden), ld_hidden, at<const T>(weight), ld_weight, width,
-                                                  map, view, at<float>(s), at<float>(sz), num_threads);
-          };
-          if constexpr (sizeof kind == sizeof(Bf16)) {
-            if (amx) return forward(AmxTiles{});
-          }
-          forward(Avx512Tiles{});
+          with_tiles<T>(level, [&](auto tiles) {
+            head_forward<decltype(tiles)>(at<const T>(hidden), ld_hidden, at<const T>(weight), ld_weight, width, map,
+                                          view, at<float>(s), at<float>(sz), num_threads);
+          });
         });
       },
       py::arg("hidden"), py::arg("ld_hidden"), py::arg("weight"), py::arg("ld_weight"), py::arg("width"),
       py::arg("bf16"), py::arg("bias"), py::arg("target_ids"), py::arg("anchor"), py::arg("inv_temperature"),
       py::arg("softcap"), py::arg("e"), py::arg("ld"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("s"),
-      py::arg("sz"), py::arg("amx"), py::arg("num_threads"), "Writes E, transposed (or not, if e is 0), s and sz (if not 0).");
+      py::arg("sz"), py::arg("level"), py::arg("num_threads"), "Writes E, transposed (or not, if e is 0), s and sz (if not 0).");
 
   m.def(
       "native_dhidden",
       [](Address e, int64_t ld, int64_t num_rows, int64_t vocab_size, Address weight, int64_t ld_weight,
-         int64_t width, bool bf16, Address dhidden, bool amx, int64_t num_threads) {
+         int64_t width, bool bf16, Address dhidden, const std::string& level, int64_t num_threads) {
         const HeadView view{at<Word>(e), ld, num_rows, vocab_size};
-        check_amx(amx, bf16);
         with_dtype(bf16, [&](auto kind) {
-          if constexpr (sizeof kind == sizeof(Bf16)) {
-            if (amx) {
-              return head_dhidden_amx(view, at<const Bf16>(weight), ld_weight, width, at<float>(dhidden),
-                                              num_threads);
+          using T = decltype(kind);
+          with_tiles<T>(level, [&](auto tiles) {
+            if constexpr (std::is_same_v<decltype(tiles), AmxTiles>) {
+              head_dhidden_amx(view, at<const Bf16>(weight), ld_weight, width, at<float>(dhidden), num_threads);
+            } else {
+              head_dhidden<decltype(tiles)>(view, at<const T>(weight), ld_weight, width, at<float>(dhidden),
+                                            num_threads);
             }
-          }
-          head_dhidden(view, at<const decltype(kind)>(weight), ld_weight, width, at<float>(dhidden),
-                               num_threads);
+          });
         });
       },
       py::arg("e"), py::arg("ld"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("weight"),
-      py::arg("ld_weight"), py::arg("width"), py::arg("bf16"), py::arg("dhidden"), py::arg("amx"),
+      py::arg("ld_weight"), py::arg("width"), py::arg("bf16"), py::arg("dhidden"), py::arg("level"),
       py::arg("num_threads"),
       "dhidden = E @ W.");
 
   m.def(
       "native_dweight",
       [](Address e, int64_t ld, int64_t num_rows, int64_t vocab_size, bool bf16, Address x, int64_t ld_x,
-         bool x_bf16, int64_t width, Address dweight, int64_t ld_dweight, bool accumulate, bool amx, int64_t num_threads) {
+         bool x_bf16, int64_t width, Address dweight, int64_t ld_dweight, bool accumulate, const std::string& level, int64_t num_threads) {
         if (x_bf16 && !bf16) throw std::invalid_argument("an fp32 E takes an fp32 x");
         const HeadView view{at<Word>(e), ld, num_rows, vocab_size};
-        check_amx(amx, bf16);
-        with_dtype(x_bf16, [&](auto kind) {
-          const auto* rows = at<const decltype(kind)>(x);
-          const auto dweight_of = [&](auto tiles, auto e_bf16) {
-            head_dweight<decltype(tiles), decltype(e_bf16)::value>(
-                view, rows, ld_x, width, at<float>(dweight), ld_dweight, accumulate, num_threads);
-          };
-          if constexpr (sizeof kind == sizeof(float)) {
-            if (!bf16) return dweight_of(Avx512Tiles{}, std::false_type{});
-          }
-          if (amx) return dweight_of(AmxTiles{}, std::true_type{});
-          dweight_of(Avx512Tiles{}, std::true_type{});
-        });
+        py::gil_scoped_release release;
+        const auto dweight_of = [&](auto kind, auto* rows) {
+          with_tiles<decltype(kind)>(level, [&](auto tiles) {
+            head_dweight<decltype(tiles), sizeof kind == sizeof(Bf16)>(view, rows, ld_x, width, at<float>(dweight),
+                                                                       ld_dweight, accumulate, num_threads);
+          });
+        };
+        if (x_bf16) return dweight_of(Bf16{}, at<const Bf16>(x));
+        if (bf16) return dweight_of(Bf16{}, at<const float>(x));
+        dweight_of(0.0f, at<const float>(x));
       },
       py::arg("e"), py::arg("ld"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("bf16"), py::arg("x"),
       py::arg("ld_x"), py::arg("x_bf16"), py::arg("width"), py::arg("dweight"), py::arg("ld_dweight"),
-      py::arg("accumulate"), py::arg("amx"), py::arg("num_threads"), "dweight = or += E^T @ x, x (R, D).");
+      py::arg("accumulate"), py::arg("level"), py::arg("num_threads"), "dweight = or += E^T @ x, x (R, D).");
 
   m.def(
       "native_dbias",
       [](Address e, int64_t ld, int64_t num_rows, int64_t vocab_size, bool bf16, Address x, Address dbias,
-         bool accumulate, int64_t num_threads) {
+         bool accumulate, const std::string& level, int64_t num_threads) {
         const HeadView view{at<Word>(e), ld, num_rows, vocab_size};
         with_dtype(bf16, [&](auto kind) {
-          head_dbias<sizeof kind == sizeof(Bf16)>(view, at<float>(x), at<float>(dbias), accumulate,
-                                                          num_threads);
+          with_tiles<decltype(kind)>(level, [&](auto tiles) {
+            head_dbias<decltype(tiles), sizeof kind == sizeof(Bf16)>(view, at<float>(x), at<float>(dbias), accumulate,
+                                                                     num_threads);
+          });
         });
       },
       py::arg("e"), py::arg("ld"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("bf16"), py::arg("x"),
-      py::arg("dbias"), py::arg("accumulate"), py::arg("num_threads"), "dbias = or += E^T @ x, x (R).");
+      py::arg("dbias"), py::arg("accumulate"), py::arg("level"), py::arg("num_threads"), "dbias = or += E^T @ x, x (R).");
 
   m.def(
       "native_affine",
       [](Address e, int64_t ld, int64_t num_rows, int64_t vocab_size, bool bf16, Address a, Address b,
-         int64_t num_threads) {
+         const std::string& level, int64_t num_threads) {
         const HeadView view{at<Word>(e), ld, num_rows, vocab_size};
         with_dtype(bf16, [&](auto kind) {
-          head_affine<sizeof kind == sizeof(Bf16)>(view, at<float>(a), at<float>(b), num_threads);
+          with_tiles<decltype(kind)>(level, [&](auto tiles) {
+            head_affine<decltype(tiles), sizeof kind == sizeof(Bf16)>(view, at<float>(a), at<float>(b), num_threads);
+          });
         });
       },
       py::arg("e"), py::arg("ld"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("bf16"), py::arg("a"),
-      py::arg("b"), py::arg("num_threads"), "E becomes E (a + b log E) in place.");
+      py::arg("b"), py::arg("level"), py::arg("num_threads"), "E becomes E (a + b log E) in place.");
 
   m.def(
       "native_compact",

@@ -312,10 +312,14 @@ void bind_decoder(py::module_& m) {
   bind_linear(0.0f, Avx512Tiles{}, "PackedLinearF32");
   bind_linear(Bf16{}, Avx512Tiles{}, "PackedLinearBF16");
   bind_linear(Bf16{}, AmxTiles{}, "PackedLinearAMX");
+  bind_linear(0.0f, Avx2Tiles{}, "PackedLinearF32AVX2");
+  bind_linear(Bf16{}, Avx2Tiles{}, "PackedLinearBF16AVX2");
 
   bind_decoder_of<float, Avx512Tiles>(m, "DecoderF32");
   bind_decoder_of<Bf16, Avx512Tiles>(m, "DecoderBF16");
   bind_decoder_of<Bf16, AmxTiles>(m, "DecoderAMX");
+  bind_decoder_of<float, Avx2Tiles>(m, "DecoderF32AVX2");
+  bind_decoder_of<Bf16, Avx2Tiles>(m, "DecoderBF16AVX2");
 
   py::enum_<Outcome>(m, "Outcome")
       .value("going", Outcome::kGoing)
@@ -325,6 +329,8 @@ void bind_decoder(py::module_& m) {
   bind_decode_loop_of<float, Avx512Tiles>(m, "DecodeLoopF32");
   bind_decode_loop_of<Bf16, Avx512Tiles>(m, "DecodeLoopBF16");
   bind_decode_loop_of<Bf16, AmxTiles>(m, "DecodeLoopAMX");
+  bind_decode_loop_of<float, Avx2Tiles>(m, "DecodeLoopF32AVX2");
+  bind_decode_loop_of<Bf16, Avx2Tiles>(m, "DecodeLoopBF16AVX2");
 #endif
 }
 

@@ -5,6 +5,7 @@
 #include "blocks.hpp"
 #include "linear.hpp"
 #include "products.hpp"
+#include "tiles.hpp"
 
 namespace r1fast {
 
@@ -127,49 +128,56 @@ void bind_training(py::module_& m) {
   m.def(
       "linear_forward",
       [](Address x, int64_t ld_x, int64_t num_tokens, Address weight, int64_t ld_weight, int64_t num_out,
-         int64_t num_in, Address bias, Address y, int64_t num_threads) {
+         int64_t num_in, Address bias, Address y, const std::string& level, int64_t num_threads) {
         const py::gil_scoped_release release;
-        linear_forward(at<float>(x), ld_x, num_tokens, at<float>(weight), ld_weight, num_out, num_in, at<float>(bias),
-                       at<float>(y), num_out, num_threads);
+        with_tiles<float>(level, [&](auto tiles) {
+          linear_forward<decltype(tiles)>(at<float>(x), ld_x, num_tokens, at<float>(weight), ld_weight, num_out, num_in,
+                                          at<float>(bias), at<float>(y), num_out, num_threads);
+        });
       },
       py::arg("x"), py::arg("ld_x"), py::arg("num_tokens"), py::arg("weight"), py::arg("ld_weight"),
-      py::arg("num_out"), py::arg("num_in"), py::arg("bias"), py::arg("y"), py::arg("num_threads"),
+      py::arg("num_out"), py::arg("num_in"), py::arg("bias"), py::arg("y"), py::arg("level"), py::arg("num_threads"),
       "y = x W^T + bias.");
 
   m.def(
       "linear_forward_bf16",
       [](Address x, int64_t ld_x, int64_t num_tokens, Address weight, int64_t ld_weight, int64_t num_out,
-         int64_t num_in, Address bias, Address y, int64_t num_threads) {
+         int64_t num_in, Address bias, Address y, const std::string& level, int64_t num_threads) {
         const py::gil_scoped_release release;
-        const auto run = amx_supported() ? &linear_once<Bf16, AmxTiles> : &linear_once<Bf16, Avx512Tiles>;
-        run(at<const Bf16>(x), ld_x, num_tokens, at<const Bf16>(weight), ld_weight, num_out, num_in,
-            at<const Bf16>(bias), at<Bf16>(y), num_threads);
+        with_tiles<Bf16>(level, [&](auto tiles) {
+          linear_once<Bf16, decltype(tiles)>(at<const Bf16>(x), ld_x, num_tokens, at<const Bf16>(weight), ld_weight,
+                                             num_out, num_in, at<const Bf16>(bias), at<Bf16>(y), num_threads);
+        });
       },
       py::arg("x"), py::arg("ld_x"), py::arg("num_tokens"), py::arg("weight"), py::arg("ld_weight"),
-      py::arg("num_out"), py::arg("num_in"), py::arg("bias"), py::arg("y"), py::arg("num_threads"),
+      py::arg("num_out"), py::arg("num_in"), py::arg("bias"), py::arg("y"), py::arg("level"), py::arg("num_threads"),
       "y = x W^T + bias by the sums of PackedLinear.");
 
   m.def(
       "linear_dx",
       [](Address dy, int64_t ld_dy, int64_t num_tokens, Address weight, int64_t ld_weight, int64_t num_out,
-         int64_t num_in, Address dx, int64_t num_threads) {
+         int64_t num_in, Address dx, const std::string& level, int64_t num_threads) {
         const py::gil_scoped_release release;
-        linear_dx(at<float>(dy), ld_dy, num_tokens, at<float>(weight), ld_weight, num_out, num_in, at<float>(dx),
-                  num_in, num_threads);
+        with_tiles<float>(level, [&](auto tiles) {
+          linear_dx<decltype(tiles)>(at<float>(dy), ld_dy, num_tokens, at<float>(weight), ld_weight, num_out, num_in,
+                                     at<float>(dx), num_in, num_threads);
+        });
       },
       py::arg("dy"), py::arg("ld_dy"), py::arg("num_tokens"), py::arg("weight"), py::arg("ld_weight"),
-      py::arg("num_out"), py::arg("num_in"), py::arg("dx"), py::arg("num_threads"), "dx = dy W.");
+      py::arg("num_out"), py::arg("num_in"), py::arg("dx"), py::arg("level"), py::arg("num_threads"), "dx = dy W.");
 
   m.def(
       "linear_dweight",
       [](Address dy, int64_t ld_dy, int64_t num_tokens, Address x, int64_t ld_x, int64_t num_out, int64_t num_in,
-         Address dweight, int64_t num_threads) {
+         Address dweight, const std::string& level, int64_t num_threads) {
         const py::gil_scoped_release release;
-        linear_dweight(at<float>(dy), ld_dy, num_tokens, at<float>(x), ld_x, num_out, num_in, at<float>(dweight),
-                       num_in, num_threads);
+        with_tiles<float>(level, [&](auto tiles) {
+          linear_dweight<decltype(tiles)>(at<float>(dy), ld_dy, num_tokens, at<float>(x), ld_x, num_out, num_in,
+                                          at<float>(dweight), num_in, num_threads);
+        });
       },
       py::arg("dy"), py::arg("ld_dy"), py::arg("num_tokens"), py::arg("x"), py::arg("ld_x"), py::arg("num_out"),
-      py::arg("num_in"), py::arg("dweight"), py::arg("num_threads"), "dweight = dy^T x.");
+      py::arg("num_in"), py::arg("dweight"), py::arg("level"), py::arg("num_threads"), "dweight = dy^T x.");
 #endif
 }
 

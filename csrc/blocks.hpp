@@ -250,7 +250,7 @@ void rows_baseline(const Call& call, int64_t begin, int64_t end, float* sums) {
 }
 #if defined(__x86_64__)
 template <class Call>
-__attribute__((target("avx2,fma"))) void rows_avx2(const Call& call, int64_t begin, int64_t end, float* sums) {
+R1FAST_AVX2 void rows_avx2(const Call& call, int64_t begin, int64_t end, float* sums) {
   call.rows(begin, end, sums);
 }
 template <class Call>
@@ -262,16 +262,11 @@ R1FAST_AVX512 void rows_avx512(const Call& call, int64_t begin, int64_t end, flo
 // `level` is auto, baseline, avx2 or avx512.
 template <class Call>
 auto rows_for(const std::string& level) -> decltype(&rows_baseline<Call>) {
+  const Level found = level_of(level);
 #if defined(__x86_64__)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && (level == "auto" || level == "avx512")) return &rows_avx512<Call>;
-  if (has_avx2 && (level == "auto" || level == "avx2")) return &rows_avx2<Call>;
+  if (found == Level::kAvx512) return &rows_avx512<Call>;
+  if (found == Level::kAvx2) return &rows_avx2<Call>;
 #endif
-  if (level != "auto" && level != "baseline") {
-    throw std::invalid_argument("level must be auto, baseline, avx2 or avx512, one that this CPU has; got " + level);
-  }
   return &rows_baseline<Call>;
 }
 

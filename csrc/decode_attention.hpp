@@ -71,19 +71,20 @@ struct StripKernels {
   void (*finish)(const float*, float, int64_t, T*);
 };
 
-#define R1FAST_STRIP_KERNELS(suffix, attributes)                                                           \
-  template <class T>                                                                                       \
-  attributes void attend_strip_##suffix(const Strip<T>& strip, const Rows& rows) {                         \
-    attend_strip(strip, rows);                                                                             \
-  }                                                                                                        \
+template <class T>
+void attend_strip_baseline(const Strip<T>& strip, const Rows& rows) {
+  attend_strip(strip, rows);
+}
+
+#define R1FAST_STRIP_KERNELS(suffix, attributes)                                                             \
   attributes inline void merge_rows_##suffix(const Rows& rows, const Rows& more) { merge_rows(rows, more); } \
-  template <class T>                                                                                       \
-  attributes void finish_row_##suffix(const float* a, float l, int64_t head_dim, T* out) {                 \
-    finish_row(a, l, head_dim, out);                                                                       \
+  template <class T>                                                                                         \
+  attributes void finish_row_##suffix(const float* a, float l, int64_t head_dim, T* out) {                   \
+    finish_row(a, l, head_dim, out);                                                                         \
   }
 R1FAST_STRIP_KERNELS(baseline, )
 #if defined(__x86_64__)
-R1FAST_STRIP_KERNELS(avx2, __attribute__((target("avx2,fma"))))
+R1FAST_STRIP_KERNELS(avx2, R1FAST_AVX2)
 R1FAST_STRIP_KERNELS(avx512, R1FAST_AVX512)
 #endif
 #undef R1FAST_STRIP_KERNELS
@@ -91,17 +92,11 @@ R1FAST_STRIP_KERNELS(avx512, R1FAST_AVX512)
 // `level` is auto, baseline, avx2 or avx512.
 template <class T>
 StripKernels<T> strip_kernels(const std::string& level) {
+  const Level found = level_of(level);
 #if defined(__x86_64__)
-  if ((level == "auto" || level == "avx512") && native_supported(false)) {
-    return {&attend_strip_native<T>, &merge_rows_avx512, &finish_row_avx512<T>};
-  }
-  if ((level == "auto" || level == "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return {&attend_strip_avx2<T>, &merge_rows_avx2, &finish_row_avx2<T>};
-  }
+  if (found == Level::kAvx512) return {&avx512::attend_rows<T>, &merge_rows_avx512, &finish_row_avx512<T>};
+  if (found == Level::kAvx2) return {&avx2::attend_rows<T>, &merge_rows_avx2, &finish_row_avx2<T>};
 #endif
-  if (level != "auto" && level != "baseline") {
-    throw std::invalid_argument("level must be auto, baseline, avx2 or avx512, one that this CPU has; got " + level);
-  }
   return {&attend_strip_baseline<T>, &merge_rows_baseline, &finish_row_baseline<T>};
 }
 

@@ -158,7 +158,8 @@ class Decoder {
 
   void norm(const T* weight, int64_t n, T* y, int64_t ld_y, Member& each) const {
     for_rows(n, each, [&](int64_t begin, int64_t end) {
-      norm_rows(static_cast<const T*>(x_.data()), x_.ld(), weight, shape_.eps, shape_.width, y, ld_y, begin, end);
+      Tiles::Rows::norm_rows(static_cast<const T*>(x_.data()), x_.ld(), weight, shape_.eps, shape_.width, y, ld_y,
+                             begin, end);
     });
   }
 
@@ -178,7 +179,7 @@ class Decoder {
     const PagedCache<T> cache{layer.keys, layer.values, s.num_kv_heads, s.head_dim};
     const HeadsCall<T> heads{qkv_.data(), qkv_.ld(),      layer.q_norm,   layer.k_norm, s.eps,
                              step.rotations, step.positions, s.num_heads, q_.data()};
-    for_rows(n, each, [&](int64_t begin, int64_t end) { write_heads(heads, cache, step.slots, begin, end); });
+    for_rows(n, each, [&](int64_t begin, int64_t end) { write_heads<Tiles>(heads, cache, step.slots, begin, end); });
     attention_.attend(attention_of(step), cache, kernels_, each);
     // with rows mixed_.ld() apart; what lies between them stays 0: a NaN of one row must not reach another
     const int64_t width = s.num_heads * s.head_dim;

@@ -8,12 +8,6 @@
 #if defined(__x86_64__)
 namespace r1fast {
 
-template <class T>
-R1FAST_AVX512 void norm_rows(const T* x, int64_t ld_x, const T* weight, float eps, int64_t dim, T* y, int64_t ld_y,
-                             int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) norm_row(x + i * ld_x, weight, eps, dim, y + i * ld_y);
-}
-
 constexpr int64_t kRowsPerTask = 8;
 
 // body(begin, end) for parts of `num_rows` rows.
@@ -38,32 +32,19 @@ struct HeadsCall {
   T* q;  // (N, H, Dh), written
 };
 
-template <class T>
-R1FAST_AVX512 void make_heads(const HeadsCall<T>& call, int64_t num_kv_heads, int64_t dim, int64_t begin, int64_t end,
-                              T* k_row) {
-  for (int64_t i = begin; i < end; ++i) {
-    const float* const rotation = call.rotations + call.positions[i] * 2 * dim;
-    for (int64_t h = 0; h < call.num_heads + num_kv_heads; ++h) {
-      const bool is_key = h >= call.num_heads;
-      const T* from = call.qkv + i * call.ld + h * dim;
-      T* const to = is_key ? k_row + ((i - begin) * num_kv_heads + h - call.num_heads) * dim
-                           : call.q + (i * call.num_heads + h) * dim;
-      T normed[1024];
-      if (call.q_norm != nullptr) {
-        norm_row(from, is_key ? call.k_norm : call.q_norm, call.eps, dim, normed);
-        from = normed;
-      }
-      rotate_head(from, rotation, dim, to);
-    }
-  }
-}
+}  // namespace r1fast
 
-template <class T>
+#define R1FAST_KERNELS "row_kernels.hpp"
+#include "each_level.hpp"
+
+namespace r1fast {
+
+template <class Tiles, class T>
 void write_heads(const HeadsCall<T>& call, const PagedCache<T>& cache, const int64_t* slots, int64_t begin,
                  int64_t end) {
   const int64_t dim = cache.head_dim, width = cache.num_kv_heads * dim;
   const AlignedBuffer<T> keys((end - begin) * width);
-  make_heads(call, cache.num_kv_heads, dim, begin, end, keys.data());
+  Tiles::Rows::make_heads(call, cache.num_kv_heads, dim, begin, end, keys.data());
   const T* const values = call.qkv + begin * call.ld + (call.num_heads + cache.num_kv_heads) * dim;
   write_kv(cache, keys.data(), width, values, call.ld, slots + begin, end - begin, 1);
 }

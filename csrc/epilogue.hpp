@@ -7,10 +7,10 @@
 // A row is summed in fixed blocks of columns, so the number of threads changes nothing.
 #pragma once
 
-#include <stdexcept>
 #include <string>
 
 #include "exp.hpp"
+#include "level.hpp"
 #include "parallel.hpp"
 
 namespace r1fast {
@@ -121,7 +121,7 @@ R1FAST_INLINE void affine_span(T* e, int64_t num_columns, float a, float b) {
   }
 R1FAST_SPANS(baseline, )
 #if defined(__x86_64__)
-R1FAST_SPANS(avx2, __attribute__((target("avx2,fma"))))
+R1FAST_SPANS(avx2, R1FAST_AVX2)
 R1FAST_SPANS(avx512, R1FAST_AVX512)
 #endif
 #undef R1FAST_SPANS
@@ -135,18 +135,11 @@ struct Spans {
 // `level` is auto, baseline, avx2 or avx512.
 template <class T>
 Spans<T> spans_for(const std::string& level) {
+  const Level found = level_of(level);
 #if defined(__x86_64__)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && (level == "auto" || level == "avx512")) {
-    return {&epilogue_block_avx512<T>, &affine_span_avx512<T>};
-  }
-  if (has_avx2 && (level == "auto" || level == "avx2")) return {&epilogue_block_avx2<T>, &affine_span_avx2<T>};
+  if (found == Level::kAvx512) return {&epilogue_block_avx512<T>, &affine_span_avx512<T>};
+  if (found == Level::kAvx2) return {&epilogue_block_avx2<T>, &affine_span_avx2<T>};
 #endif
-  if (level != "auto" && level != "baseline") {
-    throw std::invalid_argument("level must be auto, baseline, avx2 or avx512, one that this CPU has; got " + level);
-  }
   return {&epilogue_block_baseline<T>, &affine_span_baseline<T>};
 }
 

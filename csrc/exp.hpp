@@ -1,5 +1,5 @@
 // exp, log and tanh in fp32, in two forms: plain C++ without branches or library calls, for loops that the compiler
-// vectorises for whatever instructions the calling function may use, and AVX-512 for the native kernels.
+// vectorises for whatever instructions the calling function may use, and AVX-512 and AVX2 for the native kernels.
 #pragma once
 
 #include <cmath>
@@ -111,6 +111,8 @@ R1FAST_INLINE Tanh tanh_and_slope(float x) {
 #define R1FAST_AVX512 \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")))
 #define R1FAST_AVX512_INLINE R1FAST_AVX512 __attribute__((always_inline)) inline
+#define R1FAST_AVX2 __attribute__((target("avx2,fma")))
+#define R1FAST_AVX2_INLINE R1FAST_AVX2 __attribute__((always_inline)) inline
 
 // For any x: 0 below -104, infinity above 88.7, NaN for NaN.
 R1FAST_AVX512_INLINE __m512 exp_vector(__m512 x) {
@@ -125,6 +127,24 @@ R1FAST_AVX512_INLINE __m512 exp_vector(__m512 x) {
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
   return _mm512_maskz_scalef_ps(0xffff, p, n);
+}
+
+// The same steps, and the same bits.
+R1FAST_AVX2_INLINE __m256 exp_vector(__m256 x) {
+  x = _mm256_max_ps(_mm256_set1_ps(kMinExp), x);
+  x = _mm256_min_ps(_mm256_set1_ps(kMaxExp), x);
+  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(kLog2e)), _MM_FROUND_TO_NEAREST_INT);
+  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(kLn2High), x);
+  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(kLn2Low), r);
+  __m256 p = _mm256_set1_ps(kExpPoly[4]);
+  for (int i = 3; i >= 0; --i) p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExpPoly[i]));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1));
+  // 2^n in two steps, the second of which alone may round
+  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1), one = _mm256_set1_epi32(127);
+  const __m256i first = _mm256_slli_epi32(_mm256_add_epi32(half, one), 23);
+  const __m256i second = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), one), 23);
+  return _mm256_mul_ps(_mm256_mul_ps(p, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second));
 }
 #endif
 

@@ -1,4 +1,4 @@
-// A language-model head on AVX-512, and AMX where the products are of bf16: z = h W^T with its epilogue (epilogue.hpp) in one pass, then E @ W and E^T @ X.
+// A language-model head on AVX-512, AVX2, and AMX where the products are of bf16: z = h W^T with its epilogue (epilogue.hpp) in one pass, then E @ W and E^T @ X.
 //
 // E is stored transposed, in words [vocabulary][ld]: the vector lanes are rows of h, so the sums over the vocabulary
 // need no horizontal additions. bf16 keeps two vocabulary entries in a word. Work is shared out in blocks of the
@@ -11,7 +11,7 @@
 
 namespace r1fast {
 
-constexpr int64_t kVocabPadding = 8;
+constexpr int64_t kVocabPadding = 8;  // entries whose epilogue is one call
 
 // Words from one row of the transposed E to the next: an odd number of cache lines, so that a column of it does not
 // fall into a few sets of the cache.
@@ -52,63 +52,12 @@ struct Forward {
   float* sz_blocks;  // null: not asked for
 };
 
-// The epilogue of 8 rows of sums: vocabulary entries from `v` on, their lanes rows of h from `t` on.
-template <bool kBf16, bool kSoftcap, bool kWantSz, int64_t kLd, class T>
-R1FAST_AVX512 void tile_epilogue(const Forward<T>& f, float (*tile)[kLd], int64_t num_vectors, int64_t v, int64_t t,
-                                 int64_t block) {
-  float slope[kTileRows][kLd];
-  float bias[kTileRows] = {};
-  if (f.map.bias != nullptr) {
-    for (int i = 0; i < kTileRows && v + i < f.e.vocab_size; ++i) bias[i] = f.map.bias[v + i];
-  }
-  if (kSoftcap) {
-    const float inv_softcap = 1 / f.map.softcap;
-    for (int i = 0; i < kTileRows; ++i) {
-      for (int64_t l = 0; l < kLanes * num_vectors; ++l) {
-        const Tanh tanh = tanh_and_slope((tile[i][l] + bias[i]) * inv_softcap);
-        tile[i][l] = f.map.softcap * tanh.value;
-        slope[i][l] = tanh.slope;
-      }
-      bias[i] = 0;
-    }
-  }
-  const __m512 inv_temperature = _mm512_set1_ps(f.map.inv_temperature);
-  for (int64_t j = 0; j < num_vectors; ++j, t += kLanes) {
-    const __mmask16 valid = column_mask(t, f.e.num_rows);
-    const __m512i target = _mm512_loadu_si512(f.target_ids + t);
-    const __m512 anchor = _mm512_loadu_ps(f.anchor + t);
-    float* const s_at = f.s_blocks + block * f.padded_rows + t;
-    float* const sz_at = kWantSz ? f.sz_blocks + block * f.padded_rows + t : nullptr;
-    __m512 s = _mm512_loadu_ps(s_at);
-    __m512 sz = kWantSz ? _mm512_loadu_ps(sz_at) : s;
-    Word* const to = f.e.words == nullptr ? nullptr : f.e.words + v / (kBf16 ? 2 : 1) * f.e.ld + t;
-    __m512 e[kTileRows];  // stored past the caches: E is larger than they are
-#pragma GCC unroll 8
-    for (int i = 0; i < kTileRows; ++i) {
-      const __m512 u = _mm512_add_ps(_mm512_loadu_ps(&tile[i][kLanes * j]), _mm512_set1_ps(bias[i]));
-      const __m512 x = _mm512_fmsub_ps(u, inv_temperature, anchor);
-      const __mmask16 counted = v + i < f.e.vocab_size
-                                    ? _mm512_mask_cmpneq_epi32_mask(valid, target, _mm512_set1_epi32(int32_t(v + i)))
-                                    : __mmask16{0};
-      e[i] = _mm512_maskz_mov_ps(counted, exp_vector(x));
-      s = _mm512_add_ps(s, e[i]);
-      // where e is 0, x may be minus infinity
-      if (kWantSz) {
-        const __m512 finite = _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(kMinExp), x);
-        sz = _mm512_mask3_fmadd_ps(e[i], finite, sz, counted);
-      }
-      if (kSoftcap) e[i] = _mm512_maskz_mul_ps(counted, e[i], _mm512_loadu_ps(&slope[i][kLanes * j]));
-      if (!kBf16 && to != nullptr) _mm512_stream_ps(to + i * f.e.ld, e[i]);
-    }
-    if (kBf16 && to != nullptr) {
-      for (int i = 0; i < kTileRows; i += 2) {
-        _mm512_stream_si512((__m512i*)(to + i / 2 * f.e.ld), interleave_bf16(e[i], e[i + 1]));
-      }
-    }
-    _mm512_storeu_ps(s_at, s);
-    if (kWantSz) _mm512_storeu_ps(sz_at, sz);
-  }
-}
+}  // namespace r1fast
+
+#define R1FAST_KERNELS "head_kernels.hpp"
+#include "each_level.hpp"
+
+namespace r1fast {
 
 template <class Tiles, class T>
 void forward_block(const Forward<T>& f, int64_t block, int64_t next_block, int64_t num_k, int64_t copy_rows,
@@ -116,8 +65,11 @@ void forward_block(const Forward<T>& f, int64_t block, int64_t next_block, int64
   constexpr bool kBf16 = sizeof(T) == sizeof(Bf16);
   constexpr int64_t kLd = kLanes * Tiles::kMaxVectors;
   const bool softcap = f.map.softcap != 0, want_sz = f.sz_blocks != nullptr;
-  const auto plain = want_sz ? &tile_epilogue<kBf16, false, true, kLd, T> : &tile_epilogue<kBf16, false, false, kLd, T>;
-  const auto capped = want_sz ? &tile_epilogue<kBf16, true, true, kLd, T> : &tile_epilogue<kBf16, true, false, kLd, T>;
+  using Kernels = typename Tiles::Head;
+  const auto plain = want_sz ? &Kernels::template tile_epilogue<kBf16, false, true, kLd, T>
+                             : &Kernels::template tile_epilogue<kBf16, false, false, kLd, T>;
+  const auto capped = want_sz ? &Kernels::template tile_epilogue<kBf16, true, true, kLd, T>
+                              : &Kernels::template tile_epilogue<kBf16, true, false, kLd, T>;
   const auto finish = softcap ? capped : plain;
   const typename Tiles::Session session;
   const int64_t num_vectors = f.padded_rows / kLanes;
@@ -127,7 +79,7 @@ void forward_block(const Forward<T>& f, int64_t block, int64_t next_block, int64
   for (int64_t begin = block * kVocabBlock; begin < end; begin += copy_rows) {
     // A copy: rows of W may be unaligned, of odd width, and a power of two apart, all in one set of the cache.
     const int64_t count = std::min(copy_rows, end - begin);
-    for (int64_t i = 0; i < round_up(count, Tiles::kRows); ++i) {
+    for (int64_t i = 0; i < std::min(round_up(count, Tiles::kRows), copy_rows); ++i) {
       Word* const row = copy + i * ld_copy;
       const int64_t num_words = i < count ? f.width * sizeof(T) / sizeof(Word) : 0;  // that are full
       std::fill(row + num_words, row + num_k, 0.0f);
@@ -145,9 +97,10 @@ void forward_block(const Forward<T>& f, int64_t block, int64_t next_block, int64
       for (int64_t i = 0; i < count; i += Tiles::kRows) {
         prefetcher.step();
         alignas(64) float tile[Tiles::kRows][kLd];
+        const int64_t num_rows = std::min(Tiles::kRows, round_up(count - i, kVocabPadding));
         Tiles::template into<kBf16>(Into::kBuffer, n, num_k, copy + i * ld_copy, ld_copy,
-                                    f.panels + p * kLanes * num_k, &tile[0][0], kLd, Tiles::kRows, kLanes * n);
-        for (int64_t r = 0; r < std::min(Tiles::kRows, count - i); r += kTileRows) {
+                                    f.panels + p * kLanes * num_k, &tile[0][0], kLd, num_rows, kLanes * n);
+        for (int64_t r = 0; r < num_rows; r += kVocabPadding) {
           finish(f, tile + r, n, begin + i + r, p * kLanes, block);
         }
       }
@@ -178,7 +131,7 @@ void head_forward(const T* hidden, int64_t ld_hidden, const T* weight, int64_t l
   }
   for (int64_t p = 0, n; p < padded_rows / kLanes; p += n) {
     n = Tiles::panel_vectors(padded_rows / kLanes - p);
-    pack_lanes(hidden, ld_hidden, p * kLanes, num_rows, width, num_k, n * kLanes, panels.data() + p * kLanes * num_k);
+    Tiles::pack_lanes(hidden, ld_hidden, p * kLanes, num_rows, width, num_k, n * kLanes, panels.data() + p * kLanes * num_k);
   }
   const Forward<T> f{weight,      ld_weight,    width,         map,         e,
                      panels.data(), targets.data(), anchor.data(), padded_rows, partial.data(),
@@ -199,11 +152,12 @@ void head_forward(const T* hidden, int64_t ld_hidden, const T* weight, int64_t l
 }
 
 // dhidden (R, D) = E @ W. A task owns a part of the result and goes through the whole vocabulary.
-template <class T>
+template <class Tiles, class T>
 void head_dhidden(const HeadView& e, const T* weight, int64_t ld_weight, int64_t width, float* dhidden,
                   int64_t num_threads) {
   constexpr bool kBf16 = sizeof(T) == sizeof(Bf16);
   constexpr int64_t kEntries = kDhiddenBlock * (kBf16 ? 2 : 1);
+  constexpr int64_t kTileRows = Tiles::kRowsOfTile, kTileVectors = Tiles::kMaxVectors;
   const int64_t num_vectors = ceil_div(width, kLanes), num_tiles = ceil_div(e.num_rows, kTileRows);
   const int64_t threads = worthwhile_threads(num_threads, 0.1 * e.num_rows * width * e.vocab_size);
   // two parts a thread: E is read once more, for 1% of the time, and a core that another process slows takes fewer
@@ -227,8 +181,8 @@ void head_dhidden(const HeadView& e, const T* weight, int64_t ld_weight, int64_t
                         (last_tile - first_tile) * kTileRows * sizeof(Word), e.ld * sizeof(Word),
                         (last_tile - first_tile) * ceil_div(last_vector - first_vector, kTileVectors));
       for (int64_t d = first_vector, n; d < last_vector; d += n) {
-        n = Avx512Tiles::panel_vectors(last_vector - d);
-        pack_columns<kBf16>(weight, ld_weight, v, last, d * kLanes, width, n, panel);
+        n = Tiles::panel_vectors(last_vector - d);
+        Tiles::template pack_columns<kBf16>(weight, ld_weight, v, last, d * kLanes, width, n, panel);
         // the next panel of W, and the next rows of E a part with every panel
         const bool wraps = d + n >= last_vector;
         const int64_t next_v = wraps ? v + kEntries : v, next_d = wraps ? first_vector : d + n;
@@ -240,9 +194,9 @@ void head_dhidden(const HeadView& e, const T* weight, int64_t ld_weight, int64_t
           next_w.step();
           next_e.step();
           const int64_t t = tile * kTileRows;
-          tile_into<kBf16, true>(v > 0 ? Into::kAdd : Into::kSet, n, num_k, rows + t, e.ld, panel,
-                                 dhidden + t * width + d * kLanes, width,
-                                 std::min<int64_t>(kTileRows, e.num_rows - t), width - d * kLanes);
+          Tiles::template into_of_columns<kBf16>(v > 0 ? Into::kAdd : Into::kSet, n, num_k, rows + t, e.ld, panel,
+                                                 dhidden + t * width + d * kLanes, width,
+                                                 std::min(kTileRows, e.num_rows - t), width - d * kLanes);
         }
       }
     }
@@ -321,24 +275,6 @@ inline void head_dhidden_amx(const HeadView& e, const Bf16* weight, int64_t ld_w
   });
 }
 
-// Rows of words (v, v + 1) by t become rows of words (t, t + 1), one for each v.
-R1FAST_AVX512 inline void pair_rows(const Word* pairs, int64_t ld, int64_t num_pairs, int64_t num_words, Word* rows,
-                                    int64_t ld_rows) {
-  const __m512i order = _mm512_set_epi32(0x0f0e0b0a, 0x0d0c0908, 0x07060302, 0x05040100, 0x0f0e0b0a, 0x0d0c0908,
-                                         0x07060302, 0x05040100, 0x0f0e0b0a, 0x0d0c0908, 0x07060302, 0x05040100,
-                                         0x0f0e0b0a, 0x0d0c0908, 0x07060302, 0x05040100);
-  const __m512i even = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 12, 10, 8, 6, 4, 2, 0);
-  const __m512i odd = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 15, 13, 11, 9, 7, 5, 3, 1);
-  for (int64_t p = 0; p < num_pairs; ++p) {
-    for (int64_t k = 0; k < num_words; k += 8) {  // E has whole lines of 16 words
-      const __m512i words = _mm512_shuffle_epi8(_mm512_loadu_si512(pairs + p * ld + 2 * k), order);
-      Word* const to = rows + 2 * p * ld_rows + k;
-      _mm512_mask_storeu_epi32(to, 0x00ff, _mm512_maskz_permutexvar_epi32(0x00ff, even, words));
-      _mm512_mask_storeu_epi32(to + ld_rows, 0x00ff, _mm512_maskz_permutexvar_epi32(0x00ff, odd, words));
-    }
-  }
-}
-
 // dweight (V, D) = or += E^T @ x, x (R, D) in fp32 or bf16.
 template <class Tiles, bool kBf16, class X>
 void head_dweight(const HeadView& e, const X* x, int64_t ld_x, int64_t width, float* dweight, int64_t ld_dweight,
@@ -351,7 +287,7 @@ void head_dweight(const HeadView& e, const X* x, int64_t ld_x, int64_t width, fl
   for (int64_t d = 0, n; d < num_vectors; d += n) {
     n = Tiles::panel_vectors(num_vectors - d);
     Word* const panel = panels.data() + d * kLanes * num_k;
-    pack_columns<kBf16>(x, ld_x, 0, e.num_rows, d * kLanes, width, n, panel);
+    Tiles::template pack_columns<kBf16>(x, ld_x, 0, e.num_rows, d * kLanes, width, n, panel);
     std::fill(panel + num_words * kLanes * n, panel + num_k * kLanes * n, 0.0f);
   }
   parallel_for(ceil_div(e.vocab_size, kDweightBlock), threads, [&](int64_t task, int64_t thread) {
@@ -361,7 +297,7 @@ void head_dweight(const HeadView& e, const X* x, int64_t ld_x, int64_t width, fl
     int64_t ld = e.ld;
     if (kBf16) {
       Word* const mine = pairs.data() + thread * kDweightBlock * ld_pairs;
-      pair_rows(e.words + v / 2 * e.ld, e.ld, round_up(count, kVocabPadding) / 2, num_words, mine, ld_pairs);
+      Tiles::Head::pair_rows(e.words + v / 2 * e.ld, e.ld, round_up(count, kVocabPadding) / 2, num_words, mine, ld_pairs);
       for (int64_t i = 0; i < count; ++i) std::fill(mine + i * ld_pairs + num_words, mine + i * ld_pairs + num_k, 0.0f);
       rows = mine;
       ld = ld_pairs;
@@ -383,32 +319,6 @@ void head_dweight(const HeadView& e, const X* x, int64_t ld_x, int64_t width, fl
   });
 }
 
-template <bool kBf16>
-R1FAST_AVX512 void dbias_rows(const HeadView& e, const float* x, float* dbias, bool accumulate, int64_t v) {
-  const Word* const row = e.words + v / (kBf16 ? 2 : 1) * e.ld;
-  __m512 low = _mm512_setzero_ps(), high = low;
-  for (int64_t t = 0; t < e.num_rows; t += kLanes) {
-    const __mmask16 mask = column_mask(t, e.num_rows);
-    const __m512 scale = _mm512_maskz_loadu_ps(mask, x + t), words = _mm512_maskz_loadu_ps(mask, row + t);
-    if (kBf16) {
-      const __m512i bits = _mm512_castps_si512(words);
-      low = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, bits, 16)), scale, low);
-      const __m512i top = _mm512_and_si512(bits, _mm512_set1_epi32(int32_t(0xffff0000u)));
-      high = _mm512_fmadd_ps(_mm512_castsi512_ps(top), scale, high);
-    } else {
-      low = _mm512_fmadd_ps(words, scale, low);
-    }
-  }
-  float lanes[2][kLanes];
-  _mm512_storeu_ps(lanes[0], low);
-  _mm512_storeu_ps(lanes[1], high);
-  for (int i = 0; i < (kBf16 ? 2 : 1) && v + i < e.vocab_size; ++i) {
-    float sum = 0;
-    for (float lane : lanes[i]) sum += lane;
-    dbias[v + i] = (accumulate ? dbias[v + i] : 0.0f) + sum;
-  }
-}
-
 // Runs over the rows of words in blocks.
 template <class Body>
 void for_word_rows(const HeadView& e, bool bf16, int64_t num_threads, const Body& body) {
@@ -422,11 +332,11 @@ void for_word_rows(const HeadView& e, bool bf16, int64_t num_threads, const Body
 }
 
 // dbias (V) = or += E^T @ x, x (R).
-template <bool kBf16>
+template <class Tiles, bool kBf16>
 void head_dbias(const HeadView& e, const float* x, float* dbias, bool accumulate, int64_t num_threads) {
   for_word_rows(e, kBf16, num_threads, [&](int64_t row) {
     const int64_t v = row * (kBf16 ? 2 : 1);
-    if (v < e.vocab_size) dbias_rows<kBf16>(e, x, dbias, accumulate, v);
+    if (v < e.vocab_size) Tiles::Head::template dbias_rows<kBf16>(e, x, dbias, accumulate, v);
   });
 }
 
@@ -439,26 +349,11 @@ inline void head_compact(const HeadView& e, bool bf16, const int64_t* kept, int6
   });
 }
 
-template <bool kBf16>
-R1FAST_AVX512 void affine_words(Word* __restrict words, const float* __restrict a, const float* __restrict b,
-                                int64_t num_rows) {
-  for (int64_t t = 0; t < num_rows; ++t) {
-    if (kBf16) {
-      const uint32_t bits = bits_of(words[t]);
-      const uint32_t low = bf16_bits(affine_in_log(float_of(bits << 16), a[t], b[t]));
-      const uint32_t high = bf16_bits(affine_in_log(float_of(bits & 0xffff0000u), a[t], b[t]));
-      words[t] = float_of(low | high << 16);
-    } else {
-      words[t] = affine_in_log(words[t], a[t], b[t]);
-    }
-  }
-}
-
 // E (a[r] + b[r] log E) in place.
-template <bool kBf16>
+template <class Tiles, bool kBf16>
 void head_affine(const HeadView& e, const float* a, const float* b, int64_t num_threads) {
   for_word_rows(e, kBf16, num_threads,
-                [&](int64_t row) { affine_words<kBf16>(e.words + row * e.ld, a, b, e.num_rows); });
+                [&](int64_t row) { Tiles::Head::template affine_words<kBf16>(e.words + row * e.ld, a, b, e.num_rows); });
 }
 
 #endif

@@ -16,22 +16,14 @@ namespace r1fast {
 
 enum class After { kStore, kAdd, kSilu };
 
-// 16 elements from and to memory, where the mask says so, and rounded as if they had been there.
-R1FAST_AVX512_INLINE __m512 load_lanes(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
-R1FAST_AVX512_INLINE __m512 widen_lanes(__m256i bits) {
-  return (__m512)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, bits), 16);
-}
-R1FAST_AVX512_INLINE __m512 load_lanes(const Bf16* from, __mmask16 mask) {
-  return widen_lanes(_mm256_maskz_loadu_epi16(mask, from));
-}
-R1FAST_AVX512_INLINE void store_lanes(float* to, __mmask16 mask, __m512 x) { _mm512_mask_storeu_ps(to, mask, x); }
-R1FAST_AVX512_INLINE void store_lanes(Bf16* to, __mmask16 mask, __m512 x) {
-  _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
-}
-R1FAST_AVX512_INLINE __m512 round_lanes(__m512 x, float) { return x; }
-R1FAST_AVX512_INLINE __m512 round_lanes(__m512 x, Bf16) { return widen_lanes((__m256i)_mm512_cvtneps_pbh(x)); }
+}  // namespace r1fast
 
-// Tiles: Avx512Tiles or, for bf16, AmxTiles.
+#define R1FAST_KERNELS "linear_kernels.hpp"
+#include "each_level.hpp"
+
+namespace r1fast {
+
+// Tiles: Avx512Tiles, Avx2Tiles or, for bf16, AmxTiles.
 template <class T, class Tiles>
 class PackedLinear {
  public:
@@ -52,8 +44,8 @@ class PackedLinear {
     parallel_for(num_panels() * halves_, num_threads, [&](int64_t task, int64_t) {
       const int64_t half = task % halves_;
       const Panel& p = panels_[static_cast<size_t>(task / halves_)];
-      pack_lanes(weight + half * num_out_ * ld, ld, p.begin, std::min(p.begin + p.width(), num_out_), num_in, num_k_,
-                 p.width(), words(p, half));
+      Tiles::pack_lanes(weight + half * num_out_ * ld, ld, p.begin, std::min(p.begin + p.width(), num_out_), num_in,
+                        num_k_, p.width(), words(p, half));
     });
   }
 
@@ -99,48 +91,21 @@ class PackedLinear {
   }
 
   template <class Y>
-  R1FAST_AVX512 void block(const T* x, int64_t ld_x, int64_t num_rows, const Panel& p, Y* y, int64_t ld_y,
-                           After after) const {
+  void block(const T* x, int64_t ld_x, int64_t num_rows, const Panel& p, Y* y, int64_t ld_y, After after) const {
     alignas(64) float sums[2][kRows * kMaxWidth];
     for (int64_t half = 0; half < halves_; ++half) {
       Tiles::template into<kBf16>(Into::kBuffer, p.num_vectors, num_k_, reinterpret_cast<const Word*>(x),
                                   ld_x / kPerWord, words(p, half), sums[half], kMaxWidth, num_rows, p.width());
     }
-    if (after == After::kSilu) {
-      finish<After::kSilu>(sums, num_rows, p, y, ld_y);
-    } else if (after == After::kAdd) {
-      finish<After::kAdd>(sums, num_rows, p, y, ld_y);
-    } else {
-      finish<After::kStore>(sums, num_rows, p, y, ld_y);
-    }
-  }
-
-  template <After kAfter, class Y>
-  R1FAST_AVX512_INLINE void finish(const float (&sums)[2][kRows * kMaxWidth], int64_t num_rows, const Panel& p, Y* y,
-                                   int64_t ld_y) const {
-    const int64_t begin = p.begin, count = std::min(p.width(), num_out_ - begin);
-    for (int64_t j = 0; j < count; j += kLanes) {
-      const __mmask16 mask = column_mask(begin + j, num_out_);
-      __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-      for (int64_t half = 0; bias_ != nullptr && half < halves_; ++half) {
-        bias[half] = load_lanes(bias_ + half * num_out_ + begin + j, mask);
-      }
-      for (int64_t i = 0; i < num_rows; ++i) {
-        Y* const to = y + i * ld_y + begin + j;
-        __m512 x = _mm512_add_ps(_mm512_load_ps(sums[0] + i * kMaxWidth + j), bias[0]);
-        if constexpr (kAfter == After::kAdd) {
-          x = _mm512_add_ps(load_lanes(to, mask), round_lanes(x, Y{}));
-        } else if constexpr (kAfter == After::kSilu) {
-          const __m512 gate = round_lanes(x, Y{});
-          const __m512 up =
-              round_lanes(_mm512_add_ps(_mm512_load_ps(sums[1] + i * kMaxWidth + j), bias[1]), Y{});
-          const __m512 one = _mm512_set1_ps(1);
-          const __m512 e = exp_vector(_mm512_sub_ps(_mm512_setzero_ps(), gate));
-          x = _mm512_mul_ps(round_lanes(_mm512_div_ps(gate, _mm512_add_ps(one, e)), Y{}), up);
-        }
-        store_lanes(to, mask, x);
-      }
-    }
+    const T* const bias = bias_ == nullptr ? nullptr : bias_ + p.begin;
+    const T* const second_bias = bias == nullptr || halves_ == 1 ? nullptr : bias + num_out_;
+    const int64_t num_columns = std::min(p.width(), num_out_ - p.begin);
+    y += p.begin;
+    using Kernels = typename Tiles::Linear;
+    const auto finish = after == After::kSilu  ? &Kernels::template finish<After::kSilu, T, Y>
+                        : after == After::kAdd ? &Kernels::template finish<After::kAdd, T, Y>
+                                               : &Kernels::template finish<After::kStore, T, Y>;
+    finish(sums[0], sums[1], kMaxWidth, num_rows, num_columns, bias, second_bias, y, ld_y);
   }
 
   const T* bias_;

@@ -441,7 +441,7 @@ R1FAST_INLINE void sample_row(const SampleProblem<T>& problem, int64_t r, Sample
   }
 R1FAST_SAMPLE_ROW(baseline, )
 #if defined(__x86_64__)
-R1FAST_SAMPLE_ROW(avx2, __attribute__((target("avx2,fma"))))
+R1FAST_SAMPLE_ROW(avx2, R1FAST_AVX2)
 R1FAST_SAMPLE_ROW(avx512, R1FAST_AVX512)
 #endif
 #undef R1FAST_SAMPLE_ROW
@@ -449,16 +449,11 @@ R1FAST_SAMPLE_ROW(avx512, R1FAST_AVX512)
 // `level` is auto, baseline, avx2 or avx512.
 template <class T>
 auto sample_row_for(const std::string& level) -> decltype(&sample_row_baseline<T>) {
+  const Level found = level_of(level);
 #if defined(__x86_64__)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && (level == "auto" || level == "avx512")) return &sample_row_avx512<T>;
-  if (has_avx2 && (level == "auto" || level == "avx2")) return &sample_row_avx2<T>;
+  if (found == Level::kAvx512) return &sample_row_avx512<T>;
+  if (found == Level::kAvx2) return &sample_row_avx2<T>;
 #endif
-  if (level != "auto" && level != "baseline") {
-    throw std::invalid_argument("level must be auto, baseline, avx2 or avx512, one that this CPU has; got " + level);
-  }
   return &sample_row_baseline<T>;
 }
 

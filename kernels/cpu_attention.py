@@ -47,10 +47,10 @@ def plan_segments(
 
 @cache
 def level() -> str:
-    """avx512, avx2 or baseline: what this machine's C++ has."""
+    """avx512, avx2 or baseline: what this machine's C++ has, or what R1FAST_CPU_LEVEL asks for."""
     from r1fast import _C
 
-    return _C.attention_level()
+    return _C.cpu_level()
 
 
 def uses_native(q: Tensor) -> bool:

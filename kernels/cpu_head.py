@@ -3,8 +3,8 @@
     u = h W^T + bias    z = softcap tanh(u / softcap)    x = z / temperature - anchor    e = exp(x)
     E = e (1 - (z / softcap)^2), 0 at the target       s = sum_{j != y} e       sz = sum_{j != y} e x
 
-`anchor` is near the row's logsumexp, so e needs no running maximum. The native kernels (AVX-512 in float32, AMX or
-AVX512-BF16 in bfloat16, all with float32 sums) keep E transposed in a workspace that calls may share; `epilogue_` works in place
+`anchor` is near the row's logsumexp, so e needs no running maximum. The native kernels (AVX-512 or AVX2; in bfloat16
+AMX, AVX512-BF16 or AVX2; all with float32 sums) keep E transposed in a workspace that calls may share; `epilogue_` works in place
 on logits that a GEMM of PyTorch has made. Results are the same bits for any number of threads.
 """
 
@@ -14,22 +14,23 @@ import torch
 from torch import Tensor
 
 
-def supported(dtype: torch.dtype) -> bool:
-    """Whether this CPU, and this build, have native kernels for hidden states and weights of `dtype`."""
+def native_level(dtype: torch.dtype) -> str:
+    """By what the native kernels multiply `dtype` here: amx, avx512 or avx2; baseline where there are none.
+
+    At most what the environment's R1FAST_CPU_LEVEL says: avx512, avx2 or baseline.
+    """
     try:
         from r1fast import _C
     except ImportError:
-        return False
+        return "baseline"
     if dtype not in (torch.float32, torch.bfloat16):
-        return False
-    return _C.head_native(dtype == torch.bfloat16)
+        return "baseline"
+    return _C.native_level(dtype == torch.bfloat16)
 
 
-def has_amx(dtype: torch.dtype) -> bool:
-    """Whether the native kernels multiply `dtype` on AMX tiles, several times as fast, rather than AVX-512."""
-    from r1fast import _C
-
-    return dtype == torch.bfloat16 and _C.head_amx()
+def supported(dtype: torch.dtype) -> bool:
+    """Whether this CPU, and this build, have native kernels for hidden states and weights of `dtype`."""
+    return native_level(dtype) != "baseline"
 
 
 def empty(shape: tuple[int, ...] | int, dtype: torch.dtype) -> Tensor:
@@ -110,7 +111,7 @@ class TransposedE:
     num_rows: int
     vocab_size: int
     dtype: torch.dtype
-    amx: bool
+    level: str
 
     @property
     def _where(self) -> tuple[int, int, int, int]:
@@ -134,8 +135,9 @@ class TransposedE:
 
         a, b = _vector(a, self.num_rows), _vector(b, self.num_rows)
         _C.native_affine(
-            *self._where, self._bf16, a.data_ptr(), b.data_ptr(), torch.get_num_threads()
-        )
+            *self._where, self._bf16, a.data_ptr(), b.data_ptr(), self.level,
+            torch.get_num_threads(),
+        )  # fmt: skip
 
     def dhidden(self, weight: Tensor) -> Tensor:
         """E @ weight: (V, D) -> (R, D) float32."""
@@ -152,7 +154,7 @@ class TransposedE:
                 width,
                 self._bf16,
                 dhidden.data_ptr(),
-                self.amx,
+                self.level,
                 torch.get_num_threads(),
             )
         return dhidden
@@ -175,7 +177,7 @@ class TransposedE:
             dweight.data_ptr(),
             _row_stride(dweight),
             accumulate,
-            self.amx,
+            self.level,
             torch.get_num_threads(),
         )
 
@@ -191,6 +193,7 @@ class TransposedE:
             x.data_ptr(),
             dbias.data_ptr(),
             accumulate,
+            self.level,
             torch.get_num_threads(),
         )
 
@@ -215,7 +218,7 @@ def forward(
     keep: bool,
     want_sz: bool,
     workspace: Tensor | None = None,  # at least workspace_numel(R, V, dtype) float32
-    amx: bool | None = None,  # default: where there is AMX
+    level: str | None = None,  # amx, avx512 or avx2; default: native_level
 ) -> tuple[Tensor, Tensor | None, TransposedE | None]:  # s (R,), sz (R,), E
     """One pass over the vocabulary. `keep=False` makes the sums alone."""
     from r1fast import _C
@@ -231,7 +234,7 @@ def forward(
     target_ids = _vector(target_ids, num_rows, torch.int64)
     anchor = _vector(anchor, num_rows)
 
-    amx = has_amx(dtype) if amx is None else amx
+    level = native_level(dtype) if level is None else level
     e = None
     if keep:
         numel = _C.head_words(num_rows, vocab_size, bf16)
@@ -242,7 +245,9 @@ def forward(
         assert workspace.is_contiguous(), workspace.stride()
         assert workspace.numel() >= numel, (workspace.shape, numel)
         assert workspace.data_ptr() % 64 == 0, workspace.data_ptr()  # streaming stores
-        e = TransposedE(workspace.view(-1), _C.head_ld(num_rows), num_rows, vocab_size, dtype, amx)
+        e = TransposedE(
+            workspace.view(-1), _C.head_ld(num_rows), num_rows, vocab_size, dtype, level
+        )
     s = torch.empty(num_rows)
     sz = torch.empty(num_rows) if want_sz else None
     _C.native_forward(
@@ -263,7 +268,7 @@ def forward(
         vocab_size,
         s.data_ptr(),
         _address(sz),
-        amx,
+        level,
         torch.get_num_threads(),
     )
     return s, sz, e

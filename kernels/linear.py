@@ -2,9 +2,9 @@
 
     y = x W^T + b        dx = dy W        dW = dy^T x        db = sum_t dy
 
-In float32 on a CPU with AVX-512 they are csrc/products.hpp: MKL keeps to AVX2 on processors that are not Intel's, at
-half the speed. In bfloat16 the first is csrc/linear.hpp, which samples: what training computes is then what was sampled,
-and an oneDNN product, as exact but summed in another order, is on the other side of a rounding now and then. The choice
+In float32 on a CPU with AVX-512 or AVX2 they are csrc/products.hpp: MKL keeps to AVX2 on processors that are not
+Intel's, at half the speed of AVX-512; on AVX2 both are as fast, from some more tokens on. In bfloat16 the first is
+csrc/linear.hpp, which samples: what training computes is then what was sampled, and an oneDNN product, as exact but summed in another order, is on the other side of a rounding now and then. The choice
 depends on the processor, dtypes and shapes alone, and the products are the same bits for any number of threads, so that a
 resumed run repeats its steps. Everything else is PyTorch's.
 Shapes: T tokens, D inputs, N outputs.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from r1fast.kernels import cpu_head
 from r1fast.kernels.rows import as_rows, matrix
 
-MIN_TOKENS = 32  # below, packing W costs more than it saves
+MIN_TOKENS = {"avx512": 32, "avx2": 192}  # below, packing W costs more than it saves
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,7 +27,9 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether C++ computes the products of x (..., D), or of its gradient, with W: all of them."""
-    return _fits(x, weight, bias, torch.float32) and x.numel() >= MIN_TOKENS * x.shape[-1]
+    if not _fits(x, weight, bias, torch.float32):
+        return False
+    return x.numel() >= MIN_TOKENS[cpu_head.native_level(torch.float32)] * x.shape[-1]
 
 
 def is_sampled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -61,7 +63,8 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     product = _C.linear_forward if native else _C.linear_forward_bf16
     product(
         *matrix(rows), len(rows), *matrix(weight), *weight.shape,
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), "auto",
+        torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -75,7 +78,7 @@ def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
     rows, weight = as_rows(dy), as_rows(weight)
     dx = cpu_head.empty((*dy.shape[:-1], weight.shape[1]), torch.float32)
     _C.linear_dx(
-        *matrix(rows), len(rows), *matrix(weight), *weight.shape, dx.data_ptr(),
+        *matrix(rows), len(rows), *matrix(weight), *weight.shape, dx.data_ptr(), "auto",
         torch.get_num_threads(),
     )  # fmt: skip
     return dx
@@ -90,7 +93,7 @@ def linear_dweight(dy: Tensor, x: Tensor) -> Tensor:
 
     dy, x = as_rows(dy), as_rows(x)
     _C.linear_dweight(
-        *matrix(dy), len(dy), *matrix(x), *dweight.shape, dweight.data_ptr(),
+        *matrix(dy), len(dy), *matrix(x), *dweight.shape, dweight.data_ptr(), "auto",
         torch.get_num_threads(),
     )  # fmt: skip
     return dweight

@@ -119,7 +119,7 @@ def linear_logprobs(
 
     `workspace_bytes` is how much may be kept for the backward (256 MiB on the CPU, 1.25 GiB on a
     GPU). `backend`: on CUDA "auto" is Triton. On the CPU it is C++ ("native") where the chip has
-    AVX-512 (AMX or AVX512-BF16 for bfloat16), else PyTorch ("torch"); both sum bfloat16 in float32, while
+    AVX2 or more, else PyTorch ("torch"); both sum bfloat16 in float32, while
     "fast" leaves it to PyTorch's GEMM and has the error of PyTorch's bfloat16 logits (about 0.05
     nats at |z| = 30). Autocast is off inside: give hidden and weight one dtype.
 

@@ -68,7 +68,7 @@ def head_module(x: Tensor, backend: Backend):
         return triton_head
     if backend == "native" and (x.is_cuda or not cpu_head.supported(x.dtype)):
         raise ValueError(
-            f"backend native needs a CPU tensor of float32 (AVX-512) or bfloat16 (AVX512-BF16); "
+            f"backend native needs a CPU tensor of float32 or bfloat16, and AVX2; "
             f"got {x.dtype} on {x.device}. Take backend='auto' or 'torch'"
         )
     if backend == "native" or (backend == "auto" and not x.is_cuda and cpu_head.supported(x.dtype)):

@@ -130,11 +130,14 @@ class Tails:
 # absent tensor; strides and sizes count elements. Results are the same bits for any `num_threads`. The GIL is released.
 Address: TypeAlias = int
 
-def head_native(bf16: bool) -> bool:
-    """Whether this CPU runs the native_ functions, for float32 or bfloat16."""
+def cpu_level() -> str:
+    """What the level "auto" is: avx512, avx2 or baseline, the best that this CPU has and R1FAST_CPU_LEVEL allows.
 
-def head_amx() -> bool:
-    """Whether this CPU, and its kernel, let the native_ functions multiply bfloat16 on AMX tiles."""
+    ValueError, as from everything that has a level, if that variable asks for what is not one, or not here.
+    """
+
+def native_level(bf16: bool) -> str:
+    """What "auto" is for the native_ functions of float32 or bfloat16: amx, avx512, avx2; baseline where they do not run."""
 
 def head_ld(num_rows: int) -> int:
     """Words of 32 bits between two rows of the transposed E of `num_rows` rows of hidden."""
@@ -202,7 +205,7 @@ def native_forward(
     vocab_size: int,
     s: Address,
     sz: Address,
-    amx: bool,  # only for bfloat16, where head_amx(); ValueError otherwise
+    level: str,  # auto, avx2, avx512 or, for bfloat16, amx; ValueError for one that this CPU does not have
     num_threads: int,
 ) -> None: ...
 def native_dhidden(
@@ -215,7 +218,7 @@ def native_dhidden(
     width: int,
     bf16: bool,
     dhidden: Address,  # (R, D) float32, contiguous
-    amx: bool,
+    level: str,
     num_threads: int,
 ) -> None: ...
 def native_dweight(
@@ -231,7 +234,7 @@ def native_dweight(
     dweight: Address,  # (V, D) float32
     ld_dweight: int,
     accumulate: bool,
-    amx: bool,
+    level: str,
     num_threads: int,
 ) -> None: ...
 def native_dbias(
@@ -243,6 +246,7 @@ def native_dbias(
     x: Address,  # (R,)
     dbias: Address,  # (V,)
     accumulate: bool,
+    level: str,
     num_threads: int,
 ) -> None: ...
 def native_affine(
@@ -253,6 +257,7 @@ def native_affine(
     bf16: bool,
     a: Address,  # (R,)
     b: Address,  # (R,)
+    level: str,
     num_threads: int,
 ) -> None: ...
 def native_compact(
@@ -267,9 +272,6 @@ def native_compact(
 ) -> None: ...
 
 # Called by kernels/cpu_attention.py, under the same rules. A token's heads lie side by side.
-def attention_level() -> str:
-    """What the level "auto" is on this machine: avx512, avx2 or baseline."""
-
 def attention_forward(
     q: Address,  # (T, H, Dh)
     ld_q: int,  # elements between two tokens
@@ -391,7 +393,7 @@ def sample(
     num_threads: int,
 ) -> None: ...
 
-# The products of kernels/linear.py in float32, on a CPU for which head_native says so; rows are contiguous, `ld` apart.
+# The products of kernels/linear.py in float32; rows are contiguous, `ld` apart, levels those of the native_ functions.
 
 def linear_forward(
     x: Address,  # (T, D)
@@ -403,6 +405,7 @@ def linear_forward(
     num_in: int,
     bias: Address,  # (N,) or 0
     y: Address,  # (T, N)
+    level: str,
     num_threads: int,
 ) -> None: ...
 def linear_forward_bf16(
@@ -415,6 +418,7 @@ def linear_forward_bf16(
     num_in: int,
     bias: Address,
     y: Address,
+    level: str,
     num_threads: int,
 ) -> None: ...
 def linear_dx(
@@ -426,6 +430,7 @@ def linear_dx(
     num_out: int,
     num_in: int,
     dx: Address,  # (T, D)
+    level: str,
     num_threads: int,
 ) -> None: ...
 def linear_dweight(
@@ -437,6 +442,7 @@ def linear_dweight(
     num_out: int,
     num_in: int,
     dweight: Address,  # (N, D)
+    level: str,
     num_threads: int,
 ) -> None: ...
 
@@ -534,7 +540,7 @@ def swiglu_backward(
     num_threads: int,
 ) -> None: ...
 
-# What follows is called by rollout/native.py alone, on a CPU for which head_native says so. Rows of x are read in whole
+# What follows is called by rollout/native.py alone, on a CPU for which native_level says so. Rows of x are read in whole
 # tiles: up to 32 rows and 32 columns beyond what is there must be readable, and finite.
 
 class After:
@@ -576,7 +582,13 @@ class PackedLinearBF16(PackedLinearF32):
     """In bfloat16, with AVX-512."""
 
 class PackedLinearAMX(PackedLinearF32):
-    """In bfloat16, with AMX, where head_amx says so."""
+    """In bfloat16, with AMX, where native_level says so."""
+
+class PackedLinearF32AVX2(PackedLinearF32):
+    """With AVX2."""
+
+class PackedLinearBF16AVX2(PackedLinearF32):
+    """In bfloat16, with AVX2."""
 
 class DecoderF32:
     """The decoder's forward over packed weights and a tiled cache, in memory that is kept.
@@ -639,7 +651,13 @@ class DecoderBF16(DecoderF32):
     """In bfloat16, with AVX-512."""
 
 class DecoderAMX(DecoderF32):
-    """In bfloat16, with AMX, where head_amx says so."""
+    """In bfloat16, with AMX, where native_level says so."""
+
+class DecoderF32AVX2(DecoderF32):
+    """With AVX2."""
+
+class DecoderBF16AVX2(DecoderF32):
+    """In bfloat16, with AVX2."""
 
 class Outcome:
     """Of a row's last token: stopped by a token, full by its limit; a bad one has none, its logits were not finite."""
@@ -690,3 +708,9 @@ class DecodeLoopBF16(DecodeLoopF32):
 
 class DecodeLoopAMX(DecodeLoopF32):
     """In bfloat16, with AMX."""
+
+class DecodeLoopF32AVX2(DecodeLoopF32):
+    """With AVX2."""
+
+class DecodeLoopBF16AVX2(DecodeLoopF32):
+    """In bfloat16, with AVX2."""

@@ -151,7 +151,7 @@ def resident(job: Job, groups: Groups, available: int) -> dict[str, int]:
         needed = cache_bytes(job.spec, [(1, [context - 1])] * r.max_batch_size, **options)
     else:  # memory is taken when it is written to
         room, needed = available // 2, cache_bytes(job.spec, groups, **options)
-        if _C.head_native(job.dtype == torch.bfloat16):
+        if _C.native_level(job.dtype == torch.bfloat16) != "baseline":
             kinds["packed for decoding"] = (size.linears + size.table) * item
     kinds["cache"] = min(needed, int(r.cache_gib * GIB) or room)
     return kinds

@@ -15,9 +15,7 @@ from r1fast.kernels.attention import PackedAttention
 from r1fast.kernels.cpu_attention import native_attention, plan_segments, uses_native
 from r1fast.kernels.prefix_attention import plan_prefixes, prefix_attention, prefix_attention_ref
 
-LEVELS = ["baseline", "avx2", "avx512"][
-    : ["baseline", "avx2", "avx512"].index(_C.attention_level()) + 1
-]
+LEVELS = ["baseline", "avx2", "avx512"][: ["baseline", "avx2", "avx512"].index(_C.cpu_level()) + 1]
 # (lengths, the segment each continues)
 PACKS = {
     "groups": ([4, 2, 1, 5, 3, 1, 2, 1, 30, 70, 2], [-1, 0, 0, 0, -1, -1, 5, 5, -1, 8, 8]),
@@ -228,7 +226,7 @@ def test_memory_is_linear_in_the_length():
 def test_which_calls_are_computed_in_cpp(monkeypatch):
     q = torch.randn(9, 4, 8)
     bounds = torch.tensor([0, 4, 9])
-    assert uses_native(q) == (_C.attention_level() != "baseline")
+    assert uses_native(q) == (_C.cpu_level() != "baseline")
     assert not uses_native(q.double())
     assert not uses_native(q.half())
     calls = []

@@ -7,6 +7,7 @@ from r1fast.kernels import cpu_head
 
 DTYPES = [torch.float32, torch.bfloat16]
 LEVELS = ["baseline", "avx2", "avx512"]
+NATIVE = ["avx2", "avx512", "amx"]
 
 # (R, D, V): around the tiles of 8 rows of W by 16, 32 or 48 rows of h, the pairs of bf16, the blocks of 256
 SHAPES = [
@@ -29,13 +30,15 @@ def needs(dtype):
         pytest.skip(f"no native kernels for {dtype} on this CPU")
 
 
-@pytest.fixture(params=["fp32", "bf16", "bf16 on AMX"])
+@pytest.fixture(params=["fp32", "bf16", "bf16 on amx", "fp32 on avx2", "bf16 on avx2"])
 def dtype(request, monkeypatch):
-    dtype, amx = DTYPES[request.param != "fp32"], "AMX" in request.param
-    needs(dtype)
-    if amx and not cpu_head.has_amx(dtype):
-        pytest.skip("no AMX on this CPU")
-    monkeypatch.setattr(cpu_head, "has_amx", lambda dtype: amx)
+    name, _, level = request.param.partition(" on ")
+    dtype = DTYPES[name != "fp32"]
+    best = cpu_head.native_level(dtype)
+    level = level or best.replace("amx", "avx512")
+    if best not in NATIVE or NATIVE.index(level) > NATIVE.index(best):
+        pytest.skip(f"{best} is the most that this CPU has for {dtype}")
+    monkeypatch.setattr(cpu_head, "native_level", lambda dtype: level)
     return dtype
 
 
@@ -101,8 +104,8 @@ def assert_close(actual, expected, relative, absolute=1e-30):
 def test_amx_is_refused_where_it_cannot_be():
     needs(torch.float32)
     inputs = make_inputs(3, 4, 5, torch.float32)
-    with pytest.raises(ValueError, match="AMX needs bf16"):
-        run(*inputs, torch.zeros(3), amx=True)
+    with pytest.raises(ValueError, match="for bf16, amx, one that this CPU has; got amx"):
+        run(*inputs, torch.zeros(3), level="amx")
 
 
 @pytest.mark.parametrize("size", [0, 1, 4095, 65536, 65537, 131072, 1_000_003])

@@ -55,7 +55,7 @@ def small_buckets(monkeypatch):
 def forward(request, monkeypatch):
     """The CPU's own forward, whose rows do not depend on padding; and the model's, as on a GPU."""
     if request.param == "native" and not has_fixed_sums():
-        pytest.skip("needs AVX-512")
+        pytest.skip("needs AVX2")
     if request.param == "model":
         monkeypatch.setattr(runner, "is_supported", lambda model: False)
     return request.param

@@ -12,7 +12,7 @@ from r1fast.rollout.native import NativeForward, is_supported
 from r1fast.rollout.runner import Runner
 from r1fast.rollout.sampler import SamplingParams
 
-pytestmark = pytest.mark.skipif(not is_supported(tiny_model()), reason="needs AVX-512")
+pytestmark = pytest.mark.skipif(not is_supported(tiny_model()), reason="needs AVX2")
 EOS = 3
 PROMPTS = [[5, 6, 7, 8], [9], list(range(10, 40)), [21, 22] * 8]
 SETTINGS = {

@@ -313,9 +313,9 @@ def test_without_the_native_forward_sampling_stacks_the_factors(monkeypatch, nam
     assert all(adapter.stack is None for _, adapter in adapters(model))
 
 
-needs_native = pytest.mark.skipif(not is_supported(tiny_model()), reason="needs AVX-512")
+needs_native = pytest.mark.skipif(not is_supported(tiny_model()), reason="needs AVX2")
 needs_bf16 = pytest.mark.skipif(
-    not is_supported(tiny_model().to(torch.bfloat16)), reason="needs AVX512-BF16"
+    not is_supported(tiny_model().to(torch.bfloat16)), reason="needs AVX2"
 )
 
 
@@ -360,7 +360,7 @@ def test_batch_invariant_bits_with_adapters(dtype, width):
     changes = {"hidden_size": width, "num_attention_heads": 2, "num_key_value_heads": 1}
     model = with_lora(tiny_model("qwen3", **changes).to(dtype), LoraConfig(rank=5), std=0.1)
     if not is_supported(model):
-        pytest.skip("needs AVX512-BF16")
+        pytest.skip("needs AVX2")
     engine, prompts, groups = rollout(model, batch_invariant=True)
     for prompt, group in zip(prompts, groups, strict=True):
         for c in group.completions:

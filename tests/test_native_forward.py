@@ -13,7 +13,7 @@ from r1fast.rollout.native import NativeForward, PackedWeight, is_supported, pad
 from r1fast.rollout.request import Prefill
 from r1fast.rollout.runner import Runner
 
-pytestmark = pytest.mark.skipif(not is_supported(tiny_model()), reason="needs AVX-512")
+pytestmark = pytest.mark.skipif(not is_supported(tiny_model()), reason="needs AVX2")
 
 
 def forward_both(model, ids, **options):

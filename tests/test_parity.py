@@ -105,7 +105,7 @@ def test_with_truncated_sampling_and_a_long_context():
     assert_parity(model, prompts, rollout(model, prompts, sampling), 0.7)
 
 
-@pytest.mark.skipif(not cpu_head.supported(torch.bfloat16), reason="needs AVX512-BF16")
+@pytest.mark.skipif(not cpu_head.supported(torch.bfloat16), reason="needs AVX2")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_rounds_alike(family):
     """Wide and deep enough for sums in another order to be rounded otherwise: 1e-4 to 3e-4 on average then."""

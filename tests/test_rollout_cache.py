@@ -86,7 +86,7 @@ def test_history_does_not_matter(model, options):
         assert 0 < engine.stats.acceptance < 1
 
 
-@pytest.mark.skipif(not is_supported(tiny_model()), reason="needs AVX-512")
+@pytest.mark.skipif(not is_supported(tiny_model()), reason="needs AVX2")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batch_invariant_is_bitwise(family, dtype):

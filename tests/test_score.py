@@ -17,7 +17,7 @@ from r1fast.trainer import GRPOTrainer
 
 EOS = 3
 BLOCK = 16
-needs_native = pytest.mark.skipif(not is_supported(tiny_model()), reason="needs AVX-512")
+needs_native = pytest.mark.skipif(not is_supported(tiny_model()), reason="needs AVX2")
 LENGTHS = (4, 1, 16, 17, 40, 33)  # of prompts: none, all or some of a block over
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -170,7 +170,9 @@ def test_logits_that_are_not_finite_are_nan_and_spoil_nothing_else():
     engine = Engine(model, [EOS])
     ((bad, good),) = engine.score([[5, 6]], [[[7, 50, 8, 9], [7, 8, 9]]])
     assert np.isnan(bad[2:]).all()
-    if is_supported(model):  # PyTorch's attention has 0 times NaN in what comes before, too
+    if is_supported(
+        model
+    ):  # PyTorch's attention alone, on CPUs older than AVX2, has 0 times NaN in what comes before
         assert not np.isnan(bad[:2]).any()
     assert np.isfinite(good).all()
     assert engine.stats.blocks_used == 0

@@ -30,7 +30,7 @@ def is_supported(model: Decoder) -> bool:
     return (
         weight.device.type == "cpu"
         and (is_bf16 or weight.dtype == torch.float32)
-        and _C.head_native(is_bf16)
+        and _C.native_level(is_bf16) != "baseline"
         and model.spec.head_dim <= 1024
         and model.spec.hidden_size % 2 == model.spec.intermediate_size % 2 == 0
     )
@@ -169,9 +169,9 @@ def draws_alone(batch: Batch) -> bool:
 
 def _of_type(name: str, dtype: torch.dtype) -> type:
     """The class of _C for these weights on this CPU."""
-    if dtype == torch.bfloat16:
-        return getattr(_C, name + ("AMX" if _C.head_amx() else "BF16"))
-    return getattr(_C, f"{name}F32")
+    suffix = "BF16" if dtype == torch.bfloat16 else "F32"
+    level = _C.native_level(dtype == torch.bfloat16)
+    return getattr(_C, name + {"amx": "AMX", "avx512": suffix, "avx2": suffix + "AVX2"}[level])
 
 
 def _pack(linear: Linear, *, halved: bool = False) -> tuple[PackedWeight, PackedWeight | None]:

@@ -1,6 +1,6 @@
 """Runs the model for the engine: a chunk of prompts, or the next tokens of every running sample.
 
-Two forwards with one meaning: `native` on a CPU that has AVX-512, else the model's own.
+Two forwards with one meaning: `native` on a CPU that has AVX-512 or AVX2, else the model's own.
 Shapes: B running rows, Nq tokens of a step, N tokens of prompts, D model width, V vocabulary.
 """
 
@@ -61,7 +61,7 @@ class Runner:
         self.is_native = is_supported(self.model)
         if self.batch_invariant and not self.is_native:
             raise ValueError(
-                "batch_invariant needs float32 or bfloat16 weights on a CPU with AVX-512, got "
+                "batch_invariant needs float32 or bfloat16 weights on a CPU with AVX2, got "
                 f"{self.model.head_weight.dtype} on {self.device}"
             )
         if self.graphs is not None and self.graphs.device != self.device:
