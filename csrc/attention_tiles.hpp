@@ -19,7 +19,7 @@ constexpr int64_t kPanelKeys = 64;    // keys of a turned panel [Dp][64]
 constexpr int64_t kBlockRows = 6;     // of a product, at a time
 constexpr int64_t kBlockVectors = 4;  // 24 sums, 4 of b and one of a are in registers
 
-// c (num_rows, num_columns) = or += a b, or c = factors c + a b, a factor a row. Columns are whole vectors.
+// c (num_rows, num_columns) = or += a b; or, with a factor a row, sums begin at factors c. Columns are whole vectors.
 struct Product {
   int64_t num_rows, num_columns, num_k;
   const float* a;  // (num_rows, num_k), or turned: (num_k, num_rows)
@@ -32,7 +32,7 @@ struct Product {
   const float* factors;  // or null
 };
 
-// Rows of scores with a running softmax. Row i sees its first counts[i] keys; from there to `width`, a multiple of 16,
+// At most kBlockRows rows of scores with a running softmax. Row i sees its first counts[i] keys; from there to `width`, a multiple of 16,
 // its scores are not read and its weights become 0.
 struct SoftmaxRows {
   int64_t num_rows, width;
@@ -115,6 +115,10 @@ template <class V, bool kTurned, int M>
 R1FAST_INLINE void multiply_rows(const Product& p, int64_t row, int64_t column) {
   constexpr int kSize = sizeof(V) / sizeof(float), kCount = kVector / kSize;
   V sums[M][kCount] = {};
+  for (int i = 0; i < M && p.factors != nullptr; ++i) {
+    const float* const c = p.c + (row + i) * p.ldc + column;
+    for (int j = 0; j < kCount; ++j) sums[i][j] = p.factors[row + i] * *reinterpret_cast<const V*>(c + j * kSize);
+  }
   const float* a = p.a + (kTurned ? row : row * p.lda);
   const float* b = p.b + column;
   for (int64_t k = 0; k < p.num_k; ++k, a += kTurned ? p.lda : 1, b += p.ldb) {
@@ -126,11 +130,7 @@ R1FAST_INLINE void multiply_rows(const Product& p, int64_t row, int64_t column) 
   for (int i = 0; i < M; ++i) {
     for (int j = 0; j < kCount; ++j) {
       V* const c = reinterpret_cast<V*>(p.c + (row + i) * p.ldc + column + j * kSize);
-      if (p.factors != nullptr) {
-        *c = p.factors[row + i] * *c + sums[i][j];
-      } else {
-        *c = p.accumulate ? *c + sums[i][j] : sums[i][j];
-      }
+      *c = p.accumulate ? *c + sums[i][j] : sums[i][j];
     }
   }
 }
@@ -221,7 +221,11 @@ template <bool kTurned, int M, int N>
 R1FAST_AVX512 void multiply_block(const Product& p, int64_t row, int64_t column) {
   __m512 sums[M][N];
   for (int i = 0; i < M; ++i) {
-    for (int j = 0; j < N; ++j) sums[i][j] = _mm512_setzero_ps();
+    const float* const from = p.c + (row + i) * p.ldc + column;
+    for (int j = 0; j < N; ++j) {
+      sums[i][j] = p.factors == nullptr ? _mm512_setzero_ps()
+                                        : _mm512_mul_ps(_mm512_set1_ps(p.factors[row + i]), _mm512_loadu_ps(from + kLanes * j));
+    }
   }
   const int64_t lda = p.lda;
   const float* a0 = p.a + (kTurned ? row : row * lda);
@@ -246,10 +250,9 @@ R1FAST_AVX512 void multiply_block(const Product& p, int64_t row, int64_t column)
   float* c = p.c + row * p.ldc + column;
 #pragma GCC unroll 6
   for (int i = 0; i < M; ++i, c += p.ldc) {
-    const __m512 factor = _mm512_set1_ps(p.factors == nullptr ? 1 : p.factors[row + i]);
     for (int j = 0; j < N; ++j) {
       __m512 sum = sums[i][j];
-      if (p.accumulate) sum = _mm512_fmadd_ps(factor, _mm512_loadu_ps(c + kLanes * j), sum);
+      if (p.accumulate) sum = _mm512_add_ps(sum, _mm512_loadu_ps(c + kLanes * j));
       _mm512_storeu_ps(c + kLanes * j, sum);
     }
   }
@@ -273,29 +276,69 @@ inline void multiply(const Product& p) {
   }
 }
 
+constexpr int kRowsAcross = 8;  // reduced together: row r is in lanes 4 r and 4 r + 1, or 4 (r - 4) + 2 and the next
+
+// across_lanes (decode_strip.hpp) of each row: the same tree.
+template <class Combine>
+R1FAST_AVX512_INLINE __m512 across_rows(const __m512 (&x)[kRowsAcross], const Combine& combine) {
+  __m512 halves[4], quarters[2];
+  for (int i = 0; i < 4; ++i) {
+    halves[i] = combine(_mm512_maskz_shuffle_f32x4(0xffff, x[2 * i], x[2 * i + 1], 0x44),
+                        _mm512_maskz_shuffle_f32x4(0xffff, x[2 * i], x[2 * i + 1], 0xee));
+  }
+  for (int i = 0; i < 2; ++i) {
+    quarters[i] = combine(_mm512_maskz_shuffle_f32x4(0xffff, halves[2 * i], halves[2 * i + 1], 0x88),
+                          _mm512_maskz_shuffle_f32x4(0xffff, halves[2 * i], halves[2 * i + 1], 0xdd));
+  }
+  const __m512 pairs = combine(_mm512_maskz_shuffle_ps(0xffff, quarters[0], quarters[1], 0x44),
+                               _mm512_maskz_shuffle_ps(0xffff, quarters[0], quarters[1], 0xee));
+  return combine(pairs, _mm512_maskz_permute_ps(0xffff, pairs, 0xb1));
+}
+
+// Numbers of the rows, from their order to those lanes and back.
+R1FAST_AVX512_INLINE __m512 to_lanes(__m512 x) {
+  return _mm512_maskz_permutexvar_ps(0xffff, _mm512_setr_epi32(0, 0, 4, 4, 1, 1, 5, 5, 2, 2, 6, 6, 3, 3, 7, 7), x);
+}
+R1FAST_AVX512_INLINE __m512 from_lanes(__m512 x) {
+  return _mm512_maskz_permutexvar_ps(0xffff, _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0), x);
+}
+
 R1FAST_AVX512 inline void softmax_rows(const SoftmaxRows& rows) {
-  const __m512 scale = _mm512_set1_ps(rows.scale);
-  const __m512 minus_infinity = _mm512_set1_ps(-kInfinity);
+  const __m512 scale = _mm512_set1_ps(rows.scale), minus_infinity = _mm512_set1_ps(-kInfinity);
+  __m512 most[kRowsAcross], sums[kRowsAcross];
+  for (int64_t i = 0; i < kRowsAcross; ++i) {
+    most[i] = minus_infinity;
+    sums[i] = _mm512_setzero_ps();
+  }
   for (int64_t i = 0; i < rows.num_rows; ++i) {
     float* const s = rows.s + i * rows.ld;
-    __m512 most = minus_infinity, sum = _mm512_setzero_ps();
     for (int64_t j = 0; j < rows.width; j += kVector) {
       const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(s + j), scale);
       const __m512 seen = _mm512_mask_mov_ps(minus_infinity, column_mask(j, rows.counts[i]), x);
       _mm512_storeu_ps(s + j, seen);
-      most = larger(most, seen);
+      most[i] = larger(most[i], seen);
     }
-    const float m = std::max(rows.m[i], across_lanes(most, larger));
+  }
+  const __mmask16 is_row = column_mask(0, rows.num_rows);
+  const __m512 before = to_lanes(_mm512_maskz_loadu_ps(is_row, rows.m));
+  const __m512 after = larger(across_rows(most, larger), before);
+  alignas(64) float m[kVector];
+  _mm512_store_ps(m, from_lanes(after));
+  _mm512_mask_storeu_ps(rows.m, is_row, from_lanes(after));
+  for (int64_t i = 0; i < rows.num_rows; ++i) {
+    float* const s = rows.s + i * rows.ld;
     for (int64_t j = 0; j < rows.width; j += kVector) {
-      const __m512 p = exp_vector(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(m)));
+      const __m512 p = exp_vector(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(m[i])));
       const __m512 seen = _mm512_maskz_mov_ps(column_mask(j, rows.counts[i]), p);
       _mm512_storeu_ps(s + j, seen);
-      sum = _mm512_add_ps(sum, seen);
+      sums[i] = _mm512_add_ps(sums[i], seen);
     }
-    rows.shrink[i] = _mm512_cvtss_f32(exp_vector(_mm512_set1_ps(rows.m[i] - m)));
-    rows.m[i] = m;
-    rows.l[i] = rows.l[i] * rows.shrink[i] + across_lanes(sum, _mm512_add_ps);
   }
+  const __m512 shrink = exp_vector(_mm512_sub_ps(before, after));
+  const __m512 l = to_lanes(_mm512_maskz_loadu_ps(is_row, rows.l));
+  const __m512 sum = _mm512_fmadd_ps(l, shrink, across_rows(sums, _mm512_add_ps));
+  _mm512_mask_storeu_ps(rows.l, is_row, from_lanes(sum));
+  _mm512_mask_storeu_ps(rows.shrink, is_row, from_lanes(shrink));
 }
 
 R1FAST_AVX512 inline void gradient_rows(const GradientRows& rows) {
