@@ -19,7 +19,8 @@ constexpr int64_t kPanelKeys = 64;    // keys of a turned panel [Dp][64]
 constexpr int64_t kBlockRows = 6;     // of a product, at a time
 constexpr int64_t kBlockVectors = 4;  // 24 sums, 4 of b and one of a are in registers
 
-// c (num_rows, num_columns) = or += a b; or, with a factor a row, sums begin at factors c. Columns are whole vectors.
+// c (num_rows, num_columns) = or += a b. With factors sums begin at c, and before each kStrip of k they are multiplied by
+// them, one a row. Columns are whole vectors.
 struct Product {
   int64_t num_rows, num_columns, num_k;
   const float* a;  // (num_rows, num_k), or turned: (num_k, num_rows)
@@ -29,7 +30,7 @@ struct Product {
   float* c;
   int64_t ldc;
   bool accumulate;
-  const float* factors;  // or null
+  const float* factors;  // (num_k / kStrip, kBlockRows), for at most kBlockRows rows, or null
 };
 
 // At most kBlockRows rows of scores with a running softmax. Row i sees its first counts[i] keys; from there to `width`, a multiple of 16,
@@ -116,12 +117,16 @@ R1FAST_INLINE void multiply_rows(const Product& p, int64_t row, int64_t column) 
   constexpr int kSize = sizeof(V) / sizeof(float), kCount = kVector / kSize;
   V sums[M][kCount] = {};
   for (int i = 0; i < M && p.factors != nullptr; ++i) {
-    const float* const c = p.c + (row + i) * p.ldc + column;
-    for (int j = 0; j < kCount; ++j) sums[i][j] = p.factors[row + i] * *reinterpret_cast<const V*>(c + j * kSize);
+    std::memcpy(sums[i], p.c + (row + i) * p.ldc + column, sizeof sums[i]);
   }
   const float* a = p.a + (kTurned ? row : row * p.lda);
   const float* b = p.b + column;
   for (int64_t k = 0; k < p.num_k; ++k, a += kTurned ? p.lda : 1, b += p.ldb) {
+    if (p.factors != nullptr && k % kStrip == 0) {
+      for (int i = 0; i < M; ++i) {
+        for (int j = 0; j < kCount; ++j) sums[i][j] *= p.factors[k / kStrip * kBlockRows + row + i];
+      }
+    }
     for (int i = 0; i < M; ++i) {
       const float value = a[kTurned ? i : i * p.lda];
       for (int j = 0; j < kCount; ++j) sums[i][j] += value * *reinterpret_cast<const V*>(b + j * kSize);
@@ -217,37 +222,57 @@ R1FAST_INLINE void turn_rows(const TokenRows<const T>& from, int64_t width, floa
 #if defined(__x86_64__)
 namespace avx512 {
 
+// Where the next k of a block is: its rows of a, its columns of b.
+struct BlockPlace {
+  const float* a0;
+  const float* a3;  // as in gemm.hpp
+  const float* b;
+};
+
 template <bool kTurned, int M, int N>
-R1FAST_AVX512 void multiply_block(const Product& p, int64_t row, int64_t column) {
-  __m512 sums[M][N];
-  for (int i = 0; i < M; ++i) {
-    const float* const from = p.c + (row + i) * p.ldc + column;
-    for (int j = 0; j < N; ++j) {
-      sums[i][j] = p.factors == nullptr ? _mm512_setzero_ps()
-                                        : _mm512_mul_ps(_mm512_set1_ps(p.factors[row + i]), _mm512_loadu_ps(from + kLanes * j));
-    }
-  }
+R1FAST_AVX512_INLINE void add_products(const Product& p, int64_t num_k, BlockPlace& at, __m512 (&sums)[M][N]) {
   const int64_t lda = p.lda;
-  const float* a0 = p.a + (kTurned ? row : row * lda);
-  const float* a3 = kTurned ? a0 : a0 + 3 * lda;  // as in gemm.hpp
-  const float* b = p.b + column;
 #pragma GCC unroll 2
-  for (int64_t k = 0; k < p.num_k; ++k) {
+  for (int64_t k = 0; k < num_k; ++k) {
     __m512 v[N];
-    for (int j = 0; j < N; ++j) v[j] = _mm512_loadu_ps(b + kLanes * j);
+    for (int j = 0; j < N; ++j) v[j] = _mm512_loadu_ps(at.b + kLanes * j);
 #pragma GCC unroll 6
     for (int i = 0; i < M; ++i) {
-      const __m512 value = _mm512_set1_ps(kTurned ? a0[i] : (i < 3 ? a0 : a3)[i % 3 * lda]);
+      const __m512 value = _mm512_set1_ps(kTurned ? at.a0[i] : (i < 3 ? at.a0 : at.a3)[i % 3 * lda]);
       for (int j = 0; j < N; ++j) sums[i][j] = _mm512_fmadd_ps(value, v[j], sums[i][j]);
     }
-    b += p.ldb;
-    if (kTurned) {
-      a0 += lda;
-    } else {
-      ++a0, ++a3;
+    at.b += p.ldb;
+    at.a0 += kTurned ? lda : 1;
+    at.a3 += kTurned ? lda : 1;
+  }
+}
+
+template <bool kTurned, int M, int N>
+R1FAST_AVX512 void multiply_block(const Product& p, int64_t row, int64_t column) {
+  const float* const a = p.a + (kTurned ? row : row * p.lda);
+  BlockPlace at{a, a + 3 * p.lda, p.b + column};
+  float* c = p.c + row * p.ldc + column;
+  __m512 sums[M][N];
+#pragma GCC unroll 6
+  for (int i = 0; i < M; ++i) {
+    for (int j = 0; j < N; ++j) sums[i][j] = _mm512_setzero_ps();
+  }
+  if (kTurned || p.factors == nullptr) {
+    add_products<kTurned>(p, p.num_k, at, sums);
+  } else {
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i) {
+      for (int j = 0; j < N; ++j) sums[i][j] = _mm512_loadu_ps(c + i * p.ldc + kLanes * j);
+    }
+    const float* factors = p.factors + row;
+    for (int64_t k = 0; k < p.num_k; k += kStrip, factors += kBlockRows) {
+#pragma GCC unroll 6
+      for (int i = 0; i < M; ++i) {
+        for (int j = 0; j < N; ++j) sums[i][j] = _mm512_mul_ps(sums[i][j], _mm512_set1_ps(factors[i]));
+      }
+      add_products<kTurned>(p, std::min(p.num_k - k, kStrip), at, sums);
     }
   }
-  float* c = p.c + row * p.ldc + column;
 #pragma GCC unroll 6
   for (int i = 0; i < M; ++i, c += p.ldc) {
     for (int j = 0; j < N; ++j) {

@@ -1,10 +1,13 @@
 // Attention of training on the CPU, forward and backward: causal in each segment of a packed batch, and over the whole of
 // the segment that it continues. The formulas are in kernels/prefix_attention.py.
 //
-// A tile holds some queries of one tree, a row for each query head of one kv head. It meets blocks of keys one after the
-// other, first the root's, then each segment's own, in one online softmax:
+// A tile holds some queries of one tree, a row for each query head of one kv head. It meets strips of keys one after the
+// other, first those of the root, then each segment's own, in one online softmax:
 //
 //   s = scale q k^T;  m' = max(m, max s);  p = exp(s - m');  l = l exp(m - m') + sum p;  o = o exp(m - m') + p v
+//
+// Strips and the order of sums are decode's (decode_attention.hpp): a row of o has the sampler's bits, with AVX-512 (below
+// it, compilers decide which products are fused with sums). What is read once, and for how many rows, is not decode's.
 //
 // and backward, with share = 1 / l and delta = do . o:
 //
@@ -64,7 +67,8 @@ class TrainingAttention {
 
   void forward(T* out) const {
     const int64_t rows = num_queries_ * group_;
-    const int64_t size = rows * 3 * width_ + 6 * round_up(rows, kVector) + kStrip * (3 * width_ + kBlockRows);
+    const int64_t size = rows * 3 * width_ + 6 * round_up(rows, kVector) + kForwardKeys * (2 * width_ + kBlockRows) +
+                         kStrip * width_;
     const AlignedBuffer<float> memory(size * num_threads_);
     const std::vector<int64_t> order = by_cost(plan_.units);
     parallel_for(num_tasks(order), num_threads_, [&](int64_t task, int64_t thread) {
@@ -109,6 +113,7 @@ class TrainingAttention {
 
  private:
   static constexpr int64_t kTileFloats = 32768;  // of a tile's q: with the others half of a cache of 1 MiB
+  static constexpr int64_t kForwardKeys = 256;   // whose scores are in the cache together: some strips of one chunk
   static constexpr int64_t kGradientRows = 96;   // whose p and ds are kept at a time
 
   // Hands out a thread's memory, on cache lines.
@@ -195,8 +200,7 @@ class TrainingAttention {
     return counts[n - 1];
   }
 
-  // Whatever the batch, a row's sums are decode's (decode_attention.hpp), to the bit: strips of kStrip positions, counted
-  // from the first of what the row continues, and chunks of kChunkPositions that are merged.
+  // Strips of kStrip positions, counted from the root's first, and chunks of kChunkPositions that are merged.
   void forward_unit(const Unit& unit, int64_t head, Scratch scratch, T* out) const {
     const int64_t rows = unit.num_queries * group_, before = problem_.segments.length(unit.root);
     float* const q = scratch.take(rows * width_);
@@ -217,12 +221,13 @@ class TrainingAttention {
     if (most > kChunkPositions) clear(chunk);
     const auto walk = [&](int64_t segment, int64_t begin, int64_t end, int64_t first_row, int64_t end_row) {
       const Rows of_walk = sums.slice(first_row, end_row), of_chunk = chunk.slice(first_row, end_row);
-      for (int64_t p = begin; p < end; p += kStrip) {
+      for (int64_t p = begin, next; p < end; p = next) {
+        next = std::min(p / kForwardKeys * kForwardKeys + kForwardKeys, end);
         if (p % kChunkPositions == 0 && p > kChunkPositions) {
           kernels_.merge(of_walk, of_chunk);
           clear(of_chunk);
         }
-        attend({unit.root, segment, p, std::min(end - p, kStrip)}, head, limits + first_row,
+        attend({unit.root, segment, p, next - p}, head, limits + first_row,
                p < kChunkPositions ? of_walk : of_chunk, scratch);
       }
     };
@@ -260,31 +265,40 @@ class TrainingAttention {
   int64_t first_row(int64_t token, int64_t head) const { return token * problem_.num_heads + head * group_; }
 
   // Positions [begin, begin + count) of the sequence of a root and a segment that continues it, or is it.
-  struct KeyStrip {
+  struct KeyBlock {
     int64_t root, segment, begin, count;
   };
 
-  void attend(const KeyStrip& strip, int64_t head, const int32_t* limits, const Rows& rows, Scratch scratch) const {
-    float* const keys = scratch.take(kStrip * width_);
-    float* const values = scratch.take(kStrip * width_);
-    float* const s = scratch.take(kStrip * kBlockRows);
-    load_keys(strip, head, keys, values, reinterpret_cast<T*>(scratch.take(kStrip * width_)));
+  void attend(const KeyBlock& block, int64_t head, const int32_t* limits, const Rows& rows, Scratch scratch) const {
+    float* const keys = scratch.take(kForwardKeys * width_);
+    float* const values = scratch.take(kForwardKeys * width_);
+    float* const s = scratch.take(kForwardKeys * kBlockRows);
+    auto* const both = reinterpret_cast<T*>(scratch.take(kStrip * width_));
+    for (int64_t i = 0; i < block.count; i += kStrip) {
+      const int64_t count = std::min(block.count - i, kStrip);
+      load_keys({block.root, block.segment, block.begin + i, count}, head, keys + i * width_, values + i * width_, both);
+    }
     int64_t row = 0;
-    while (limits[row] <= strip.begin) ++row;
+    while (limits[row] <= block.begin) ++row;
     for (int64_t n; row < rows.count; row += n) {
       n = part_of(rows.count - row, kBlockRows);
-      int64_t counts[kBlockRows];
-      const int64_t most = count_keys(limits + row, strip.begin, strip.count, n, counts);
-      const int64_t in_sight = round_up(most, kVector);
-      tiles_.multiply({n, in_sight, width_, rows.q + row * width_, width_, keys, kPanelKeys, s, kStrip, false, nullptr});
-      float shrink[kBlockRows];
-      tiles_.softmax_rows({n, in_sight, counts, problem_.scale, s, kStrip, rows.m + row, rows.l + row, shrink});
-      tiles_.multiply({n, width_, most, s, kStrip, values, width_, rows.a + row * width_, width_, false, shrink});
+      const int64_t most = std::min<int64_t>(limits[row + n - 1] - block.begin, block.count);
+      float shrink[kForwardKeys / kStrip * kBlockRows];
+      for (int64_t i = 0; i < most; i += kStrip) {
+        int64_t counts[kBlockRows];
+        const int64_t in_sight =
+            round_up(count_keys(limits + row, block.begin + i, std::min(block.count - i, kStrip), n, counts), kVector);
+        tiles_.multiply({n, in_sight, width_, rows.q + row * width_, width_, keys + i * width_, kPanelKeys, s + i,
+                         kForwardKeys, false, nullptr});
+        tiles_.softmax_rows({n, in_sight, counts, problem_.scale, s + i, kForwardKeys, rows.m + row, rows.l + row,
+                             shrink + i / kStrip * kBlockRows});
+      }
+      tiles_.multiply({n, width_, most, s, kForwardKeys, values, width_, rows.a + row * width_, width_, false, shrink});
     }
   }
 
-  // Turned keys, and values. `both` is for keys of which some are of the root.
-  void load_keys(const KeyStrip& strip, int64_t head, float* keys, float* values, T* both) const {
+  // Turned keys, and values, of a strip. `both` is for keys of which some are of the root.
+  void load_keys(const KeyBlock& strip, int64_t head, float* keys, float* values, T* both) const {
     const Segments& segments = problem_.segments;
     const int64_t length = segments.length(strip.root);
     const bool has_root = strip.begin < length;
