@@ -19,7 +19,8 @@ constexpr int64_t kPanelKeys = 64;    // keys of a turned panel [Dp][64]
 constexpr int64_t kBlockRows = 6;     // of a product, at a time
 constexpr int64_t kBlockVectors = 4;  // 24 sums, 4 of b and one of a are in registers
 
-// c (num_rows, num_columns) = or += a b, or c = factors c + a b, a factor a row. Columns are whole vectors.
+// c (num_rows, num_columns) = or += a b. With factors sums begin at c, and before each kStrip of k they are multiplied by
+// them, one a row. Columns are whole vectors.
 struct Product {
   int64_t num_rows, num_columns, num_k;
   const float* a;  // (num_rows, num_k), or turned: (num_k, num_rows)
@@ -29,10 +30,10 @@ struct Product {
   float* c;
   int64_t ldc;
   bool accumulate;
-  const float* factors;  // or null
+  const float* factors;  // (num_k / kStrip, kBlockRows), for at most kBlockRows rows, or null
 };
 
-// Rows of scores with a running softmax. Row i sees its first counts[i] keys; from there to `width`, a multiple of 16,
+// At most kBlockRows rows of scores with a running softmax. Row i sees its first counts[i] keys; from there to `width`, a multiple of 16,
 // its scores are not read and its weights become 0.
 struct SoftmaxRows {
   int64_t num_rows, width;
@@ -115,9 +116,17 @@ template <class V, bool kTurned, int M>
 R1FAST_INLINE void multiply_rows(const Product& p, int64_t row, int64_t column) {
   constexpr int kSize = sizeof(V) / sizeof(float), kCount = kVector / kSize;
   V sums[M][kCount] = {};
+  for (int i = 0; i < M && p.factors != nullptr; ++i) {
+    std::memcpy(sums[i], p.c + (row + i) * p.ldc + column, sizeof sums[i]);
+  }
   const float* a = p.a + (kTurned ? row : row * p.lda);
   const float* b = p.b + column;
   for (int64_t k = 0; k < p.num_k; ++k, a += kTurned ? p.lda : 1, b += p.ldb) {
+    if (p.factors != nullptr && k % kStrip == 0) {
+      for (int i = 0; i < M; ++i) {
+        for (int j = 0; j < kCount; ++j) sums[i][j] *= p.factors[k / kStrip * kBlockRows + row + i];
+      }
+    }
     for (int i = 0; i < M; ++i) {
       const float value = a[kTurned ? i : i * p.lda];
       for (int j = 0; j < kCount; ++j) sums[i][j] += value * *reinterpret_cast<const V*>(b + j * kSize);
@@ -126,11 +135,7 @@ R1FAST_INLINE void multiply_rows(const Product& p, int64_t row, int64_t column) 
   for (int i = 0; i < M; ++i) {
     for (int j = 0; j < kCount; ++j) {
       V* const c = reinterpret_cast<V*>(p.c + (row + i) * p.ldc + column + j * kSize);
-      if (p.factors != nullptr) {
-        *c = p.factors[row + i] * *c + sums[i][j];
-      } else {
-        *c = p.accumulate ? *c + sums[i][j] : sums[i][j];
-      }
+      *c = p.accumulate ? *c + sums[i][j] : sums[i][j];
     }
   }
 }
@@ -217,39 +222,62 @@ R1FAST_INLINE void turn_rows(const TokenRows<const T>& from, int64_t width, floa
 #if defined(__x86_64__)
 namespace avx512 {
 
+// Where the next k of a block is: its rows of a, its columns of b.
+struct BlockPlace {
+  const float* a0;
+  const float* a3;  // as in gemm.hpp
+  const float* b;
+};
+
+template <bool kTurned, int M, int N>
+R1FAST_AVX512_INLINE void add_products(const Product& p, int64_t num_k, BlockPlace& at, __m512 (&sums)[M][N]) {
+  const int64_t lda = p.lda;
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < num_k; ++k) {
+    __m512 v[N];
+    for (int j = 0; j < N; ++j) v[j] = _mm512_loadu_ps(at.b + kLanes * j);
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i) {
+      const __m512 value = _mm512_set1_ps(kTurned ? at.a0[i] : (i < 3 ? at.a0 : at.a3)[i % 3 * lda]);
+      for (int j = 0; j < N; ++j) sums[i][j] = _mm512_fmadd_ps(value, v[j], sums[i][j]);
+    }
+    at.b += p.ldb;
+    at.a0 += kTurned ? lda : 1;
+    at.a3 += kTurned ? lda : 1;
+  }
+}
+
 template <bool kTurned, int M, int N>
 R1FAST_AVX512 void multiply_block(const Product& p, int64_t row, int64_t column) {
+  const float* const a = p.a + (kTurned ? row : row * p.lda);
+  BlockPlace at{a, a + 3 * p.lda, p.b + column};
+  float* c = p.c + row * p.ldc + column;
   __m512 sums[M][N];
+#pragma GCC unroll 6
   for (int i = 0; i < M; ++i) {
     for (int j = 0; j < N; ++j) sums[i][j] = _mm512_setzero_ps();
   }
-  const int64_t lda = p.lda;
-  const float* a0 = p.a + (kTurned ? row : row * lda);
-  const float* a3 = kTurned ? a0 : a0 + 3 * lda;  // as in gemm.hpp
-  const float* b = p.b + column;
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < p.num_k; ++k) {
-    __m512 v[N];
-    for (int j = 0; j < N; ++j) v[j] = _mm512_loadu_ps(b + kLanes * j);
+  if (kTurned || p.factors == nullptr) {
+    add_products<kTurned>(p, p.num_k, at, sums);
+  } else {
 #pragma GCC unroll 6
     for (int i = 0; i < M; ++i) {
-      const __m512 value = _mm512_set1_ps(kTurned ? a0[i] : (i < 3 ? a0 : a3)[i % 3 * lda]);
-      for (int j = 0; j < N; ++j) sums[i][j] = _mm512_fmadd_ps(value, v[j], sums[i][j]);
+      for (int j = 0; j < N; ++j) sums[i][j] = _mm512_loadu_ps(c + i * p.ldc + kLanes * j);
     }
-    b += p.ldb;
-    if (kTurned) {
-      a0 += lda;
-    } else {
-      ++a0, ++a3;
+    const float* factors = p.factors + row;
+    for (int64_t k = 0; k < p.num_k; k += kStrip, factors += kBlockRows) {
+#pragma GCC unroll 6
+      for (int i = 0; i < M; ++i) {
+        for (int j = 0; j < N; ++j) sums[i][j] = _mm512_mul_ps(sums[i][j], _mm512_set1_ps(factors[i]));
+      }
+      add_products<kTurned>(p, std::min(p.num_k - k, kStrip), at, sums);
     }
   }
-  float* c = p.c + row * p.ldc + column;
 #pragma GCC unroll 6
   for (int i = 0; i < M; ++i, c += p.ldc) {
-    const __m512 factor = _mm512_set1_ps(p.factors == nullptr ? 1 : p.factors[row + i]);
     for (int j = 0; j < N; ++j) {
       __m512 sum = sums[i][j];
-      if (p.accumulate) sum = _mm512_fmadd_ps(factor, _mm512_loadu_ps(c + kLanes * j), sum);
+      if (p.accumulate) sum = _mm512_add_ps(sum, _mm512_loadu_ps(c + kLanes * j));
       _mm512_storeu_ps(c + kLanes * j, sum);
     }
   }
@@ -271,6 +299,71 @@ inline void multiply(const Product& p) {
       kBlocks[(rows - 1) * kBlockVectors + vectors - 1](p, row, j * kVector);
     }
   }
+}
+
+constexpr int kRowsAcross = 8;  // reduced together: row r is in lanes 4 r and 4 r + 1, or 4 (r - 4) + 2 and the next
+
+// across_lanes (decode_strip.hpp) of each row: the same tree.
+template <class Combine>
+R1FAST_AVX512_INLINE __m512 across_rows(const __m512 (&x)[kRowsAcross], const Combine& combine) {
+  __m512 halves[4], quarters[2];
+  for (int i = 0; i < 4; ++i) {
+    halves[i] = combine(_mm512_maskz_shuffle_f32x4(0xffff, x[2 * i], x[2 * i + 1], 0x44),
+                        _mm512_maskz_shuffle_f32x4(0xffff, x[2 * i], x[2 * i + 1], 0xee));
+  }
+  for (int i = 0; i < 2; ++i) {
+    quarters[i] = combine(_mm512_maskz_shuffle_f32x4(0xffff, halves[2 * i], halves[2 * i + 1], 0x88),
+                          _mm512_maskz_shuffle_f32x4(0xffff, halves[2 * i], halves[2 * i + 1], 0xdd));
+  }
+  const __m512 pairs = combine(_mm512_maskz_shuffle_ps(0xffff, quarters[0], quarters[1], 0x44),
+                               _mm512_maskz_shuffle_ps(0xffff, quarters[0], quarters[1], 0xee));
+  return combine(pairs, _mm512_maskz_permute_ps(0xffff, pairs, 0xb1));
+}
+
+// Numbers of the rows, from their order to those lanes and back.
+R1FAST_AVX512_INLINE __m512 to_lanes(__m512 x) {
+  return _mm512_maskz_permutexvar_ps(0xffff, _mm512_setr_epi32(0, 0, 4, 4, 1, 1, 5, 5, 2, 2, 6, 6, 3, 3, 7, 7), x);
+}
+R1FAST_AVX512_INLINE __m512 from_lanes(__m512 x) {
+  return _mm512_maskz_permutexvar_ps(0xffff, _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0), x);
+}
+
+R1FAST_AVX512 inline void softmax_rows(const SoftmaxRows& rows) {
+  const __m512 scale = _mm512_set1_ps(rows.scale), minus_infinity = _mm512_set1_ps(-kInfinity);
+  __m512 most[kRowsAcross], sums[kRowsAcross];
+  for (int64_t i = 0; i < kRowsAcross; ++i) {
+    most[i] = minus_infinity;
+    sums[i] = _mm512_setzero_ps();
+  }
+  for (int64_t i = 0; i < rows.num_rows; ++i) {
+    float* const s = rows.s + i * rows.ld;
+    for (int64_t j = 0; j < rows.width; j += kVector) {
+      const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(s + j), scale);
+      const __m512 seen = _mm512_mask_mov_ps(minus_infinity, column_mask(j, rows.counts[i]), x);
+      _mm512_storeu_ps(s + j, seen);
+      most[i] = larger(most[i], seen);
+    }
+  }
+  const __mmask16 is_row = column_mask(0, rows.num_rows);
+  const __m512 before = to_lanes(_mm512_maskz_loadu_ps(is_row, rows.m));
+  const __m512 after = larger(across_rows(most, larger), before);
+  alignas(64) float m[kVector];
+  _mm512_store_ps(m, from_lanes(after));
+  _mm512_mask_storeu_ps(rows.m, is_row, from_lanes(after));
+  for (int64_t i = 0; i < rows.num_rows; ++i) {
+    float* const s = rows.s + i * rows.ld;
+    for (int64_t j = 0; j < rows.width; j += kVector) {
+      const __m512 p = exp_vector(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(m[i])));
+      const __m512 seen = _mm512_maskz_mov_ps(column_mask(j, rows.counts[i]), p);
+      _mm512_storeu_ps(s + j, seen);
+      sums[i] = _mm512_add_ps(sums[i], seen);
+    }
+  }
+  const __m512 shrink = exp_vector(_mm512_sub_ps(before, after));
+  const __m512 l = to_lanes(_mm512_maskz_loadu_ps(is_row, rows.l));
+  const __m512 sum = _mm512_fmadd_ps(l, shrink, across_rows(sums, _mm512_add_ps));
+  _mm512_mask_storeu_ps(rows.l, is_row, from_lanes(sum));
+  _mm512_mask_storeu_ps(rows.shrink, is_row, from_lanes(shrink));
 }
 
 R1FAST_AVX512_INLINE __m512i wide_words(const float* from, __mmask16 mask) {
@@ -366,7 +459,7 @@ AttentionTiles<T> attention_tiles(const std::string& level) {
     AttentionTiles<T> tiles = attention_tiles_avx512<T>();
     tiles.multiply = &avx512::multiply<false>;
     tiles.multiply_turned = &avx512::multiply<true>;
-    tiles.softmax_rows = &avx512::softmax_tile;
+    tiles.softmax_rows = &avx512::softmax_rows;
     tiles.gradient_rows = &avx512::gradient_tile;
     tiles.turn_rows = &avx512::turn_rows<T>;
     return tiles;

@@ -55,7 +55,7 @@ struct DecodeProblem {
 };
 
 // Queries [begin, end) of one group, the first of them in `sequence`.
-struct Unit {
+struct DecodeUnit {
   int64_t sequence;
   int64_t begin;
   int64_t end;
@@ -118,7 +118,7 @@ class DecodeWorkspace {
     const int64_t num_units = static_cast<int64_t>(units_.size()) * kv_heads;
     num_parts_ = 1;
     if (num_threads > 1 && num_units < kUnitsPerThread * num_threads) {
-      for (const Unit& unit : units_) num_parts_ = std::max(num_parts_, unit.num_chunks);
+      for (const DecodeUnit& unit : units_) num_parts_ = std::max(num_parts_, unit.num_chunks);
     }
     num_tasks_ = num_units * num_parts_;
     // of each thread q, and (m, l, a) twice: of all chunks so far and of one
@@ -146,7 +146,7 @@ class DecodeWorkspace {
       const Call<T> call{problem, cache, kernels, problem.num_heads / kv_heads, row_floats(cache.head_dim), partials_,
                          reinterpret_cast<T*>(memory)};
       const int64_t index = task / num_parts_, part = task % num_parts_, head = index % kv_heads;
-      const Unit& unit = units_[static_cast<size_t>(index / kv_heads)];
+      const DecodeUnit& unit = units_[static_cast<size_t>(index / kv_heads)];
       float* const scratch = memory + tail_;
       if (num_parts_ == 1 || unit.num_chunks == 1) {
         if (part == 0) attend_unit(call, unit, head, 0, unit.num_chunks, scratch);
@@ -237,7 +237,7 @@ class DecodeWorkspace {
       const int64_t end = problem.first_query(problem.group_starts[g + 1]);
       for (int64_t begin = problem.first_query(sequence); begin < end; begin += queries) {
         while (problem.first_query(sequence + 1) <= begin) ++sequence;
-        Unit unit{sequence, begin, std::min(begin + queries, end), 0, 0, num_partials_};
+        DecodeUnit unit{sequence, begin, std::min(begin + queries, end), 0, 0, num_partials_};
         int64_t least = problem.limit(sequence, begin), most = 0, last = sequence;
         for (int64_t q = begin; q < unit.end; ++q) {
           while (problem.first_query(last + 1) <= q) ++last;
@@ -275,14 +275,8 @@ class DecodeWorkspace {
     return {q, memory, memory + count, memory + 2 * count, ld, count};
   }
 
-  static void clear(const Rows& rows) {
-    std::fill(rows.m, rows.m + rows.count, -kInfinity);
-    std::fill(rows.l, rows.l + rows.count, 0.0f);
-    std::fill(rows.a, rows.a + rows.count * rows.ld, 0.0f);
-  }
-
   template <class T>
-  static Rows partial(const Call<T>& call, const Unit& unit, int64_t head, int64_t chunk) {
+  static Rows partial(const Call<T>& call, const DecodeUnit& unit, int64_t head, int64_t chunk) {
     const int64_t count = (unit.end - unit.begin) * call.heads;
     const int64_t before = unit.first_partial * call.cache.num_kv_heads + (head * unit.num_chunks + chunk) * count;
     return rows_at(call.partials + before * (call.ld + 2), nullptr, count, call.ld);
@@ -290,7 +284,7 @@ class DecodeWorkspace {
 
   // The unit's rows over some chunks: all of them go to `out`, a single one of several to the partial results.
   template <class T>
-  static void attend_unit(const Call<T>& call, const Unit& unit, int64_t head, int64_t first_chunk, int64_t end_chunk,
+  static void attend_unit(const Call<T>& call, const DecodeUnit& unit, int64_t head, int64_t first_chunk, int64_t end_chunk,
                           float* scratch) {
     const int64_t count = (unit.end - unit.begin) * call.heads, dim = call.cache.head_dim, ld = call.ld;
     for (int64_t r = 0; r < count; ++r) {
@@ -312,14 +306,14 @@ class DecodeWorkspace {
   }
 
   template <class T>
-  static void finish_unit(const Call<T>& call, const Unit& unit, int64_t head) {
+  static void finish_unit(const Call<T>& call, const DecodeUnit& unit, int64_t head) {
     const Rows sums = partial(call, unit, head, 0);
     for (int64_t chunk = 1; chunk < unit.num_chunks; ++chunk) call.kernels.merge(sums, partial(call, unit, head, chunk));
     write(call, unit, head, sums);
   }
 
   template <class T>
-  static void write(const Call<T>& call, const Unit& unit, int64_t head, const Rows& rows) {
+  static void write(const Call<T>& call, const DecodeUnit& unit, int64_t head, const Rows& rows) {
     const int64_t dim = call.cache.head_dim;
     for (int64_t r = 0; r < rows.count; ++r) {
       T* const out = call.problem.out + query_head(call, unit, head, r) * dim;
@@ -329,12 +323,12 @@ class DecodeWorkspace {
 
   // Row r of a unit as a row of (Nq * H, Dh).
   template <class T>
-  static int64_t query_head(const Call<T>& call, const Unit& unit, int64_t head, int64_t r) {
+  static int64_t query_head(const Call<T>& call, const DecodeUnit& unit, int64_t head, int64_t r) {
     return (unit.begin + r / call.heads) * call.problem.num_heads + head * call.heads + r % call.heads;
   }
 
   template <class T>
-  static void attend_chunk(const Call<T>& call, const Unit& unit, int64_t head, int64_t chunk, const Rows& rows) {
+  static void attend_chunk(const Call<T>& call, const DecodeUnit& unit, int64_t head, int64_t chunk, const Rows& rows) {
     const int64_t begin = chunk * kChunkPositions, end = begin + kChunkPositions;
     const int64_t shared_end = std::clamp(unit.shared, begin, end);
     Walk<T> walk{call, head, {}, {}};
@@ -367,7 +361,7 @@ class DecodeWorkspace {
     }
   }
 
-  std::vector<Unit> units_;
+  std::vector<DecodeUnit> units_;
   std::vector<std::atomic<int64_t>> finished_;  // parts of a unit and a head
   std::unique_ptr<AlignedBuffer<float>> floats_;
   int64_t capacity_ = 0;

@@ -41,6 +41,13 @@ struct Rows {
   }
 };
 
+// Rows that have seen no position.
+inline void clear(const Rows& rows) {
+  std::fill(rows.m, rows.m + rows.count, -kInfinity);
+  std::fill(rows.l, rows.l + rows.count, 0.0f);
+  std::fill(rows.a, rows.a + rows.count * rows.ld, 0.0f);
+}
+
 // Floats of one row: whole vectors, in pairs.
 inline int64_t row_floats(int64_t head_dim) { return round_up(head_dim, 2 * kTile); }
 
@@ -64,7 +71,8 @@ R1FAST_INLINE void score_tile(const float* q, const Bf16* keys, int64_t head_dim
   for (int64_t d = 0; d < head_dim; d += 2) {
     uint32_t words[kTile];
     std::memcpy(words, keys + d * kTile, sizeof words);
-    for (int64_t i = 0; i < kTile; ++i) scores[i] += q[d] * low_half(words[i]) + q[d + 1] * high_half(words[i]);
+    for (int64_t i = 0; i < kTile; ++i) scores[i] += q[d] * low_half(words[i]);
+    for (int64_t i = 0; i < kTile; ++i) scores[i] += q[d + 1] * high_half(words[i]);
   }
 }
 

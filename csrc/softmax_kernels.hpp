@@ -20,7 +20,7 @@ R1FAST_NATIVE inline void softmax_tile(const SoftmaxRows& rows) {
     }
     rows.shrink[i] = first(exp_lanes(all(rows.m[i] - m)));
     rows.m[i] = m;
-    rows.l[i] = rows.l[i] * rows.shrink[i] + across_lanes(sum, plus);
+    rows.l[i] = std::fma(rows.l[i], rows.shrink[i], across_lanes(sum, plus));
   }
 }
 

@@ -81,7 +81,7 @@ R1FAST_NATIVE_INLINE void softmax_strip(const Strip<T>& strip, const Rows& rows,
     }
     shrink[i] = first(exp_lanes(all(rows.m[i] - m)));
     rows.m[i] = m;
-    rows.l[i] = rows.l[i] * shrink[i] + across_lanes(sum, plus);
+    rows.l[i] = std::fma(rows.l[i], shrink[i], across_lanes(sum, plus));
   }
 }
 

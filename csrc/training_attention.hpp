@@ -1,10 +1,13 @@
 // Attention of training on the CPU, forward and backward: causal in each segment of a packed batch, and over the whole of
 // the segment that it continues. The formulas are in kernels/prefix_attention.py.
 //
-// A tile holds some queries of one tree, a row for each query head of one kv head. It meets blocks of keys one after the
-// other, first the root's, then each segment's own, in one online softmax:
+// A tile holds some queries of one tree, a row for each query head of one kv head. It meets strips of keys one after the
+// other, first those of the root, then each segment's own, in one online softmax:
 //
 //   s = scale q k^T;  m' = max(m, max s);  p = exp(s - m');  l = l exp(m - m') + sum p;  o = o exp(m - m') + p v
+//
+// Strips and the order of sums are decode's (decode_attention.hpp): a row of o has the sampler's bits, with AVX-512 (below
+// it, compilers decide which products are fused with sums). What is read once, and for how many rows, is not decode's.
 //
 // and backward, with share = 1 / l and delta = do . o:
 //
@@ -15,6 +18,7 @@
 
 #include "attention_plan.hpp"
 #include "attention_tiles.hpp"
+#include "decode_attention.hpp"
 
 namespace r1fast {
 
@@ -54,6 +58,7 @@ class TrainingAttention {
   TrainingAttention(const AttentionProblem<T>& problem, const std::string& level, int64_t num_threads)
       : problem_(problem),
         tiles_(attention_tiles<T>(level)),
+        kernels_(strip_kernels<T>(level)),
         group_(problem.group()),
         width_(problem.width()),
         num_queries_(std::max<int64_t>(kTileFloats / width_ / group_, 1)),
@@ -62,7 +67,8 @@ class TrainingAttention {
 
   void forward(T* out) const {
     const int64_t rows = num_queries_ * group_;
-    const int64_t size = rows * 2 * width_ + 4 * round_up(rows, kVector) + kForwardKeys * (2 * width_ + kBlockRows);
+    const int64_t size = rows * 3 * width_ + 6 * round_up(rows, kVector) + kForwardKeys * (2 * width_ + kBlockRows) +
+                         kStrip * width_;
     const AlignedBuffer<float> memory(size * num_threads_);
     const std::vector<int64_t> order = by_cost(plan_.units);
     parallel_for(num_tasks(order), num_threads_, [&](int64_t task, int64_t thread) {
@@ -107,7 +113,7 @@ class TrainingAttention {
 
  private:
   static constexpr int64_t kTileFloats = 32768;  // of a tile's q: with the others half of a cache of 1 MiB
-  static constexpr int64_t kForwardKeys = 256;   // of a block: its maximum is found once
+  static constexpr int64_t kForwardKeys = 256;   // whose scores are in the cache together: some strips of one chunk
   static constexpr int64_t kGradientRows = 96;   // whose p and ds are kept at a time
 
   // Hands out a thread's memory, on cache lines.
@@ -194,71 +200,126 @@ class TrainingAttention {
     return counts[n - 1];
   }
 
+  // Strips of kStrip positions, counted from the root's first, and chunks of kChunkPositions that are merged.
   void forward_unit(const Unit& unit, int64_t head, Scratch scratch, T* out) const {
-    const int64_t rows = unit.num_queries * group_;
+    const int64_t rows = unit.num_queries * group_, before = problem_.segments.length(unit.root);
     float* const q = scratch.take(rows * width_);
-    float* const o = scratch.take(rows * width_);
-    float* const m = scratch.take(rows);
-    float* const l = scratch.take(rows);
-    auto* const limits = reinterpret_cast<int32_t*>(scratch.take(rows));
+    const Rows sums = take_rows(scratch, q, rows), chunk = take_rows(scratch, q, rows);
+    auto* const limits = reinterpret_cast<int32_t*>(scratch.take(rows));  // positions that a row sees; they increase
     float* const shares = scratch.take(rows);
+    int64_t most = 0;
     for_pieces(unit, [&](const Piece& piece, int64_t token, int64_t row) {
       tiles_.load_rows(problem_.queries(problem_.q, problem_.ld_q, head, token, piece.end - piece.begin), width_,
                        q + row * width_);
+      const int64_t first = piece.segment == unit.root ? 0 : before;
+      for (int64_t i = piece.begin; i < piece.end; ++i, row += group_) {
+        std::fill_n(limits + row, group_, static_cast<int32_t>(first + i + 1));
+      }
+      most = std::max(most, first + piece.end);
     });
-    std::fill(o, o + rows * width_, 0.0f);
-    std::fill(m, m + rows, -kInfinity);
-    std::fill(l, l + rows, 0.0f);
-    for_keys(unit, 0, limits, [&](int64_t segment, int64_t, int64_t begin, int64_t end) {
-      attend(segment, head, limits + begin, end - begin, q + begin * width_, o + begin * width_, m + begin, l + begin,
-             scratch);
+    clear(sums);
+    if (most > kChunkPositions) clear(chunk);
+    const auto walk = [&](int64_t segment, int64_t begin, int64_t end, int64_t first_row, int64_t end_row) {
+      const Rows of_walk = sums.slice(first_row, end_row), of_chunk = chunk.slice(first_row, end_row);
+      for (int64_t p = begin, next; p < end; p = next) {
+        next = std::min(p / kForwardKeys * kForwardKeys + kForwardKeys, end);
+        if (p % kChunkPositions == 0 && p > kChunkPositions) {
+          kernels_.merge(of_walk, of_chunk);
+          clear(of_chunk);
+        }
+        attend({unit.root, segment, p, next - p}, head, limits + first_row,
+               p < kChunkPositions ? of_walk : of_chunk, scratch);
+      }
+    };
+    // the strips that lie in the root are those of all rows
+    const int64_t shared = std::min<int64_t>(before / kStrip * kStrip, limits[rows - 1]);
+    walk(unit.root, 0, shared, 0, rows);
+    for_pieces(unit, [&](const Piece& piece, int64_t, int64_t row) {
+      const int64_t end_row = row + (piece.end - piece.begin) * group_;
+      walk(piece.segment, shared, limits[end_row - 1], row, end_row);
     });
-    for (int64_t r = 0; r < rows; ++r) shares[r] = 1 / l[r];
+    if (most > kChunkPositions) kernels_.merge(sums, chunk);
+    for (int64_t r = 0; r < rows; ++r) shares[r] = 1 / sums.l[r];
     const int64_t ld = problem_.num_heads * problem_.head_dim;
     for_pieces(unit, [&](const Piece& piece, int64_t token, int64_t row) {
       const int64_t count = piece.end - piece.begin;
-      const float* const from = o + row * width_;
+      const float* const from = sums.a + row * width_;
       tiles_.store_rows(from, width_, shares + row, problem_.queries(out, ld, head, token, count));
       if (problem_.wide_out != nullptr) {
         tiles_.store_wide_rows(from, width_, shares + row, problem_.queries(problem_.wide_out, ld, head, token, count));
       }
       for (int64_t i = 0; i < count; ++i) {
-        std::copy_n(m + row + i * group_, group_, problem_.m + first_row(token + i, head));
+        std::copy_n(sums.m + row + i * group_, group_, problem_.m + first_row(token + i, head));
         std::copy_n(shares + row + i * group_, group_, problem_.share + first_row(token + i, head));
       }
     });
   }
 
+  Rows take_rows(Scratch& scratch, const float* q, int64_t count) const {
+    float* const m = scratch.take(count);
+    float* const l = scratch.take(count);
+    return {q, m, l, scratch.take(count * width_), width_, count};
+  }
+
   // In (T, H).
   int64_t first_row(int64_t token, int64_t head) const { return token * problem_.num_heads + head * group_; }
 
-  void attend(int64_t segment, int64_t head, const int32_t* limits, int64_t num_rows, const float* q, float* o, float* m,
-              float* l, Scratch scratch) const {
+  // Positions [begin, begin + count) of the sequence of a root and a segment that continues it, or is it.
+  struct KeyBlock {
+    int64_t root, segment, begin, count;
+  };
+
+  void attend(const KeyBlock& block, int64_t head, const int32_t* limits, const Rows& rows, Scratch scratch) const {
     float* const keys = scratch.take(kForwardKeys * width_);
     float* const values = scratch.take(kForwardKeys * width_);
     float* const s = scratch.take(kForwardKeys * kBlockRows);
-    const int64_t num_keys = limits[num_rows - 1], token = problem_.segments.bounds[segment];
-    for (int64_t begin = 0; begin < num_keys; begin += kForwardKeys) {
-      const int64_t count = std::min(num_keys - begin, kForwardKeys);
-      for (int64_t i = 0; i < count; i += kPanelKeys) {
-        const int64_t n = std::min(count - i, kPanelKeys);
-        tiles_.turn_rows(problem_.keys(problem_.k, problem_.ld_k, head, token + begin + i, n), width_, keys + i * width_);
-      }
-      tiles_.load_rows(problem_.keys(problem_.v, problem_.ld_v, head, token + begin, count), width_, values);
-      for (int64_t row = 0, n; row < num_rows; row += n) {
-        n = part_of(num_rows - row, kBlockRows);
-        int64_t counts[kBlockRows];
-        const int64_t most = count_keys(limits + row, begin, count, n, counts), in_sight = round_up(most, kVector);
-        if (most == 0) continue;
-        for (int64_t i = 0; i < in_sight; i += kPanelKeys) {
-          tiles_.multiply({n, std::min(in_sight - i, kPanelKeys), width_, q + row * width_, width_, keys + i * width_,
-                           kPanelKeys, s + i, kForwardKeys, false, nullptr});
-        }
-        float shrink[kBlockRows];
-        tiles_.softmax_rows({n, in_sight, counts, problem_.scale, s, kForwardKeys, m + row, l + row, shrink});
-        tiles_.multiply({n, width_, most, s, kForwardKeys, values, width_, o + row * width_, width_, true, shrink});
-      }
+    auto* const both = reinterpret_cast<T*>(scratch.take(kStrip * width_));
+    for (int64_t i = 0; i < block.count; i += kStrip) {
+      const int64_t count = std::min(block.count - i, kStrip);
+      load_keys({block.root, block.segment, block.begin + i, count}, head, keys + i * width_, values + i * width_, both);
     }
+    int64_t row = 0;
+    while (limits[row] <= block.begin) ++row;
+    for (int64_t n; row < rows.count; row += n) {
+      n = part_of(rows.count - row, kBlockRows);
+      const int64_t most = std::min<int64_t>(limits[row + n - 1] - block.begin, block.count);
+      float shrink[kForwardKeys / kStrip * kBlockRows];
+      for (int64_t i = 0; i < most; i += kStrip) {
+        int64_t counts[kBlockRows];
+        const int64_t in_sight =
+            round_up(count_keys(limits + row, block.begin + i, std::min(block.count - i, kStrip), n, counts), kVector);
+        tiles_.multiply({n, in_sight, width_, rows.q + row * width_, width_, keys + i * width_, kPanelKeys, s + i,
+                         kForwardKeys, false, nullptr});
+        tiles_.softmax_rows({n, in_sight, counts, problem_.scale, s + i, kForwardKeys, rows.m + row, rows.l + row,
+                             shrink + i / kStrip * kBlockRows});
+      }
+      tiles_.multiply({n, width_, most, s, kForwardKeys, values, width_, rows.a + row * width_, width_, false, shrink});
+    }
+  }
+
+  // Turned keys, and values, of a strip. `both` is for keys of which some are of the root.
+  void load_keys(const KeyBlock& strip, int64_t head, float* keys, float* values, T* both) const {
+    const Segments& segments = problem_.segments;
+    const int64_t length = segments.length(strip.root);
+    const bool has_root = strip.begin < length;
+    const int64_t token = has_root ? segments.bounds[strip.root] + strip.begin
+                                   : segments.bounds[strip.segment] + strip.begin - length;
+    const int64_t count = has_root ? std::min(strip.count, length - strip.begin) : strip.count;
+    const int64_t rest = strip.count - count;
+    TokenRows<const T> k = problem_.keys(problem_.k, problem_.ld_k, head, token, count);
+    tiles_.load_rows(problem_.keys(problem_.v, problem_.ld_v, head, token, count), width_, values);
+    if (rest > 0) {
+      const int64_t first = segments.bounds[strip.segment];
+      const TokenRows<const T> own = problem_.keys(problem_.k, problem_.ld_k, head, first, rest);
+      for (const TokenRows<const T>& from : {k, own}) {
+        for (int64_t i = 0; i < from.num_tokens; ++i, both += k.head_dim) {
+          std::copy_n(from.data + i * from.ld, k.head_dim, both);
+        }
+      }
+      k = {both - strip.count * k.head_dim, k.head_dim, strip.count, 1, k.head_dim};
+      tiles_.load_rows(problem_.keys(problem_.v, problem_.ld_v, head, first, rest), width_, values + count * width_);
+    }
+    tiles_.turn_rows(k, width_, keys);
   }
 
   void backward_unit(const Task& task, const Unit& unit, int64_t head, Scratch scratch, const Regions& regions,
@@ -387,6 +448,7 @@ class TrainingAttention {
 
   const AttentionProblem<T>& problem_;
   const AttentionTiles<T> tiles_;
+  const StripKernels<T> kernels_;  // decode's merge
   const int64_t group_, width_, num_queries_;
   const AttentionPlan plan_;
   const int64_t num_threads_;

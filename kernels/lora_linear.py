@@ -6,6 +6,8 @@
     dh_p = dy_p (s B_p)    dA = dh^T x    dB_p = s dy_p^T h_p    dx = dy W + dh A
 
 A and B may be wider than x: they are rounded to its dtype, s B once, and their gradients widened.
+In bfloat16, where the base's product is the sampler's (linear.py), y is one sum of both, as there: (x, h) (W, s B)^T + b,
+each B_p behind its own outputs alone.
 Nothing of W's size is made where W is frozen: beside the layer's own products 2 T r (P D + sum N_p)
 FLOP forward and twice that backward. Shapes: T tokens, D and N widths, N_p outputs of a part.
 """
@@ -16,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1fast.kernels.linear import linear_dweight, linear_dx, linear_fwd
+from r1fast.kernels.linear import is_sampled, linear_dweight, linear_dx, linear_fwd
+
+WHOLE_TILES = 32  # elements that a product of linear.hpp may read at once
 
 
 def lora_linear_ref(
@@ -38,13 +42,39 @@ def lora_linear_ref(
     return y + delta
 
 
+def wide_factor(
+    B: Tensor,  # (sum N_p, r)
+    parts: Sequence[tuple[int, int]],
+    num_out: int,
+) -> Tensor:  # (N, P r)
+    """B_p in the rows of its part and behind h_p, zeros elsewhere."""
+    r, at = B.shape[1], 0
+    wide = B.new_zeros(num_out, len(parts) * r)
+    for p, (start, end) in enumerate(parts):
+        wide[start:end, p * r : (p + 1) * r] = B[at : at + end - start]
+        at += end - start
+    return wide
+
+
+def side_by_side(x: Tensor, h: Tensor) -> Tensor:
+    """(n, D), (n, R) -> (n, D' + R'), both filled up with zeros to whole tiles: rows (x, h) and weights (W, B)."""
+    return torch.cat(
+        (F.pad(x, (0, -x.shape[1] % WHOLE_TILES)), F.pad(h, (0, -h.shape[1] % WHOLE_TILES))), 1
+    )
+
+
 class LoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, parts, scale):
         An, Bs = A.to(x.dtype), (B * scale).to(x.dtype)
-        y, h = linear_fwd(x, weight, bias), linear_fwd(x, An, None)
-        for hp, Bp, (start, end) in _parts(h, Bs, parts):
-            y[:, start:end].addmm_(hp, Bp.t())
+        h = linear_fwd(x, An, None)
+        if is_sampled(x, weight, bias):
+            B_wide = wide_factor(Bs, parts, len(weight))
+            y = linear_fwd(side_by_side(x, h), side_by_side(weight, B_wide), bias)
+        else:
+            y = linear_fwd(x, weight, bias)
+            for hp, Bp, (start, end) in _parts(h, Bs, parts):
+                y[:, start:end].addmm_(hp, Bp.t())
         ctx.save_for_backward(x, weight, An, Bs, h)
         ctx.parts, ctx.scale, ctx.dtypes = parts, scale, (A.dtype, B.dtype)
         return y

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from r1fast.config import LoraConfig
 from r1fast.config_check import lora_targets
 from r1fast.kernels.linear import linear_fwd
-from r1fast.kernels.lora_linear import lora_linear
+from r1fast.kernels.lora_linear import lora_linear, wide_factor
 
 
 class Adapter(nn.Module):
@@ -74,12 +74,9 @@ class Adapter(nn.Module):
         """
         if self.factors is None:
             return None
-        (A, B), r, at = self.factors, self.lora.rank, 0
-        wide = torch.zeros(num_out, len(A), dtype=dtype, device=A.device)
-        for p, (start, end) in enumerate(self.parts.values()):
-            wide[start:end, p * r : (p + 1) * r] = B[at : at + end - start] * self.scale
-            at += end - start
-        return A.to(dtype), wide
+        A, B = self.factors
+        B = (B * self.scale).to(dtype)
+        return A.to(dtype), wide_factor(B, list(self.parts.values()), num_out)
 
 
 def add_lora(model: nn.Module, lora: LoraConfig, *, seed: int = 0) -> None:

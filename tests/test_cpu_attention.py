@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from r1fast import _C
 from r1fast.kernels.attention import PackedAttention
 from r1fast.kernels.cpu_attention import native_attention, plan_segments, uses_native
+from r1fast.kernels.paged_attention import DecodePlan, PagedLayout, paged_attention, write_kv
 from r1fast.kernels.prefix_attention import plan_prefixes, prefix_attention, prefix_attention_ref
 
 LEVELS = ["baseline", "avx2", "avx512"][: ["baseline", "avx2", "avx512"].index(_C.cpu_level()) + 1]
@@ -132,6 +133,37 @@ def test_rows_do_not_depend_on_the_rest_of_the_batch(level):
         alone = out_and_grads(native(pack, level=level), [x[rows] for x in inputs])
         for name in ("out", "dq"):
             assert torch.equal(alone[name], whole[name][rows]), (segment, name)
+
+
+def decoded(q, k, v, lengths, prefix_of) -> torch.Tensor:
+    """The same by decode's attention: each segment behind its prefix in blocks of its own, which lie anywhere."""
+    layout, out = PagedLayout(*k.shape[1:], 16, q.dtype), []
+    parts = torch.arange(len(q)).split(lengths)
+    for own, prefix in zip(parts, prefix_of or [-1] * len(parts), strict=True):
+        rows = own if prefix < 0 else torch.cat([parts[prefix], own])
+        n, num_blocks = len(rows), -(-len(rows) // 16)
+        keys, values = (x.fill_(torch.nan) for x in layout.allocate(num_blocks))
+        table = torch.randperm(num_blocks, dtype=torch.int32)[None]
+        lists = ([n], [0, 1], [0], [0, len(own)])
+        plan = DecodePlan(table, *(torch.tensor(x, dtype=torch.int32) for x in lists))
+        write_kv(layout, keys, values, k[rows], v[rows], plan.slots(0, torch.arange(n), 16))
+        out.append(paged_attention(q[own], layout, keys, values, plan))
+    return torch.cat(out)
+
+
+@pytest.mark.skipif("avx512" not in LEVELS, reason="other levels' sums are the compiler's")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("H", "K", "Dh"), [(4, 4, 14), (14, 2, 64), (2, 1, 136)])
+def test_rows_have_the_bits_of_decode(H, K, Dh, dtype):
+    """Prefixes that end in a strip of 64 and at its end; more than one chunk of 512, before and after that end."""
+    packs = [
+        PACKS["groups"], PACKS["alone"], PACKS["empty"], PACKS["apart"], PACKS["blocks of keys"],
+        LONG, ([700, 400, 1], [-1, 0, 0]), ([512, 600, 128], [-1, 0, 0]), ([1100, 513], None),
+    ]  # fmt: skip
+    for lengths, prefix_of in packs:
+        q, k, v, _ = (x.to(dtype) for x in make_inputs(lengths, H, K, Dh))
+        expected = decoded(q, k, v, lengths, prefix_of)
+        assert torch.equal(native((lengths, prefix_of))(q, k, v), expected), lengths
 
 
 @pytest.mark.parametrize("level", LEVELS)

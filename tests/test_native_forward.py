@@ -52,9 +52,10 @@ def test_float32(family, invariant):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_rounds_where_the_model_does(family):
-    """It is no further from the exact hidden states than the model's own bfloat16 forward."""
+    """Where bfloat16 is native its bits are the model's own, which training has; nowhere is it further from the exact ones."""
     model, ids = tiny_model(family).to(torch.bfloat16), torch.randint(4, 97, (45,))
     expected, rows, last, logits = forward_both(model, ids)
+    assert torch.equal(rows, expected) or not is_supported(model)
     attend = PackedAttention(torch.tensor([0, 45], dtype=torch.int32), 45)
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(ids, torch.arange(45), attend)

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r1fast import _C
+from r1fast.kernels.lora_linear import WHOLE_TILES as MULTIPLE
+from r1fast.kernels.lora_linear import side_by_side
 from r1fast.kernels.paged_attention import DecodePlan
 from r1fast.model import Decoder, Linear
 from r1fast.rollout.decode_step import Inputs
@@ -20,7 +22,6 @@ from r1fast.rollout.kv_cache import KVCache
 from r1fast.rollout.rows import Batch, Rows
 
 MAX_SECONDS = 0.05  # of one call: signals and other requests wait for its end
-MULTIPLE = 32  # rows and columns that AMX reads at once, in bfloat16
 
 
 def is_supported(model: Decoder) -> bool:
@@ -181,8 +182,8 @@ def _pack(linear: Linear, *, halved: bool = False) -> tuple[PackedWeight, Packed
     if factors is not None:
         # whole tiles: a product must not read what another layer's left behind its own columns
         A, B = factors
-        unused = -len(A) % MULTIPLE
-        A, B = F.pad(A, (0, 0, 0, unused)), F.pad(B, (0, unused))
-        gap = weight.new_zeros(len(weight), -weight.shape[1] % MULTIPLE)
-        weight, low_rank = torch.cat((weight, gap, B), 1), PackedWeight(A)
+        weight, low_rank = (
+            side_by_side(weight, B),
+            PackedWeight(F.pad(A, (0, 0, 0, -len(A) % MULTIPLE))),
+        )
     return PackedWeight(weight, linear.bias, halved=halved), low_rank
