@@ -23,6 +23,7 @@ from r1fast.evaluate.row_log import Key, RowLog
 from r1fast.evaluate.sampling import Ask, asks_of, sample_missing
 from r1fast.evaluate.statistics import summarise
 from r1fast.hf_folder import read_json, write_json
+from r1fast.interrupt import boundary, stoppable
 from r1fast.jsonl import read_jsonl, write_jsonl
 from r1fast.metrics import note, progress
 from r1fast.policy import Policy
@@ -305,8 +306,13 @@ def _grade(
     shown = bool(title) and any(group.problem.kind in SLOW_KINDS for group in groups)
     as_one = scorer.as_one_call() if hasattr(scorer, "as_one_call") else nullcontext()
     versions = grader_versions(scorer, (ask.problem.kind for ask in asks))
-    with as_one, progress(f"{title}, grading", num_new, "sample", enabled=shown) as bar:
+    with (
+        as_one,
+        progress(f"{title}, grading", num_new, "sample", enabled=shown) as bar,
+        stoppable(waits=True),
+    ):
         for part, where in _parts(groups, places):
+            boundary("grading", title)
             scorer.score(part)
             for group, own in zip(part, where, strict=True):
                 for place, reward in zip(own, group.rewards, strict=True):
