@@ -46,7 +46,7 @@ class Watchdog:
         self.step, self.step_seconds = step, 0.0
         self.phase, self.detail, self.moved = "start", "", time.time()
         self.num_dumps = 0
-        self._num_beats = self._written = 0
+        self._num_beats = 0
         self._patience = float(FIRST_STEP)
         self._end = threading.Event()
         from r1fast.distributed import rank
@@ -82,7 +82,8 @@ class Watchdog:
     def _watch(self) -> None:
         limit = self.seconds or HEARTBEAT_SECONDS
         tick = min(1.0, HEARTBEAT_SECONDS / 4, limit / 8)
-        seen, quiet_since, factor, written = -1, time.monotonic(), 1.0, time.monotonic()
+        seen, quiet_since, factor = -1, time.monotonic(), 1.0
+        told, told_at = -1, time.monotonic()  # what the file has
         while not self._end.wait(tick):
             now = time.monotonic()
             if self.seconds:  # a second line: it fires where this thread does not come to run
@@ -91,14 +92,14 @@ class Watchdog:
             if seen != self._num_beats:
                 seen, quiet_since, factor = self._num_beats, now, 1.0
                 self.moved = time.time()
-                if now - written >= min(HEARTBEAT_SECONDS, limit):
-                    written = now
-                    self._write()
             elif self.seconds and now - quiet_since >= self.seconds * self._patience * factor:
                 factor *= 2
                 self._dump(now - quiet_since)
                 if self.abort:
                     self._leave()
+            if told != seen and now - told_at >= min(HEARTBEAT_SECONDS, limit):
+                told, told_at = seen, now
+                self._write()
 
     def _write(self) -> None:
         """A file replaced as a whole; it is as old as what it tells of."""
