@@ -17,10 +17,14 @@ import socket
 import sys
 import threading
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 from r1fast.metrics import warn
+
+if TYPE_CHECKING:
+    from r1fast.config import LogConfig
 
 EXIT_HUNG = 75  # EX_TEMPFAIL of sysexits: the same command may work
 FIRST_STEP = 3  # times as long: compilers, caches, the first load of everything
@@ -144,6 +148,13 @@ class Watchdog:
         self._write()
         os.write(STDERR, f"r1fast: given up with exit code {EXIT_HUNG}\n".encode())
         os._exit(EXIT_HUNG)
+
+
+def watched(folder: str | Path | None, stage: str, log: LogConfig) -> AbstractContextManager:
+    """A Watchdog for work that has no steps, as [log] asks for it; none where there is no folder."""
+    if folder is None:
+        return contextlib.nullcontext()
+    return Watchdog(folder, stage=stage, seconds=log.watchdog_seconds, abort=log.watchdog_abort)
 
 
 _watching: list[Watchdog] = []  # of this process; usually one

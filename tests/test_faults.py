@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -657,6 +658,75 @@ def test_a_signal_to_the_command(tmp_path):
     assert time.monotonic() - sent < 20
     assert "the same command continues from the last checkpoint" in said
     assert load_checkpoint(tmp_path / "run" / "checkpoints").step == 1
+
+
+RANKS = """
+    import signal
+    import torch
+    from test_faults import SLOW, grpo, outcome
+    from r1fast import distributed, watchdog
+    from r1fast.interrupt import Stopped
+
+    distributed.start()
+    rank = distributed.rank()
+    plain, seen = watchdog.Watchdog.beat, []
+
+    def beat(dog, phase, detail=""):
+        plain(dog, phase, detail)
+        if phase == "rollout" and dog.step >= 1:
+            seen.append(phase)
+            if len(seen) == 2 and rank == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+    for mode in ("off", "signal"):
+        overrides = (*SLOW, "--grpo.dynamic_sampling=" + mode)
+        seen.clear()
+        watchdog.Watchdog.beat = beat
+        try:
+            grpo(mode, "--checkpoint.deadline_seconds=0.001", *overrides).run()
+            raise SystemExit("nothing stopped")
+        except Stopped:
+            pass
+        watchdog.Watchdog.beat = plain
+        parts, whole = (grpo(name, *overrides) for name in (mode, "whole-" + mode))
+        assert parts.step == 1, parts.step
+        parts.run()
+        whole.run()
+        a, b = outcome(parts), outcome(whole)
+        assert a[1] == b[1]
+        assert all(torch.equal(x, b[0][name]) for name, x in a[0].items())
+    distributed.leave(0)
+"""
+
+
+def test_a_signal_to_one_of_two_ranks(tmp_path):
+    """Both give the step up, with one checkpoint, and go on as if nothing had been; in dynamic sampling too."""
+    code = textwrap.dedent(RANKS)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env=os.environ | common | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=150)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    assert (tmp_path / "off" / "heartbeat-rank1.json").exists()
 
 
 def test_children_are_found():

@@ -32,6 +32,7 @@ from r1fast.rewards.score import RewardScorer
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.rollout.weights import checksums, weights
 from r1fast.types import Completion, Problem, RolloutGroup
+from r1fast.watchdog import watched
 
 GRADED_AT_ONCE = 256  # samples; what is stored between two of them survives a kill
 SAMPLED = ("sample", "seed", "prompt_hash", "text", "finish_reason", "num_tokens")
@@ -75,7 +76,8 @@ def evaluate(
         samples = _sample(policy, asks, config, sampling, {}, lambda row: None, title)
         rows = _grade(asks, samples, scorer, {}, lambda row: None, title)
     else:
-        rows = _resumable(policy, asks, config, sampling, scorer, setup, folder, title)
+        with watched(folder, title or "evaluation", config.log):
+            rows = _resumable(policy, asks, config, sampling, scorer, setup, folder, title)
     rows = distributed.gather_problems(rows, (p.id for p in problems))
     if not rows:
         raise ValueError(
