@@ -27,6 +27,7 @@ from r1fast.examples import Example
 from r1fast.interrupt import Stopped, StopRequest, boundary, stoppable
 from r1fast.jsonl import read_jsonl
 from r1fast.metrics import read_metrics
+from r1fast.rewards import MathReward
 from r1fast.rewards.score import RewardScorer
 from r1fast.sft import SFTTrainer, encode_examples
 from r1fast.token_budget import OutOfMemoryForGood
@@ -221,6 +222,25 @@ def test_a_signal_in_a_rollout_of_several_updates(tmp_path, monkeypatch, nth, ca
     parts = with_evaluation(tmp_path / "parts", *many)
     parts.run()
     assert_alike(outcome(parts), undisturbed(*many))
+
+
+def test_a_step_that_is_given_up_has_counted_nothing(tmp_path, monkeypatch):
+    """A mini-batch without signal has moved the schedule, and no weight."""
+    trainer = grpo(tmp_path)
+    plain = trainer.train_step
+
+    def train_step(step):
+        if step == 0:
+            return plain(step)
+        trainer.next_learning_rate()
+        trainer.saved_step = 0  # as with fewer checkpoints
+        raise Stopped
+
+    trainer.train_step = train_step
+    with pytest.raises(Stopped):
+        trainer.run()
+    assert load_checkpoint(tmp_path / "checkpoints").state["optimizer_step"] == 1
+    assert trainer.optimizer_step == 1
 
 
 def test_a_signal_in_dynamic_sampling(tmp_path, monkeypatch, undisturbed):
@@ -727,6 +747,22 @@ def test_a_signal_to_one_of_two_ranks(tmp_path):
             process.kill()
     assert [process.returncode for process in ranks] == [0, 0], said[0][-3000:] + said[1][-3000:]
     assert (tmp_path / "off" / "heartbeat-rank1.json").exists()
+
+
+def test_a_signal_to_a_whole_job_leaves_the_graders_alone():
+    """SLURM signals every process: a worker that dies of it takes a verdict with it."""
+    answers = [
+        f"<answer> \\boxed{{\\sqrt{{{n}}}+\\sin(x)^2+\\cos(x)^2-1}} </answer>" for n in (8, 18)
+    ]
+    with MathReward(num_workers=1) as reward:
+        assert reward(completions=answers[:1], answer=["2\\sqrt{2}"]) == [1.0]
+        before = [line.split(":")[0] for line in children(os.getpid())]
+        assert before
+        for line in before:
+            for number in (signal.SIGUSR1, signal.SIGTERM):
+                os.kill(int(line.split()[0]), number)
+        assert reward(completions=answers[1:], answer=["3\\sqrt{2}"]) == [1.0]
+        assert [line.split(":")[0] for line in children(os.getpid())] == before
 
 
 def test_children_are_found():
