@@ -61,6 +61,7 @@ class Watchdog:
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write()
+        self._arm()  # here: on a busy machine the thread may come late
         _watching.append(self)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -90,9 +91,7 @@ class Watchdog:
         told, told_at = -1, time.monotonic()  # what the file has
         while not self._end.wait(tick):
             now = time.monotonic()
-            if self.seconds:  # a second line: it fires where this thread does not come to run
-                later = 2 * self.seconds * self._patience
-                faulthandler.dump_traceback_later(later, file=STDERR, exit=self.abort)
+            self._arm()
             if seen != self._num_beats:
                 seen, quiet_since, factor = self._num_beats, now, 1.0
                 self.moved = time.time()
@@ -104,6 +103,12 @@ class Watchdog:
             if told != seen and now - told_at >= min(HEARTBEAT_SECONDS, limit):
                 told, told_at = seen, now
                 self._write()
+
+    def _arm(self) -> None:
+        """The second line, which fires where our thread does not come to put it off."""
+        if self.seconds:
+            later = 2 * self.seconds * self._patience
+            faulthandler.dump_traceback_later(later, file=STDERR, exit=self.abort)
 
     def _write(self) -> None:
         """A file replaced as a whole; it is as old as what it tells of."""
