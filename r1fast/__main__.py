@@ -31,13 +31,15 @@ Every value of the config can be set on the command line: --grpo.kl_coef=0 --dat
 --force goes on with a run whose config has changed. --record (or --record=12,20-30) keeps the steps
 of RL for replay; --profile N traces N steps of each training stage. On several processes:
   torchrun --nproc-per-node 2 -m r1fast grpo CONFIG.toml
-A run that was stopped continues from its newest checkpoint with the same command. Ctrl-C saves
-one at the end of the step. Exit codes: 1 failed, 2 wrong input, 130 stopped,
-141 nobody reads what generate or replay prints.
+A run that was stopped continues from its newest checkpoint with the same command. Ctrl-C, SIGTERM
+and SIGUSR1 save one within checkpoint.deadline_seconds. Exit codes: 0 done, 1 failed, 2 wrong
+input, 3 not finite, 4 out of memory, 75 hung (log.watchdog_abort), 130 stopped, 141 nobody reads
+what generate or replay prints; docs/reliability.md says what to do about each.
 """
 
 import os
 import sys
+from typing import NoReturn
 
 CONFIG_COMMANDS = (
     "pipeline", "grpo", "sft", "distill", "sample", "reward-model", "preferences", "plan",
@@ -55,7 +57,8 @@ OPTIONS = {
 }
 FLAGS = ("force", "json")  # take no value
 REPEATED = ("prompt", "stop", "stop-token-id")  # may come several times
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
+EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FINITE, EXIT_MEMORY = 1, 2, 3, 4  # 75: watchdog.EXIT_HUNG
+EXIT_INTERRUPTED, EXIT_PIPE = 130, 141
 
 
 Options = dict[str, str | list[str]]
@@ -128,9 +131,11 @@ def main(argv: list[str] | None = None) -> int:
         from r1fast import commands
 
         commands.run(command, target, overrides, options)
+    except FloatingPointError as error:  # a ValueError too where it was found in a checkpoint
+        return _fail(f"r1fast: {type(error).__name__}: {error}", EXIT_NOT_FINITE)
     except ValueError as error:
         return _fail(f"r1fast: {error}", EXIT_USAGE)
-    except (RuntimeError, OSError, FloatingPointError) as error:
+    except (RuntimeError, OSError, MemoryError) as error:
         if isinstance(error, BrokenPipeError) and argv[0] in (
             "generate",
             "replay",
@@ -138,7 +143,8 @@ def main(argv: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
             return EXIT_PIPE
         hint = "(R1FAST_DEBUG=1 shows where)"
-        return _fail(f"r1fast: {type(error).__name__}: {error} {hint}", EXIT_FAILED)
+        code = EXIT_MEMORY if _is_memory(error) else EXIT_FAILED
+        return _fail(f"r1fast: {type(error).__name__}: {error} {hint}", code)
     except KeyboardInterrupt:
         goes_on = (
             ""
@@ -148,6 +154,16 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"\nr1fast: stopped{goes_on}\n")
         return EXIT_INTERRUPTED
     return 0
+
+
+def _is_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    if "torch" not in sys.modules:  # nothing that could run out of it
+        return False
+    from r1fast.token_budget import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _fail(text: str, code: int) -> int:
@@ -160,10 +176,16 @@ def _fail(text: str, code: int) -> int:
     return code
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """The command of a shell, which ends the process."""
     code = main()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    stopped = code == EXIT_INTERRUPTED and "torch" in sys.modules  # a reward's thread may hang
+    if stopped or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from r1fast.distributed import leave
 
         leave(code)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()

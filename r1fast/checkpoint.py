@@ -37,6 +37,10 @@ _DTYPES = {  # safetensors' names
 }  # fmt: skip
 
 
+class NonFiniteWeightsError(ValueError, FloatingPointError):
+    """Weights that no checkpoint is made of."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A verified checkpoint on disk; tensors are read when asked for."""
@@ -186,7 +190,7 @@ def _refuse_nonfinite(model: Mapping[str, Tensor], step: int) -> None:
     bad = [n for n, x in model.items() if x.is_floating_point() and not bool(x.isfinite().all())]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise ValueError(
+        raise NonFiniteWeightsError(
             f"the weights of step {step} are not finite ({', '.join(bad[:3])}{more}); "
             "no checkpoint written, the one before is kept"
         )

@@ -301,12 +301,20 @@ class LogConfig:
     num_samples: int = 4  # completions stored in full, a step
     record: str = ""  # RL steps kept for `r1fast replay`: "all" or "12,20-30"; empty = none
     profile_steps: int = 0  # steps traced after one that warms up (profile/); 0 = none
+    # without anything that moves, before stacks are written (hang-*.txt); the first step has three
+    # times as long; 0 = off
+    watchdog_seconds: float = 600.0
+    watchdog_abort: bool = (
+        False  # then end with exit code 75, for a supervisor that starts it again
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointConfig:
     every_steps: int = 50  # weights and optimizer state; 0 = only after the last step
     keep_last: int = 1
+    # from a signal to the saved checkpoint: torchrun, SLURM and Kubernetes kill after 30
+    deadline_seconds: float = 25.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,6 +105,12 @@ def check(c: Config) -> None:
     steps_of(c.log.record)
     keep = c.checkpoint.keep_last
     need(keep >= 1, "checkpoint.keep_last", keep, "at least 1")
+    seconds = c.checkpoint.deadline_seconds
+    need(seconds > 0, "checkpoint.deadline_seconds", seconds, "above 0 seconds")
+    seconds = c.log.watchdog_seconds
+    need(seconds >= 0, "log.watchdog_seconds", seconds, "at least 0 (0 is off)")
+    need(seconds > 0 or not c.log.watchdog_abort, "log.watchdog_abort", True,
+         "false where log.watchdog_seconds is 0")  # fmt: skip
     for key in (
         "data.max_train_problems", "data.max_eval_problems", "eval.num_problems",
         "eval.every_steps", "sample.num_problems", "sample.max_kept",

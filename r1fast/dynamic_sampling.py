@@ -16,6 +16,7 @@ import torch
 from r1fast import distributed
 from r1fast.config import Config
 from r1fast.grpo import groups_with_signal
+from r1fast.interrupt import Stopped, boundary, giving_up
 from r1fast.metrics import Timer, warn
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.result import completion_of
@@ -126,7 +127,7 @@ class DynamicSampler:
         finally:
             for request in self.draw_of:
                 self.engine.abort(request)
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=not giving_up(), cancel_futures=True)
         with self.timer("rollout"):
             self._decode()  # the events of what was stopped
         return self._drawn()
@@ -153,6 +154,7 @@ class DynamicSampler:
         ended = []
         left = ROUND
         while left > 0 and self.engine.has_work:
+            boundary("rollout")
             before = self.engine.num_decode_steps
             events = self.engine.step(left)  # may stop earlier by the clock, but not the round
             left -= max(1, self.engine.num_decode_steps - before)
@@ -197,13 +199,15 @@ class DynamicSampler:
         draws, stats, G = self.draws, self.engine.stats, self.config.rollout.num_generations
         # one group in advance, so that a slot that comes free is taken in the same step
         free = self.config.rollout.max_batch_size + G - stats.num_running - stats.num_waiting
-        parts = distributed.gather_objects([outcomes, free])
-        for ended, _ in parts:
+        parts = distributed.gather_objects([outcomes, free, giving_up()])
+        if any(gives_up for _, _, gives_up in parts):
+            raise Stopped
+        for ended, _, _ in parts:
             draws.signal.update((draw, has_signal) for draw, has_signal in ended)
         for request, draw in self.draw_of.items():
             if draw >= draws.end:
                 self.engine.abort(request)
-        room = [free for _, free in parts]
+        room = [free for _, free, _ in parts]
         while draws.is_short and max(room) > 0:
             rank = room.index(max(room))
             room[rank] -= G

@@ -461,14 +461,16 @@ class Timer:
         self,
         sync: Callable[[], Any] | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        on_phase: Callable[[str], None] = lambda phase: None,  # told as each begins
     ):
-        self.sync, self.clock = sync, clock
+        self.sync, self.clock, self.on_phase = sync, clock, on_phase
         self._seconds: dict[str, float] = {}
         self._running: list[str] = []
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         with nullcontext() if self.mark is None else self.mark(phase):
+            self.on_phase(phase)
             self._running.append(phase)
             began = self._now()
             try:

@@ -22,6 +22,7 @@ from r1fast.grpo import (
     rollout_advantages,
     token_weights,
 )
+from r1fast.interrupt import stoppable
 from r1fast.kernels.loss_rows import NonFiniteError
 from r1fast.kernels.policy_loss_options import PolicyLossOptions
 from r1fast.metrics import warn
@@ -118,9 +119,9 @@ class PolicyUpdate(Trainer):
                 for part in plan.mini_batches(f"{split}0"):
                     sequences = self._move(sequences, plan, part)
         self.work = self._work(groups, sequences, plan)
-        own = [s for key, s in sequences.items() if key in plan.live]
+        self.batch = own = [s for key, s in sequences.items() if key in plan.live]
         if self.reference is not None:
-            with self.timer("reference"):
+            with self.timer("reference"), stoppable():
                 self.token_budget.fitting(lambda: self._fill_ref_logprobs(own))
         sums = self._counts(groups) | dict.fromkeys(("loss", "forwarded", "num_tokens"), 0.0)
         norms, lr, mismatch, replaced = [], 0.0, {}, False
@@ -132,7 +133,8 @@ class PolicyUpdate(Trainer):
                     continue
                 with self.timer("train"):
                     backward = partial(self._backward, part, sequences)
-                    mini, diffs = self.token_budget.fitting(backward)
+                    with stoppable():
+                        mini, diffs = self.token_budget.fitting(backward)
                     if not norms:  # the weights are those that sampled
                         mismatch = self._mismatch(diffs)
                         replaced = mismatch.get("logprob_mismatch/mean", 0.0) > self.max_mismatch

@@ -29,6 +29,7 @@ from r1fast.rewards.score import RewardScorer
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.templates import prompt_opens_think
 from r1fast.types import Completion, Problem, Reward, RolloutGroup
+from r1fast.watchdog import watched
 
 
 def rejection_sample(
@@ -47,10 +48,11 @@ def rejection_sample(
     sampling = SamplingParams(
         s.temperature, s.top_p, max_tokens=config.rollout.max_completion_tokens
     )
-    groups = sample_groups(
-        policy, problems, config, sampling, s.num_samples, purpose="rejection", title=title
-    )
-    scorer.score(groups)
+    with watched(folder, title, config.log):
+        groups = sample_groups(
+            policy, problems, config, sampling, s.num_samples, purpose="rejection", title=title
+        )
+        scorer.score(groups)
     chat = rejection_chat(config)
     judge = Judge(chat) if chat is not None else None
     if judge is not None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from r1fast import _C, distributed
 from r1fast.config import Config, LoraConfig
 from r1fast.data_order import batch_indices
+from r1fast.interrupt import stoppable
 from r1fast.metrics import Timer
 from r1fast.reward_model import (
     TOKEN_BUDGET,
@@ -179,9 +180,10 @@ class RewardTrainer(Trainer):
     def train_step(self, step: int) -> dict[str, float]:
         chosen = batch_indices(len(self.items), self.batch_size, self.config.seed, step)
         batch = [self.items[i] for i in chosen]
-        owned = batch[self.rank :: self.world_size]
+        self.batch = owned = batch[self.rank :: self.world_size]
         with self.timer("train"):
-            sums = self.token_budget.fitting(lambda: self._backward(owned, len(batch)))
+            with stoppable():
+                sums = self.token_budget.fitting(lambda: self._backward(owned, len(batch)))
             with self.timer.part("optimizer"):
                 norm, lr = self.optimize()
         total = distributed.sum_dict(sums)

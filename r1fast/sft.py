@@ -11,6 +11,7 @@ from r1fast.config import Config
 from r1fast.costs import Size
 from r1fast.data_order import batch_indices
 from r1fast.examples import Example
+from r1fast.interrupt import stoppable
 from r1fast.kernels.linear_cross_entropy import linear_cross_entropy
 from r1fast.kernels.loss_rows import NonFiniteError
 from r1fast.metrics import warn
@@ -126,14 +127,15 @@ class SFTTrainer(Trainer):
             chosen = batch_indices(len(self.sequences), s.batch_size, self.config.seed, step)
         batch_of = [self.sequences[i] for i in chosen]
         num_tokens = sum(len(x.completion_ids) for x in batch_of)
-        owned = batch_of[self.rank :: self.world_size]
+        self.batch = owned = batch_of[self.rank :: self.world_size]
         if s.loss == "token":
             weights = [1.0 / num_tokens] * len(owned)
         else:
             weights = [1.0 / (len(batch_of) * len(x.completion_ids)) for x in owned]
         self.work = Work.of([(p, [n]) for p, n in map(_lengths, owned)])
         with self.timer("train"):
-            sums = self.token_budget.fitting(lambda: self._backward(owned, weights))
+            with stoppable():
+                sums = self.token_budget.fitting(lambda: self._backward(owned, weights))
             with self.timer.part("optimizer"):
                 norm, lr = self.optimize()
         total = distributed.sum_dict(sums)

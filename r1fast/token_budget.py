@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from r1fast import distributed
+from r1fast.interrupt import boundary
 from r1fast.metrics import warn
 
 T = TypeVar("T")
@@ -28,8 +29,12 @@ B = TypeVar("B", bound=MicroBatch)
 MESSAGES = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
 
 
+class OutOfMemoryForGood(RuntimeError):
+    """Nothing can be made smaller any more."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError | OutOfMemoryForGood):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in MESSAGES)
 
@@ -58,6 +63,7 @@ class TokenBudget:
     def each(self, batches: Iterable[B]) -> Iterator[B]:
         """The micro-batches that `fitting` watches, one after the other."""
         for batch in batches:
+            boundary("train", f"{batch.num_tokens} tokens")
             self._size = batch.num_tokens, len(batch.sequence_index)
             yield batch
         self._size = None
@@ -65,7 +71,7 @@ class TokenBudget:
     def fitting(self, attempt: Callable[[], T]) -> T:
         """`attempt()`, which packs by `num_tokens`; again with less where a micro-batch does not fit.
 
-        Raises RuntimeError where one sequence alone does not.
+        Raises OutOfMemoryForGood where one sequence alone does not.
         """
         while True:
             self._size = None
@@ -90,7 +96,7 @@ class TokenBudget:
                     f"from now on {relief}, with the same gradient"
                 )
                 return
-            raise RuntimeError(
+            raise OutOfMemoryForGood(
                 f"out of memory in a micro-batch of one sequence of {num_tokens} tokens, which cannot "
                 f"be divided ({said}). {self.advice}"
             )

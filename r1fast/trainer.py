@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from r1fast.data_order import batch_indices
 from r1fast.dynamic_sampling import Drawn, DynamicSampler
 from r1fast.hacking_monitor import HackingMonitor, RewardHackingError
 from r1fast.hf_folder import write_json
+from r1fast.interrupt import stoppable
 from r1fast.metrics import warn
 from r1fast.policy import Policy
 from r1fast.policy_update import PolicyUpdate, check_loss_options
@@ -122,9 +124,9 @@ class GRPOTrainer(PolicyUpdate):
     def train_step(self, step: int) -> dict[str, float]:
         before = self.engine.stats
         if self.config.grpo.dynamic_sampling == "off":
-            with self.timer("rollout"):
+            with self.timer("rollout"), stoppable():
                 groups = self.rollout(step)
-            with self.timer("reward"):
+            with self.timer("reward"), stoppable(waits=True):
                 self.scorer.score(groups, step_from_end=self.num_steps - 1 - step)
             drawn = Drawn(kept=groups, sampled=groups)
         else:
@@ -150,7 +152,11 @@ class GRPOTrainer(PolicyUpdate):
             self.timer,
         )
         try:
-            with self.scorer.as_one_call():
+            with (
+                self.scorer.as_one_call(),
+                # with more ranks it agrees by itself
+                stoppable(waits=True) if self.world_size == 1 else nullcontext(),
+            ):
                 return sampler.sample()
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step + 1}: {error}") from None

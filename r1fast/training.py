@@ -23,7 +23,8 @@ from r1fast import distributed
 from r1fast.checkpoint import load_checkpoint, same_config, save_checkpoint
 from r1fast.config import Config, to_dict
 from r1fast.config_check import lora_targets
-from r1fast.interrupt import StopRequest
+from r1fast.interrupt import Stopped, StopRequest, any_rank
+from r1fast.jsonl import write_jsonl
 from r1fast.kernels.attention import PackedAttention
 from r1fast.kernels.gather_rows import gather_rows, plan_gather
 from r1fast.kernels.linear_logprobs import linear_logprobs
@@ -38,8 +39,11 @@ from r1fast.rollout.sampler import sample_seed
 from r1fast.rollout.weights import checksums
 from r1fast.token_budget import TokenBudget
 from r1fast.types import PackedBatch
+from r1fast.watchdog import Watchdog, beat
 
 MAX_SKIPPED = 5  # non-finite gradients in a row before the run stops
+MAX_DUMPED = 10  # steps with such a gradient whose batches are kept
+DISK_BYTES_PER_SECOND = 2e8  # of a save, until one was timed
 
 
 def hidden_states(model: Decoder, batch: PackedBatch) -> Tensor:  # (N, D)
@@ -135,6 +139,8 @@ class Trainer:
     section = ""  # of the config that has the token_budget
     shorter = ""  # the keys that bound a sequence's length
     work: Any = None  # of the last step, as a plan counts it
+    batch: list = ()  # what this rank learned from in the last step, for a dump
+    unfinished: dict | None = None  # the row of a step whose evaluation was given up
     stop_reason: Exception | None = None  # set by a step after which, saved, the run ends with it
 
     def __init__(
@@ -160,7 +166,12 @@ class Trainer:
         self.base = base_digest(self.model) if config.lora.rank else ""
         self.optimizer = Optimizer(self.model.named_parameters(), config.optim)
         self.step = self.optimizer_step = self.num_tokens = self.num_skipped = 0
-        self.timer = Timer(torch.cuda.synchronize if policy.device.type == "cuda" else None)
+        is_cuda = policy.device.type == "cuda"
+        self.timer = Timer(torch.cuda.synchronize if is_cuda else None, on_phase=beat)
+        self.saved_step = 0  # nothing is lost that is not trained yet
+        self.was_updated = False  # by the step that runs: it cannot be given up and saved any more
+        self._seconds: dict[str, float] = {}  # what a step, an evaluation, a save took last
+        self._part, self._began = "step", time.monotonic()
         if not (resume and self._resume(force)):
             self.token_budget = self._make_token_budget({})
 
@@ -208,6 +219,8 @@ class Trainer:
         self.load_extra(saved)
         self.step, self.optimizer_step = saved.step, saved.state["optimizer_step"]
         self.num_tokens = saved.state["num_tokens"]
+        self.unfinished = saved.state.get("unfinished")
+        self.saved_step = self.step
         self.token_budget = self._make_token_budget(saved.state)
 
     def _make_token_budget(self, state: dict) -> TokenBudget:
@@ -264,6 +277,8 @@ class Trainer:
             "config": self.config_that_matters(),
             **self.extra_state(),
         }
+        if self.unfinished is not None:
+            state["unfinished"] = self.unfinished
         if self.base:
             state |= {"base": self.base, "base_path": self.policy.path}
         return state
@@ -303,6 +318,8 @@ class Trainer:
         return json.loads(json.dumps(config))
 
     def save(self) -> None:
+        beat("save")
+        began = time.monotonic()
         if distributed.is_main():
             try:
                 save_checkpoint(
@@ -316,10 +333,17 @@ class Trainer:
                 warn(
                     f"checkpoint of step {self.step} could not be written, training goes on: {error}"
                 )
+            else:
+                self.saved_step = self.step
+        else:
+            self.saved_step = self.step  # as far as this rank knows
         distributed.barrier()
+        self._seconds["save"] = time.monotonic() - began
 
     def optimize(self) -> tuple[Tensor, float]:
         """Sum gradients over ranks and step. Returns (gradient norm, for `read_norms`; learning rate)."""
+        beat("optimizer")
+        self.was_updated = True
         self.optimizer.accumulate()
         distributed.sum_gradients(self.optimizer.masters)
         self.on_gradient()
@@ -332,6 +356,8 @@ class Trainer:
         Raises FloatingPointError where too many in a row had no finite gradient.
         """
         values, skipped = [float(norm) for norm in norms], 0
+        if not all(map(math.isfinite, values)):
+            self._dump_batch()
         for value in values:
             if math.isfinite(value):
                 self.num_skipped = 0
@@ -342,10 +368,23 @@ class Trainer:
             if self.num_skipped >= MAX_SKIPPED:
                 raise FloatingPointError(
                     f"{MAX_SKIPPED} gradients in a row were not finite; the last good weights are in "
-                    f"{self.folder / 'checkpoints'}. Lower optim.lr or check the data."
+                    f"{self.folder / 'checkpoints'}, what they were made of in "
+                    f"{self.folder / 'nonfinite'}. Lower optim.lr or check the data."
                 )
         found: dict[str, float] = {"train/updates_skipped": skipped}
         return found | ({"grad_norm": sum(values) / len(values)} if values else {})
+
+    def _dump_batch(self) -> None:
+        """What a gradient that is not finite was made of: a line a sequence."""
+        folder, rank = self.folder / "nonfinite", f"-rank{self.rank}" * (self.rank > 0)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if len(list(folder.glob(f"step-*[0-9]{rank}.jsonl"))) < MAX_DUMPED:
+                rows = ({"step": self.step + 1, **asdict(x)} for x in self.batch)
+                rows = (json.loads(json.dumps(row), parse_constant=str) for row in rows)  # NaN
+                write_jsonl(folder / f"step-{self.step + 1:06d}{rank}.jsonl", rows)
+        except OSError as error:
+            warn(f"the batch could not be written, training goes on: {error}")
 
     def on_gradient(self) -> None:
         """For subclasses: the gradient of an optimizer step is whole, in `optimizer.masters`."""
@@ -359,9 +398,10 @@ class Trainer:
     def run(self) -> None:
         """Train to the end, from wherever the newest checkpoint stands; then save the model.
 
-        On Ctrl-C or SIGTERM the step is finished and saved, then KeyboardInterrupt raised.
+        On Ctrl-C, SIGTERM or SIGUSR1 the step is finished and saved, or, where there is no time for
+        it, given up; then KeyboardInterrupt is raised.
         """
-        if self.step < self.num_steps:
+        if self.step < self.num_steps or self.unfinished is not None:
             self._train()
         elif self.step:
             say(f"{self.stage}: all {self.num_steps} steps were trained before, none is repeated")
@@ -377,10 +417,17 @@ class Trainer:
     def _train(self) -> None:
         log = self.config.log
         every = self.config.checkpoint.every_steps
+        # with moments and masters
+        size = sum(p.nbytes + 12 * p.numel() for p in self.trained().values())
+        self._seconds.setdefault("save", size / DISK_BYTES_PER_SECOND)
         if distributed.is_main():
             drop_rows(self.folder / "completions.jsonl", self.step)  # of steps done again
         watch = self.watch() if distributed.is_main() else None
-        notice = "stopping after this step, with a checkpoint; once more stops at once"
+        seconds = self.config.checkpoint.deadline_seconds
+        notice = (
+            f"stopping after this step, or within {seconds:g} s, with a checkpoint; "
+            "once more stops at once"
+        )
         with (
             (
                 MetricsWriter(
@@ -399,7 +446,17 @@ class Trainer:
             progress(
                 self.stage, total=self.num_steps, start=self.step, line_every=self.line_every()
             ) as bar,
-            StopRequest(notice if distributed.is_main() else "") as stop,
+            StopRequest(
+                notice if distributed.is_main() else "", deadline=seconds, gives_up=self.gives_up
+            ) as stop,
+            Watchdog(
+                self.folder,
+                stage=self.stage,
+                seconds=log.watchdog_seconds,
+                abort=log.watchdog_abort,
+                num_steps=self.num_steps,
+                step=self.step,
+            ) as watchdog,
             Profiler(
                 self.folder,
                 self.timer,
@@ -408,35 +465,82 @@ class Trainer:
                 num_left=self.num_steps - self.step,
             ) as profiler,
         ):
-            while self.step < self.num_steps:
-                profiler.begin(self.step)
-                began, tokens = time.perf_counter(), self.num_tokens
-                row = self.train_step(self.step)
-                row["train/token_budget"] = self.token_budget.agree(self.policy.device)
-                self.step += 1
-                seconds = time.perf_counter() - began
-                profiler.end(seconds, self.num_tokens - tokens)
-                row["num_tokens"] = self.num_tokens
-                row["step_time"] = seconds
-                row["tokens_per_second"] = (self.num_tokens - tokens) / seconds
-                row |= self.after_step()
+            while self.step < self.num_steps or self.unfinished is not None:
+                if self.unfinished is None:
+                    row = self._step(profiler)
+                else:
+                    row, self.unfinished = self.unfinished, None
+                try:
+                    self._begin("evaluation")
+                    row |= self.after_step()
+                    self._ended()
+                except Stopped:
+                    self.unfinished = json.loads(json.dumps(row, default=float))
+                    self.save()
+                    raise
                 row |= self.timer.take()
                 bar.update(writer.write(self.step, row))
-                if watch is not None:
+                watchdog.step_ended(self.step, row["step_time"])
+                if watch is not None and self.work is not None:
                     watch.after_step(row, self.work, self.step == self.num_steps)
-                stopping = self._any_rank(stop.received or self.stop_reason is not None)
+                stopping = any_rank(stop.received or self.stop_reason is not None)
                 # the last step too: what follows may be stopped, and is not to train again
                 if stopping or self.step == self.num_steps or (every and self.step % every == 0):
                     self.save()
                 if stopping:
                     raise self.stop_reason or KeyboardInterrupt
 
-    def _any_rank(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank: ranks stop together."""
-        if self.world_size == 1:
-            return flag
-        value = torch.tensor(float(flag), device=self.policy.device)
-        return bool(distributed.all_reduce(value, "max"))
+    def _step(self, profiler: Profiler) -> dict[str, float]:
+        """One training step. Where it is given up, what it began with is saved."""
+        profiler.begin(self.step)
+        began, tokens, counted = time.perf_counter(), self.num_tokens, self.optimizer_step
+        self._begin("step")
+        try:
+            row = self.train_step(self.step)
+        except Stopped:
+            self._give_up(counted)
+            raise
+        self._ended()
+        row["train/token_budget"] = self.token_budget.agree(self.policy.device)
+        self.step += 1
+        seconds = time.perf_counter() - began
+        profiler.end(seconds, self.num_tokens - tokens)
+        row["num_tokens"] = self.num_tokens
+        row["step_time"] = seconds
+        row["tokens_per_second"] = (self.num_tokens - tokens) / seconds
+        return row
+
+    def _begin(self, part: str) -> None:
+        self._part, self._began, self.was_updated = part, time.monotonic(), False
+
+    def _ended(self) -> None:
+        self._seconds[self._part] = time.monotonic() - self._began
+        self.was_updated = False
+
+    def gives_up(self, left: float) -> bool:
+        """Whether what runs is to be given up for a signal: it would not end and be saved in `left` seconds.
+
+        A step that has moved weights goes on to the last moment: what it began with is gone.
+        """
+        if self.was_updated:
+            return left <= 0
+        rest = self._seconds.get(self._part, 0.0) - (time.monotonic() - self._began)
+        return max(rest, 0.0) + 1.5 * self._seconds["save"] >= left
+
+    def _give_up(self, optimizer_step: int) -> None:
+        """Save what the step began with, where that is not on disk and still there."""
+        given_up = f"step {self.step + 1} was given up to stop in time"
+        self.optimizer.zero_grad()
+        if self.was_updated:
+            say(
+                f"{given_up}, between its updates: the run goes on from the checkpoint of step "
+                f"{self.saved_step}"
+            )
+            return
+        self.optimizer_step = optimizer_step  # counted also where a mini-batch had no signal
+        if any_rank(self.step != self.saved_step):
+            self.save()
+        say(f"{given_up}; the run goes on from the end of step {self.step}")
 
     def line_every(self) -> int:
         return 1

@@ -9,13 +9,14 @@ from tiny import tiny_checkpoint, tiny_config, tiny_policy
 from r1fast import __main__ as cli
 from r1fast import commands
 from r1fast.__main__ import COMMANDS, main, parse
-from r1fast.checkpoint import load_checkpoint
+from r1fast.checkpoint import NonFiniteWeightsError, load_checkpoint
 from r1fast.jsonl import read_jsonl, write_jsonl
 from r1fast.metrics import read_metrics
 from r1fast.model import load_tokenizer
 from r1fast.preferences import train_reward_models
 from r1fast.rejection import rejection_sample
 from r1fast.reward_model import save_reward_model
+from r1fast.token_budget import OutOfMemoryForGood
 
 PROBLEMS = [{"id": f"p{i}", "prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(6)]
 EXAMPLES = [{"prompt": f"What is {i} + 1?", "completion": f" {i + 1}."} for i in range(8)]
@@ -199,7 +200,9 @@ def test_reward_models_hold_out_rows_at_random(files, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "code"),
     [(ValueError("what"), 2), (RuntimeError("what"), 1), (OSError("what"), 1),
-     (FloatingPointError("what"), 1), (KeyboardInterrupt(), 130)],
+     (FloatingPointError("what"), 3), (NonFiniteWeightsError("what"), 3), (MemoryError("what"), 4),
+     (OutOfMemoryForGood("what"), 4), (RuntimeError("CUDA out of memory"), 4),
+     (KeyboardInterrupt(), 130)],
 )  # fmt: skip
 def test_exit_codes_of_errors(files, monkeypatch, capsys, error, code):
     def fail(*args):

@@ -77,6 +77,11 @@ def test_there_are_shipped_configs():
         ("--grpo.max_logprob_mismatch=-1", "max_logprob_mismatch must be at least 0, got -1.0"),
         ("--grpo.std_eps=-1", "grpo.std_eps must be at least 0, got -1.0"),
         ("--checkpoint.keep_last=0", "checkpoint.keep_last must be at least 1, got 0"),
+        ("--checkpoint.deadline_seconds=0", "deadline_seconds must be above 0 seconds, got 0.0"),
+        (
+            "--log.watchdog_seconds=-1",
+            r"watchdog_seconds must be at least 0 \(0 is off\), got -1.0",
+        ),
         ("--eval.every_num_problems=0", "eval.every_num_problems must be at least 1, got 0"),
         ("--eval.every_num_samples=0", "eval.every_num_samples must be at least 1, got 0"),
         ("--grpo.num_steps=1.5", "grpo.num_steps must be a whole number, got 1.5"),

@@ -37,6 +37,7 @@ from r1fast.evaluate.standing import (
 )
 from r1fast.evaluate.statistics import summarise
 from r1fast.hf_folder import write_json
+from r1fast.interrupt import boundary, stoppable
 from r1fast.jsonl import write_jsonl
 from r1fast.metrics import note, progress
 from r1fast.policy import Policy
@@ -45,6 +46,7 @@ from r1fast.rewards.score import RewardScorer
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.rollout.weights import checksums, weights
 from r1fast.types import Completion, Problem, RolloutGroup
+from r1fast.watchdog import watched
 
 GRADED_AT_ONCE = 256  # samples; what is stored between two of them survives a kill
 # of evaluation.json: what samples depend on besides prompt and seed, and verdicts besides what rows say
@@ -86,7 +88,8 @@ def evaluate(
         samples = _sample(policy, asks, config, sampling, {}, scorer, lambda row: None, title)
         rows = _grade(asks, samples, scorer, {}, None, title)
     else:
-        rows, earlier = _resumable(policy, asks, config, sampling, scorer, setup, folder, title)
+        with watched(folder, title or "evaluation", config.log):
+            rows, earlier = _resumable(policy, asks, config, sampling, scorer, setup, folder, title)
     rows = distributed.gather_problems(rows, (p.id for p in problems))
     if not rows:
         raise ValueError(
@@ -308,8 +311,13 @@ def _grade(
     shown = bool(title) and any(group.problem.kind in SLOW_KINDS for group in groups)
     as_one = scorer.as_one_call() if hasattr(scorer, "as_one_call") else nullcontext()
     versions = grader_versions(scorer, (ask.problem.kind for ask in asks))
-    with as_one, progress(f"{title}, grading", num_new, "sample", enabled=shown) as bar:
+    with (
+        as_one,
+        progress(f"{title}, grading", num_new, "sample", enabled=shown) as bar,
+        stoppable(waits=True),
+    ):
         for part, where in _parts(groups, places):
+            boundary("grading", title)
             before = judge_totals(scorer)
             scorer.score(part)
             for group, own in zip(part, where, strict=True):

@@ -12,6 +12,7 @@ from hashlib import blake2b
 
 from r1fast import distributed
 from r1fast.config import Config
+from r1fast.interrupt import boundary, stoppable
 from r1fast.metrics import progress, warn
 from r1fast.policy import Policy
 from r1fast.rollout.engine import Engine
@@ -107,7 +108,10 @@ def sample_missing(
     engine = Engine.of(policy, config.rollout)
     failed: list[str] = []
     start = total - num_missing
-    with progress(title, total=total, unit="sample", start=start, enabled=bool(title)) as bar:
+    with (
+        progress(title, total=total, unit="sample", start=start, enabled=bool(title)) as bar,
+        stoppable(),
+    ):
         places: dict[int, int] = {}
         for i, (ask, own) in enumerate(zip(asks, missing, strict=True)):
             if own:
@@ -120,6 +124,7 @@ def sample_missing(
                 )
                 places[request] = i
         while engine.has_work:
+            boundary("sampling", title)
             for event in engine.step(TOKENS_AT_ONCE):
                 i = places[event.request_id]
                 completion = completion_of([event])

@@ -173,7 +173,7 @@ class Box:
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(kind, (value, value))
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        for number in (signal.SIGPIPE, signal.SIGCHLD, signal.SIGINT):
+        for number in (signal.SIGPIPE, signal.SIGCHLD, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
         if rung.name in ("rlimits", "unsafe"):
             os.chdir(self.folder)

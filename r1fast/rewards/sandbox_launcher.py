@@ -47,7 +47,9 @@ def main() -> None:
     with contextlib.suppress(OSError):  # the clock of all boxes
         os.setpriority(os.PRIO_PROCESS, 0, -20)
     faulthandler.dump_traceback_later(100)  # a start that hangs says where; cancelled after it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # of a whole job: for the trainer, with which we end
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     # PR_SET_CHILD_SUBREAPER: what a box leaves comes to us, to be reaped now
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
     asyncio.run(Launcher(socket.socket(fileno=descriptor), parent, settings).run())
@@ -66,7 +68,6 @@ class Launcher:
         )
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
-        loop.add_signal_handler(signal.SIGTERM, self.ended.set)
         self._watch_parent()
         try:
             try:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from r1fast.config import RewardConfig, TemplateConfig
 from r1fast.config_check import REWARDS
+from r1fast.interrupt import boundary
 from r1fast.metrics import warn
 from r1fast.rewards.chat import ChatModel
 from r1fast.rewards.code import CodeReward
@@ -22,6 +24,7 @@ from r1fast.rewards.math import MathReward
 from r1fast.rewards.pairwise import PairwiseJudge, pairwise_metrics
 from r1fast.rewards.preference import PreferenceRewards
 from r1fast.rewards.sandbox import SandboxInfo, find_compiler
+from r1fast.rewards.user_function import UserFunction
 from r1fast.types import KINDS, Completion, Problem, Reward, RolloutGroup
 
 PARTS = REWARDS
@@ -41,7 +44,8 @@ class RewardScorer:
     against the problem's reference answer. `extra` maps a name to a user's
     reward function and its weight; the function follows TRL's contract,
     `f(prompts=, completions=, completion_ids=, **columns) -> list[float | None]`, and None means
-    that it does not apply. More than `max_error_share` grader failures in a call stop the run.
+    that it does not apply. A call that fails or takes too long counts as None, unless it is the first, or
+    the third in a row (user_function.py). More than `max_error_share` grader failures in a call stop the run.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class RewardScorer:
         prompt_opens_think: bool = False,
         repetition_ngram: int = 20,
         max_error_share: float = 0.5,
+        function_timeout: float = 300.0,  # seconds of a call of `extra`'s; 0 = any, in this thread
     ):
         self.config = config
         self.template = template
@@ -70,6 +75,7 @@ class RewardScorer:
         for name, (_, weight) in self.extra.items():
             if not math.isfinite(weight):
                 raise ValueError(f"the weight of reward {name!r} must be a number, got {weight}")
+        self._functions = {name: UserFunction(name, function_timeout) for name in self.extra}
         self._weights = {kind: config.weights(kind) for kind in KINDS}
         for name in ("helpfulness", "safety"):
             if self.uses(name) and (preference is None or getattr(preference, name) is None):
@@ -162,6 +168,7 @@ class RewardScorer:
         `preference_last_steps`, preference rewards are off before those steps.
         """
         rows = [(group, completion) for group in groups for completion in group.completions]
+        boundary("reward", f"{len(rows)} completions")
         graded = self._graders().grade([(group.problem, c) for group, c in rows])
         parts: list[dict[str, float | None]] = []
         for (group, completion), grade in zip(rows, graded, strict=True):
@@ -350,22 +357,22 @@ class RewardScorer:
         for reserved in ("prompts", "completions", "completion_ids"):
             columns.pop(reserved, None)
         for name, (function, _) in self.extra.items():
-            scores = function(
+            boundary("reward", name)
+            scores = self._functions[name](
+                function,
                 prompts=[p.prompt for p in problems],
                 completions=[completion.text for _, completion in rows],
                 completion_ids=[list(completion.token_ids) for _, completion in rows],
                 **columns,
             )
-            try:
-                scores = list(scores)
-            except TypeError:
-                raise ValueError(
-                    f"reward {name!r} must return a list, got {type(scores).__name__}"
-                ) from None
+            if scores is None:  # it failed, which was said
+                self.errors[name] += len(rows)
+                scores = [None] * len(rows)
             if len(scores) != len(rows):
                 raise ValueError(
                     f"reward {name!r} returned {len(scores)} scores for {len(rows)} completions"
                 )
+            scores = [_number(name, s, problems[i].id) for i, s in enumerate(scores)]
             bad = [i for i, s in enumerate(scores) if s is not None and not math.isfinite(s)]
             if bad:
                 self.errors[name] += len(bad)
@@ -377,6 +384,19 @@ class RewardScorer:
             for part, score in zip(parts, scores, strict=True):
                 counts = score is not None and math.isfinite(score)
                 part[name] = float(score) if counts else None
+
+
+def _number(name: str, score: Any, problem_id: str) -> float | None:
+    """A user's score; its zero-dimensional arrays and tensors too."""
+    if score is None:
+        return None
+    if not isinstance(score, str | bytes | complex):
+        with suppress(TypeError, ValueError, RuntimeError):
+            return float(score)
+    raise ValueError(
+        f"reward {name!r} returned {score!r} ({type(score).__name__}) for problem {problem_id!r}; "
+        "a score is a number, or None where the reward does not apply"
+    )
 
 
 def check_problems(

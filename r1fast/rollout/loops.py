@@ -5,6 +5,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import chain
 
+from r1fast.interrupt import boundary
 from r1fast.rollout.request import token_ids
 from r1fast.rollout.result import completion_of
 from r1fast.rollout.sampler import SamplingParams, sample_seed
@@ -59,6 +60,7 @@ class Loops:
             while not ids.keys().isdisjoint(
                 chain(self._requests, (e.request_id for e in self._ended))
             ):
+                boundary("rollout")
                 events = self.step(TOKENS_AT_ONCE)
                 yield [
                     replace(e, request_id=ids[e.request_id]) for e in events if e.request_id in ids
