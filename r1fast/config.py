@@ -303,6 +303,11 @@ class LogConfig:
 class CheckpointConfig:
     every_steps: int = 50  # weights and optimizer state; 0 = only after the last step
     keep_last: int = 1
+    # the checkpoint whose mean of this metric since the one before is the best stays too: the largest,
+    # of -name the smallest; auto: eval/pass@1, without evaluation reward; of SFT -loss; "" is off
+    keep_best: str = "auto"
+    # a copy in memory is written and read back beside the next steps; false: the step waits for the disk
+    asynchronous: bool = True
 
 
 @dataclass(frozen=True, slots=True)

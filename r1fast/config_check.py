@@ -105,6 +105,9 @@ def check(c: Config) -> None:
     steps_of(c.log.record)
     keep = c.checkpoint.keep_last
     need(keep >= 1, "checkpoint.keep_last", keep, "at least 1")
+    best = c.checkpoint.keep_best
+    need(not re.fullmatch(r"(.*/)?loss", best), "checkpoint.keep_best", best,
+         f"-{best}, as less of it is better")  # fmt: skip
     for key in (
         "data.max_train_problems", "data.max_eval_problems", "eval.num_problems",
         "eval.every_steps", "sample.num_problems", "sample.max_kept",

@@ -13,6 +13,7 @@ import time
 from array import array
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from r1fast import distributed
-from r1fast.checkpoint import load_checkpoint, same_config, save_checkpoint
+from r1fast.checkpoint import load_checkpoint, same_config
+from r1fast.checkpoint_writer import CheckpointWriter
 from r1fast.config import Config, to_dict
 from r1fast.config_check import lora_targets
 from r1fast.interrupt import StopRequest
@@ -302,20 +304,21 @@ class Trainer:
         del config["model"]["activation_checkpointing"]  # the same gradient
         return json.loads(json.dumps(config))
 
-    def save(self) -> None:
+    def own_measure(self) -> str:
+        """What checkpoint.keep_best = "auto" is, of this stage as it is configured."""
+        return ""
+
+    @cached_property
+    def checkpoints(self) -> CheckpointWriter:
+        asked = self.config.checkpoint
+        best = self.own_measure() if asked.keep_best == "auto" else asked.keep_best
+        return CheckpointWriter(self.folder / "checkpoints", asked, best)
+
+    def save(self, *, wait: bool = True) -> None:
+        """Write a checkpoint; without `wait` its disk work may be left to a thread."""
         if distributed.is_main():
-            try:
-                save_checkpoint(
-                    self.folder / "checkpoints",
-                    self.step,
-                    self.state_tensors(),
-                    self.state(),
-                    keep_last=self.config.checkpoint.keep_last,
-                )
-            except OSError as error:
-                warn(
-                    f"checkpoint of step {self.step} could not be written, training goes on: {error}"
-                )
+            state = self.state() | {"starts_from": self.policy.path}
+            self.checkpoints.save(self.step, self.state_tensors(), state, wait=wait)
         distributed.barrier()
 
     def optimize(self) -> tuple[Tensor, float]:
@@ -324,6 +327,7 @@ class Trainer:
         distributed.sum_gradients(self.optimizer.masters)
         self.on_gradient()
         lr = self.next_learning_rate()
+        self.checkpoints.before_change()
         return self.optimizer.step(lr), lr
 
     def read_norms(self, norms: list[Tensor]) -> dict[str, float]:
@@ -399,6 +403,7 @@ class Trainer:
             progress(
                 self.stage, total=self.num_steps, start=self.step, line_every=self.line_every()
             ) as bar,
+            self.checkpoints as checkpoints,
             StopRequest(notice if distributed.is_main() else "") as stop,
             Profiler(
                 self.folder,
@@ -421,13 +426,15 @@ class Trainer:
                 row["tokens_per_second"] = (self.num_tokens - tokens) / seconds
                 row |= self.after_step()
                 row |= self.timer.take()
+                row |= checkpoints.saw(row)
                 bar.update(writer.write(self.step, row))
                 if watch is not None:
                     watch.after_step(row, self.work, self.step == self.num_steps)
                 stopping = self._any_rank(stop.received or self.stop_reason is not None)
                 # the last step too: what follows may be stopped, and is not to train again
-                if stopping or self.step == self.num_steps or (every and self.step % every == 0):
-                    self.save()
+                ends = stopping or self.step == self.num_steps
+                if ends or (every and self.step % every == 0):
+                    self.save(wait=ends)
                 if stopping:
                     raise self.stop_reason or KeyboardInterrupt
 
