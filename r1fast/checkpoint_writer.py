@@ -42,6 +42,7 @@ class CheckpointWriter:
         self._values: list[float] = []  # of that metric, since the last save
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._thread: threading.Thread | None = None
+        self.saved_step = -1  # the newest that this run is known to have on disk
         # of the last save; the thread writes them, and they are read when it has ended
         self._step, self._failure, self._written = 0, None, {}
         self._stop = threading.Event()
@@ -162,6 +163,8 @@ class CheckpointWriter:
         """What the last save came to, where it has ended."""
         if self._thread is not None:
             return
+        if "checkpoint/bytes" in self._written:
+            self.saved_step = self._step
         self._row |= self._written
         failure, self._failure, self._written = self._failure, None, {}
         if isinstance(failure, DamagedError):

@@ -104,8 +104,10 @@ def test_one_save_is_in_flight(tmp_path, gate, warnings, monkeypatch):
         threading.Timer(0.2, gate.set).start()
         saves.save(2, weights(2), {})
         assert load_checkpoint(tmp_path, up_to=1).step == 1  # the second has waited for it
+        assert saves.saved_step == 1
         row = saves.saw({})
         assert row["checkpoint/seconds"] > 0.05
+    assert saves.saved_step == 2
     size = sum(p.stat().st_size for p in (tmp_path / "step-000001").iterdir())
     assert row["checkpoint/bytes"] == size
     assert row["checkpoint/write_seconds"] > 0.1
@@ -157,6 +159,7 @@ def test_a_failure_in_the_thread_is_never_silent(tmp_path, monkeypatch, warnings
     assert "checkpoint of step 2 could" in warnings[1]
     saves.close()
     assert "checkpoint of step 3 could" in warnings[2]
+    assert saves.saved_step == -1
     fail(ZeroDivisionError("a mistake of ours"))
     saves.save(4, weights(1), {})
     saves._thread.join()
