@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -443,7 +444,8 @@ def _sha256(path: Path, stop: Callable[[], bool], *, from_disk: bool) -> str:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         if from_disk and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # a hint, which not every filesystem takes
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         while chunk := os.read(descriptor, CHUNK):
             if stop():
                 raise StoppedError

@@ -30,6 +30,7 @@ from r1fast.machine import GIB, available_memory
 from r1fast.metrics import warn
 
 LONG_WAIT = 1.0  # seconds of a step behind the save before it that are worth a word
+CPU = torch.device("cpu")
 State = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -39,7 +40,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path, config: CheckpointConfig, keep_best: str = ""):
         self.folder, self.config = folder, config
         self.keep_best = keep_best  # as `checkpoint.publish` takes it
-        self._values: list[float] = []  # of that metric, since the last save
+        self._sum, self._count = 0.0, 0  # of that metric, since the last save
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._thread: threading.Thread | None = None
         self.saved_step = -1  # the newest that this run is known to have on disk
@@ -48,6 +49,7 @@ class CheckpointWriter:
         self._stop = threading.Event()
         self._row: dict[str, float] = {}
         self._has_measure = False
+        self._told: set[str] = set()
         self._stream: torch.cuda.Stream | None = None
         self._copied: torch.cuda.Event | None = None
 
@@ -59,19 +61,20 @@ class CheckpointWriter:
         began = time.perf_counter()
         refuse_nonfinite(tensors.get("model", {}), step)
         name = self.keep_best.removeprefix("-")
-        if self._values:
-            mean = math.fsum(self._values) / len(self._values)
+        if self._count:
+            mean = self._sum / self._count
             state = {**state, MEASURE: {"metric": name, "value": mean}}
         elif name and not self._has_measure and not name.startswith("eval/"):
             warn(
                 f"no step has had the metric {name!r} so far (checkpoint.keep_best), so no best "
                 "checkpoint is kept"
             )
-        self._values = []
+        self._sum, self._count = 0.0, 0
         self._wait_for_the_last(step)
         self._report()
         self._step = step
-        if self.config.asynchronous and not wait and self._has_room(tensors):
+        self._stop.clear()
+        if self.config.asynchronous and not wait and self._make_buffers(tensors):
             files = checkpoint_files(self._copy(tensors), state)
             name = f"checkpoint of step {step}"
             self._thread = threading.Thread(target=self._write, args=(step, files), name=name)
@@ -88,7 +91,7 @@ class CheckpointWriter:
         """
         value = row.get(self.keep_best.removeprefix("-"), math.nan)
         if math.isfinite(value):
-            self._values.append(float(value))
+            self._sum, self._count = self._sum + value, self._count + 1
             self._has_measure = True
         if self._thread is not None and not self._thread.is_alive():
             self._join()
@@ -154,10 +157,16 @@ class CheckpointWriter:
         began = time.perf_counter()
         self._join()
         if (waited := time.perf_counter() - began) > LONG_WAIT:
-            warn(
+            self._warn_once(
+                "disk",
                 f"the checkpoint of step {step} waited {waited:.1f} s for the disk, which was still "
-                f"busy with that of step {self._step}: save less often (checkpoint.every_steps)"
+                f"busy with that of step {self._step}: save less often (checkpoint.every_steps)",
             )
+
+    def _warn_once(self, kind: str, text: str) -> None:
+        if kind not in self._told:
+            warn(text)
+        self._told.add(kind)
 
     def _report(self) -> None:
         """What the last save came to, where it has ended."""
@@ -176,20 +185,28 @@ class CheckpointWriter:
         elif failure is not None:
             raise failure
 
-    def _has_room(self, tensors: State) -> bool:
-        """Whether the buffers fit: into half of the memory that is left, the rest is the training's."""
-        missing = sum(
-            x.nbytes
+    def _make_buffers(self, tensors: State) -> bool:
+        """Whether there is room for a copy: in half of the memory that is left, the rest is the training's."""
+        missing = {
+            (name, key): x
             for name, named in tensors.items()
             for key, x in named.items()
             if not _is_buffer_of(self._buffers.get((name, key)), x)
-        )
-        available = available_memory(torch.device("cpu"))
-        if 2 * missing <= available:
-            return True
-        warn(
-            f"the checkpoint is written while the step waits: a copy of the state takes "
-            f"{missing / GIB:.1f} GiB, more than half of the {available / GIB:.1f} GiB of memory left"
+        }
+        size, available = sum(x.nbytes for x in missing.values()), available_memory(CPU)
+        why = f"more than half of the {available / GIB:.1f} GiB left"
+        if 2 * size <= available:
+            try:
+                for key, x in missing.items():
+                    self._buffers[key] = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+                return True
+            except (MemoryError, RuntimeError) as error:
+                why = f"which could not be had: {error}"
+        self._buffers.clear()
+        self._warn_once(
+            "memory",
+            "checkpoints are written while the step waits, as a copy of the state takes "
+            f"{size / GIB:.1f} GiB of memory, {why}",
         )
         return False
 
@@ -209,11 +226,7 @@ class CheckpointWriter:
         return copies
 
     def _copy_of(self, key: tuple[str, str], x: Tensor) -> Tensor:
-        x = x.detach()
-        if not _is_buffer_of(buffer := self._buffers.get(key), x):
-            buffer = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-            self._buffers[key] = buffer
-        buffer.copy_(x, non_blocking=True)
+        buffer = self._buffers[key].copy_(x.detach(), non_blocking=True)
         if x.is_cuda:
             x.record_stream(self._stream)
         return buffer

@@ -138,7 +138,22 @@ def test_without_memory_for_a_copy_the_step_waits(tmp_path, monkeypatch, warning
         saves.save(1, weights(1), {})
         assert load_checkpoint(tmp_path).step == 1
         assert not saves._buffers
+        saves.save(2, weights(2), {})
+    assert load_checkpoint(tmp_path).step == 2
+    assert len(warnings) == 1
     assert "while the step waits" in warnings[0]
+    assert "more than half of the 0.0 GiB left" in warnings[0]
+
+
+def test_memory_that_is_refused_costs_the_copy_alone(tmp_path, monkeypatch, warnings):
+    def empty(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with writer(tmp_path) as saves:
+        monkeypatch.setattr(torch, "empty", empty)
+        saves.save(1, weights(1), {})
+        assert load_checkpoint(tmp_path).step == 1
+    assert "could not be had: DefaultCPUAllocator" in warnings[0]
 
 
 def test_a_failure_in_the_thread_is_never_silent(tmp_path, monkeypatch, warnings):
@@ -208,6 +223,10 @@ def test_an_interrupted_wait_gives_the_save_up(tmp_path, monkeypatch):
     assert not thread.is_alive()
     assert names(tmp_path) == ["latest", "step-000001"]
     assert load_checkpoint(tmp_path).step == 1
+    monkeypatch.setattr(os, "write", real)
+    with saves:  # in a notebook one may go on
+        saves.save(3, weights(3), {})
+    assert load_checkpoint(tmp_path).step == 3
 
 
 def damage_after_write(monkeypatch, file: str, steps: set[int]) -> None:
