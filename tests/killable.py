@@ -1,11 +1,12 @@
-"""Tiny runs to be killed. For every line "KIND FOLDER ASYNCHRONOUS POINT" on stdin a run is forked, its pid
-and then its exit code written to stdout. POINT n kills it with SIGKILL at the n-th file operation of its
+"""Tiny runs to be killed. For every line "KIND FOLDER ASYNCHRONOUS POINT" on stdin a run is forked; on stdout
+are then its pid, "begun" when it trains, and its exit code. POINT n kills it with SIGKILL at the n-th file operation of its
 saves, in the middle of it if it is a write; with 0 it counts them into FOLDER/operations.
 """
 
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -66,17 +67,39 @@ def count_operations(point: int) -> list[int]:
     return count
 
 
+def run(kind: str, folder: Path, asynchronous: str, point: int) -> None:
+    out = os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    count = count_operations(point)
+    trainer = make(kind, folder, asynchronous)
+    train_step, trainer.watch = trainer.train_step, lambda: None  # no plan: its probe takes longest
+
+    def first_step(step):
+        trainer.train_step = train_step
+        os.write(out, b"begun\n")
+        return train_step(step)
+
+    trainer.train_step = first_step
+    trainer.run()
+    if trainer.train_step is first_step:  # there was no step left
+        os.write(out, b"begun\n")
+    (folder / "operations").write_text(str(count[0]))
+
+
 def main() -> None:
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # what is imported late is imported before the forks
+        for kind in ("sft", "grpo"):
+            make(kind, Path(folder), "true")
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork takes this thread alone along"
     for line in sys.stdin:
         kind, folder, asynchronous, point = line.split()
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                count = count_operations(int(point))
-                make(kind, Path(folder), asynchronous).run()
-                (Path(folder) / "operations").write_text(str(count[0]))
+                run(kind, Path(folder), asynchronous, int(point))
                 code = 0
             except BaseException:
                 traceback.print_exc()

@@ -225,23 +225,26 @@ class Runs:
     """The process that forks the runs: it has imported everything."""
 
     def __init__(self):
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
             [sys.executable, killable.__file__], env=env, text=True, bufsize=1,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
     def run(self, kind: str, folder: Path, asynchronous: str, point: int = 0, delay: float = 0):
-        """Its exit code; with a `delay` it is killed after so many seconds, if it still runs."""
+        """(exit code, seconds from the first step on); killed after `delay` of them, if it still runs."""
         self.process.stdin.write(f"{kind} {folder} {asynchronous} {point}\n")
         pid = int(self.process.stdout.readline())
+        assert self.process.stdout.readline() == "begun\n"
+        began = time.monotonic()
         if delay:
             time.sleep(delay)
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass  # it was done
-        return int(self.process.stdout.readline())
+        code = int(self.process.stdout.readline())
+        return code, time.monotonic() - began
 
 
 @pytest.fixture(scope="module")
@@ -259,9 +262,8 @@ def whole(runs, tmp_path_factory):
     for kind in ("sft", "grpo"):
         for asynchronous in ("true", "false"):
             folder = tmp_path_factory.mktemp("whole") / kind
-            began = time.monotonic()
-            assert runs.run(kind, folder, asynchronous) == 0
-            seconds = time.monotonic() - began
+            code, seconds = runs.run(kind, folder, asynchronous)
+            assert code == 0
             found[kind, asynchronous] = folder, seconds, int((folder / "operations").read_text())
     return found
 
@@ -293,29 +295,30 @@ def work_lost(folder: Path) -> int:
 def test_kill_9(tmp_path, runs, whole, warnings, inside):
     """A killed run is started again until it is done, and is then to the bit what it would have been."""
     rng, kills, most, attempts = random.Random(7), 0, 0, 0
-    cases = sorted(whole)
-    while kills < KILLS:
-        kind, asynchronous = cases[attempts % len(cases)]
-        expected, seconds, operations = whole[kind, asynchronous]
-        folder, code = tmp_path / "run", -signal.SIGKILL
-        while code != 0:
-            attempts += 1
-            assert attempts < 10 * KILLS
-            kill = kills < KILLS
-            code = runs.run(
-                kind, folder, asynchronous,
-                point=rng.randint(1, operations) if kill and inside else 0,
-                delay=rng.uniform(0.01, seconds) if kill and not inside else 0,
-            )  # fmt: skip
-            assert code in (0, -signal.SIGKILL)
-            if code:
-                kills += 1
-                lost = work_lost(folder)
-                # since the last checkpoint; beside the training one more may be in flight
-                assert 0 <= lost <= killable.EVERY * (2 if asynchronous == "true" else 1)
-                most = max(most, lost)
-        assert_same_run(folder, expected)
-        shutil.rmtree(folder)
+    for case in range(len(whole)):
+        (kind, asynchronous), (expected, seconds, operations) = list(whole.items())[case]
+        enough = KILLS * (case + 1) // len(whole)
+        while kills < enough:  # a random moment may come after the end
+            folder, code = tmp_path / "run", None
+            while code != 0:
+                attempts += 1
+                assert attempts < 10 * KILLS
+                kill = kills < enough
+                code, _ = runs.run(
+                    kind, folder, asynchronous,
+                    point=rng.randint(1, operations) if kill and inside else 0,
+                    delay=rng.uniform(0, seconds) if kill and not inside else 0,
+                )  # fmt: skip
+                assert code in (0, -signal.SIGKILL)
+                if code:
+                    kills += 1
+                    lost = work_lost(folder)
+                    # since the last checkpoint; beside the training one more may be in flight
+                    assert 0 <= lost <= killable.EVERY * (2 if asynchronous == "true" else 1)
+                    most = max(most, lost)
+            assert_same_run(folder, expected)
+            shutil.rmtree(folder)
+    assert kills == KILLS
     assert not warnings  # no half-written checkpoint was ever met
     where = "inside a save" if inside else "at a random moment"
     count(f"kill -9 {where}, each with a resume", kills, most_steps_lost=most)
