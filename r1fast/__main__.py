@@ -22,6 +22,8 @@ commands
              [--json [--top-logprobs N]]: a line for each completion, with token ids and logprobs
   merge      CONFIG or MODEL --adapter FOLDER --out FOLDER: a LoRA adapter, as PEFT or a run with
              lora.rank writes it, and its base model as one plain model [--model.dtype=bfloat16]
+  export     RUN or CHECKPOINT, OUT: any checkpoint as a plain Hugging Face folder, adapters merged
+             [--step N|best] [--adapter-only] [--model.path=BASE] [--model.dtype=bfloat16]
   serve      CONFIG or MODEL: answer OpenAI's API on this machine
              [--host 127.0.0.1 --port 8000 --api-key KEY --model-name NAME --max-queued 1024
              --max-body-mib 16 --drain 30]
@@ -44,7 +46,16 @@ from typing import NoReturn
 CONFIG_COMMANDS = (
     "pipeline", "grpo", "sft", "distill", "sample", "reward-model", "preferences", "plan",
 )  # fmt: skip
-COMMANDS = (*CONFIG_COMMANDS, "evaluate", "report", "replay", "generate", "merge", "serve")
+COMMANDS = (
+    *CONFIG_COMMANDS,
+    "evaluate",
+    "report",
+    "replay",
+    "generate",
+    "merge",
+    "export",
+    "serve",
+)
 _SAMPLING = "temperature top-p top-k min-p repetition-penalty max-tokens min-tokens seed"
 OPTIONS = {
     "plan": ["stage", "gpu", "ranks", "completion-tokens"],
@@ -53,9 +64,10 @@ OPTIONS = {
     "replay": ["step", "json"],
     "generate": f"prompt num {_SAMPLING} stop stop-token-id json top-logprobs".split(),
     "merge": ["adapter", "out"],
+    "export": ["step", "adapter-only"],
     "serve": "host port api-key model-name max-queued max-body-mib drain".split(),
 }
-FLAGS = ("force", "json")  # take no value
+FLAGS = ("force", "json", "adapter-only")  # take no value
 REPEATED = ("prompt", "stop", "stop-token-id")  # may come several times
 EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FINITE, EXIT_MEMORY = 1, 2, 3, 4  # 75: watchdog.EXIT_HUNG
 EXIT_INTERRUPTED, EXIT_PIPE = 130, 141
@@ -96,12 +108,14 @@ def parse(argv: list[str]) -> tuple[str, str, list[str], Options]:
             )
     if command == "evaluate" and "rescore" in options:
         positional.append(options["rescore"])
+    if command == "export" and len(positional) == 2:
+        options["out"] = positional.pop()
     if len(positional) != 1:
         if "compare" in options:
             raise ValueError(f"--compare takes two run folders, got {1 + len(positional)}")
         what = {"report": "a run folder", "replay": "a run folder", "generate": "a config file or a model",
                 "merge": "a config file or a model", "serve": "a config file or a model",
-                "evaluate": "a config file or a model",
+                "evaluate": "a config file or a model", "export": "two folders, RUN or CHECKPOINT and OUT",
                 }.get(command, "a config file")  # fmt: skip
         raise ValueError(f"r1fast {command} takes {what}, got {len(positional)}: {positional}")
     return command, positional[0], overrides, options
@@ -148,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         goes_on = (
             ""
-            if argv[0] in ("generate", "merge", "serve", "report", "replay")
+            if argv[0] in ("generate", "merge", "export", "serve", "report", "replay")
             else ("; the same command continues from the last checkpoint")
         )
         sys.stderr.write(f"\nr1fast: stopped{goes_on}\n")

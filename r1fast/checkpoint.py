@@ -1,21 +1,25 @@
 """Training checkpoints that survive a crash at any moment: safetensors and JSON, hashed, no pickle.
 
     folder/step-000123/{model,optimizer,...}.safetensors  state.json  manifest.json
-    folder/latest                                         the name of the newest one, for people
+    folder/latest, folder/best                            the name of the newest and of the best one, for people
+    folder/step-000124.damaged/                           what was not read back as it was written
 
 A checkpoint is written to a temporary folder of the same filesystem, flushed to disk, and only then
 renamed into place: a `step-*` folder is whole, or was damaged later. The manifest's hashes show the
 second: safetensors itself notices a truncated file, but no flipped bit and no zero-filled tail.
-One process writes a folder at a time.
+Where it is read back (`verify`), older ones go only after that. One process writes a folder at a time;
+`checkpoint_writer.py` does it beside the training.
 """
 
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +28,13 @@ from torch import Tensor
 
 from r1fast.metrics import warn
 
-VERSION = 1  # of the layout above
-MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
+VERSION = 2  # of the layout above; in 1 names had no file's name before them
+READABLE = (1, 2)
+MANIFEST, STATE, LATEST, BEST = "manifest.json", "state.json", "latest", "best"
+DAMAGED = ".damaged"  # ends the name of a checkpoint that was put aside
+MEASURE = "measure"  # in the state: {"metric": name, "value": number}
 TEMP_PREFIX = ".saving-"
-CHUNK = 1 << 22  # bytes read at a time for a hash
+CHUNK = 1 << 22  # bytes written or read at a time
 Bytes = bytes | memoryview
 _NAME = re.compile(r"step-(\d+)(\.old)?")  # .old: was there when the same step was saved again
 _DTYPES = {  # safetensors' names
@@ -61,7 +68,8 @@ class Checkpoint:
             raise ValueError(
                 f"checkpoint {self.path} holds no {name!r}; it holds {', '.join(self.names())}"
             )
-        return load_file(self.path / f"{name}.safetensors", device=str(device))
+        found = load_file(self.path / f"{name}.safetensors", device=str(device))
+        return {key.removeprefix(_prefix(name)): x for key, x in found.items()}
 
 
 def save_checkpoint(
@@ -78,27 +86,72 @@ def save_checkpoint(
     is plain JSON data. Raises ValueError for non-finite weights in tensors["model"], and OSError
     (a full disk): older checkpoints are then untouched and nothing half-written stays behind.
     """
+    refuse_nonfinite(tensors.get("model", {}), step)
+    return publish(folder, step, checkpoint_files(tensors, state), keep_last=keep_last)
+
+
+def publish(
+    folder: str | Path,
+    step: int,
+    files: Mapping[str, Iterable[Bytes]],
+    *,
+    keep_last: int = 1,
+    keep_best: str = "",
+    verify: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> Path:
+    """Write `checkpoint_files` as `folder/step-<step>`, point `latest` to it, then drop old ones.
+
+    Beside the `keep_last` newest the one stays whose MEASURE of the metric `keep_best` is the best: the
+    largest, or for a name that begins with "-" the smallest. With `verify` all is read back from the
+    disk first: DamagedError where that fails. Raises StoppedError soon after `stop()` is true.
+    """
     if keep_last < 1:
         raise ValueError(f"keep_last must be at least 1, got {keep_last}")
     if step < 0:
         raise ValueError(f"step must be at least 0, got {step}")
+    folder = Path(folder)
+    final = write_step(folder, step, {name: _pieces(x, stop) for name, x in files.items()})
+    _point(folder, LATEST, final)
+    if verify and (problem := _problem(final, step, stop, from_disk=True)):
+        raise DamagedError(
+            f"CHECKPOINT {final} IS DAMAGED: it was read back from the disk at once, and {problem}. "
+            f"{_put_aside(folder, final)}; older checkpoints are kept. Check the disk and the memory"
+        )
+    try:
+        _rotate(folder, final, step, keep_last, keep_best)
+    except OSError as error:  # the new one is on disk
+        warn(f"older checkpoints in {folder} could not be removed after step {step}: {error}")
+    return final
+
+
+class DamagedError(OSError):
+    """A checkpoint was not read back as it was written."""
+
+
+class StoppedError(Exception):
+    """A save was given up because it was asked to."""
+
+
+def checkpoint_files(
+    tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping
+) -> dict[str, Iterable[Bytes]]:
+    """The files of a checkpoint. `state` is encoded now, tensors when their file is written."""
     for name in tensors:
         if not re.fullmatch(r"[A-Za-z0-9_]+", name):
             raise ValueError(f"a name of tensors must be letters, digits and _, got {name!r}")
-    _refuse_nonfinite(tensors.get("model", {}), step)
-    files = {f"{name}.safetensors": safetensors_bytes(named) for name, named in tensors.items()}
-    folder = Path(folder)
-    final = write_step(folder, step, files | {STATE: [json_bytes(state)]})
-    pointer = folder / f"{TEMP_PREFIX}{LATEST}"
-    try:
-        _write(pointer, [f"{final.name}\n".encode()])
-        os.replace(pointer, folder / LATEST)
-        _sync_folder(folder)
-    except BaseException:
-        _remove(pointer)
-        raise
-    _rotate(folder, final, step, keep_last)
-    return final
+    encoded = json_bytes(state)
+    files: dict[str, Iterable[Bytes]] = {}
+    for name, named in tensors.items():
+        prefixed = {_prefix(name) + key: x for key, x in named.items()}
+        files[f"{name}.safetensors"] = safetensors_bytes(prefixed)
+    return files | {STATE: [encoded]}
+
+
+def _prefix(file: str) -> str:
+    """Before the names in a file, so that no two in a folder are the same: torch.distributed.checkpoint's
+    HuggingFaceStorageReader takes all files for one dict, of which any rank reads any slices."""
+    return "" if file == "model" else f"{file}."
 
 
 def write_step(folder: Path, step: int, files: Mapping[str, Iterable[Bytes]]) -> Path:
@@ -133,8 +186,8 @@ def json_bytes(value: Mapping) -> bytes:
 def load_checkpoint(folder: str | Path, up_to: int | None = None) -> Checkpoint | None:
     """The newest checkpoint in `folder` whose sizes and hashes are right; None if it has none.
 
-    Of step `up_to` at most, where one is given. A damaged one is warned about and the one before it taken. Where all are damaged, ValueError:
-    a run must not start again from nothing unasked.
+    Of step `up_to` at most, where one is given. A damaged one is warned about and the one before it
+    taken. Where all are damaged, ValueError: a run must not start again from nothing unasked.
     """
     folder = Path(folder)
     found = [(step, path) for step, path in steps_in(folder) if up_to is None or step <= up_to]
@@ -186,9 +239,14 @@ def _leaves(config: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield prefix + key, value
 
 
-def _refuse_nonfinite(model: Mapping[str, Tensor], step: int) -> None:
-    bad = [n for n, x in model.items() if x.is_floating_point() and not bool(x.isfinite().all())]
-    if bad:
+def refuse_nonfinite(model: Mapping[str, Tensor], step: int) -> None:
+    floats = {name: x for name, x in model.items() if x.is_floating_point() and x.numel()}
+    if not floats:
+        return
+    # a NaN is both ends; at a tenth of the time of a mask, and with one wait for a device
+    ends = torch.stack([torch.stack(torch.aminmax(x.detach())).double() for x in floats.values()])
+    finite = ends.isfinite().all(1).tolist()
+    if bad := [name for name, ok in zip(floats, finite, strict=True) if not ok]:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise NonFiniteWeightsError(
             f"the weights of step {step} are not finite ({', '.join(bad[:3])}{more}); "
@@ -221,17 +279,57 @@ def safetensors_bytes(named: Mapping[str, Tensor]) -> Iterator[bytes | memoryvie
             yield memoryview(x.reshape(-1).view(torch.uint8).numpy())
 
 
-def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> dict:
+def _pieces(chunks: Iterable[Bytes], stop: Callable[[], bool]) -> Iterator[Bytes]:
+    for chunk in chunks:
+        for start in range(0, len(chunk), CHUNK):
+            if stop():
+                raise StoppedError
+            yield memoryview(chunk)[start : start + CHUNK]
+
+
+def _write(path: Path, chunks: Iterable[Bytes]) -> dict:
     """Write and flush to disk; returns the file's line in the manifest."""
     digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
         for chunk in chunks:
-            file.write(chunk)
             digest.update(chunk)
             size += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+            rest = memoryview(chunk)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
     return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _point(folder: Path, name: str, target: Path) -> None:
+    """Let the pointer `name` name the checkpoint `target`."""
+    pointer = folder / f"{TEMP_PREFIX}{name}"
+    try:
+        _write(pointer, [f"{target.name}\n".encode()])
+        os.replace(pointer, folder / name)
+        _sync_folder(folder)
+    except BaseException:
+        _remove(pointer)
+        raise
+
+
+def _put_aside(folder: Path, final: Path) -> str:
+    """Take a damaged checkpoint out of use, and say so. The one that was damaged before it goes."""
+    for earlier in folder.glob(f"step-*{DAMAGED}"):
+        _remove(earlier)
+    aside = final.with_name(final.name + DAMAGED)
+    try:
+        os.rename(final, aside)
+        if left := steps_in(folder):
+            _point(folder, LATEST, left[0][1])
+        else:
+            (folder / LATEST).unlink(missing_ok=True)
+    except OSError as error:  # its hashes tell as much
+        return f"It is not used, though it could not be renamed ({error})"
+    return f"It is not used, and now called {aside.name}"
 
 
 def _sync_folder(folder: Path) -> None:
@@ -259,9 +357,13 @@ def _make_way(final: Path) -> None:
     os.rename(final, old)
 
 
-def _rotate(folder: Path, newest: Path, step: int, keep_last: int) -> None:
-    """Remove what is older than the `keep_last` newest. Never fails: the new one is on disk."""
-    kept = 1
+def _rotate(folder: Path, newest: Path, step: int, keep_last: int, keep_best: str) -> None:
+    """Remove what is neither of the `keep_last` newest nor the best."""
+    best, kept = _best(folder, step, keep_best), 1
+    if best is None:
+        (folder / BEST).unlink(missing_ok=True)
+    elif _read(folder / BEST) != f"{best.name}\n":
+        _point(folder, BEST, best)
     for other, path in steps_in(folder):
         if path == newest:
             continue
@@ -270,7 +372,33 @@ def _rotate(folder: Path, newest: Path, step: int, keep_last: int) -> None:
         elif other < step and kept < keep_last:
             kept += 1
             continue
-        _remove(path)
+        elif path == best:
+            continue
+        gone = path.with_name(
+            f"{TEMP_PREFIX}{path.name}.gone"
+        )  # a kill leaves nothing that is half there
+        os.rename(path, gone)
+        _remove(gone)
+
+
+def _best(folder: Path, step: int, metric: str) -> Path | None:
+    """The checkpoint up to `step` with the best value of `metric`; of equal ones the newest."""
+    name, sign = metric.removeprefix("-"), -1 if metric.startswith("-") else 1
+    values = []
+    for other, path in steps_in(folder):
+        if _NAME.fullmatch(path.name)[2]:
+            continue
+        try:
+            measure = json.loads((path / STATE).read_bytes()).get(MEASURE) or {}
+        except (OSError, ValueError, AttributeError):
+            continue  # damaged since: it will be found where it is loaded
+        if name and measure.get("metric") == name and other <= step:
+            values.append((sign * measure.get("value", -math.inf), other, path))
+    return max(values)[2] if values else None
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
 
 
 def steps_in(folder: Path) -> list[tuple[int, Path]]:
@@ -282,13 +410,19 @@ def steps_in(folder: Path) -> list[tuple[int, Path]]:
     return [(step, path) for step, _, path in sorted(found, reverse=True)]
 
 
-def _problem(path: Path, step: int) -> str:
+def _problem(
+    path: Path,
+    step: int,
+    stop: Callable[[], bool] = lambda: False,
+    *,
+    from_disk: bool = False,  # and not from what the system remembers of a write
+) -> str:
     """What is wrong with a checkpoint; empty when it is whole."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         version, files = manifest["version"], manifest["files"]
-        if version != VERSION:
-            return f"its layout is version {version!r}, this program reads {VERSION}"
+        if version not in READABLE:
+            return f"its layout is version {version!r}, this program reads {READABLE}"
         if manifest["step"] != step:
             return f"{MANIFEST} says step {manifest['step']!r}"
         present = {p.name for p in path.iterdir()} - {MANIFEST}
@@ -300,7 +434,7 @@ def _problem(path: Path, step: int) -> str:
             if size != entry["size"]:
                 return f"{name} has {size} bytes, not {entry['size']}"
         for name, entry in files.items():
-            if _sha256(path / name) != entry["sha256"]:
+            if _sha256(path / name, stop, from_disk=from_disk) != entry["sha256"]:
                 return f"the content of {name} has changed (sha256)"
     except OSError as error:
         return f"cannot be read: {error}"
@@ -309,11 +443,19 @@ def _problem(path: Path, step: int) -> str:
     return ""
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, stop: Callable[[], bool], *, from_disk: bool) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # a hint, which not every filesystem takes
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        while chunk := os.read(descriptor, CHUNK):
+            if stop():
+                raise StoppedError
             digest.update(chunk)
+    finally:
+        os.close(descriptor)
     return digest.hexdigest()
 
 

@@ -17,6 +17,7 @@ from r1fast.evaluate import evaluate, short_evaluation
 from r1fast.evaluate_command import run_evaluate
 from r1fast.evaluation_table import show_evaluation
 from r1fast.examples import Example, gsm8k_examples, load_examples
+from r1fast.export import export
 from r1fast.generate import Options, generate, model_config
 from r1fast.hf_folder import read_json, resolve_model_path, write_json
 from r1fast.interrupt import interrupts
@@ -60,6 +61,8 @@ def _run(command: str, target: Config | str, overrides: list[str], options: Opti
             _replay(target, overrides, options)
         elif command == "merge":
             _merge(target, overrides, options)
+        elif command == "export":
+            export(target, overrides, options)
         elif command == "generate":
             generate(target, overrides, options)
         else:

@@ -315,6 +315,11 @@ class CheckpointConfig:
     keep_last: int = 1
     # from a signal to the saved checkpoint: torchrun, SLURM and Kubernetes kill after 30
     deadline_seconds: float = 25.0
+    # the checkpoint whose mean of this metric since the one before is the best stays too: the largest,
+    # of -name the smallest; auto: eval/pass@1, without evaluation reward; of SFT -loss; "" is off
+    keep_best: str = "auto"
+    # a copy in memory is written and read back beside the next steps; false: the step waits for the disk
+    asynchronous: bool = True
 
 
 @dataclass(frozen=True, slots=True)

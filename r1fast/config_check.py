@@ -111,6 +111,9 @@ def check(c: Config) -> None:
     need(seconds >= 0, "log.watchdog_seconds", seconds, "at least 0 (0 is off)")
     need(seconds > 0 or not c.log.watchdog_abort, "log.watchdog_abort", True,
          "false where log.watchdog_seconds is 0")  # fmt: skip
+    best = c.checkpoint.keep_best
+    need(not re.fullmatch(r"(.*/)?loss", best), "checkpoint.keep_best", best,
+         f"-{best}, as less of it is better")  # fmt: skip
     for key in (
         "data.max_train_problems", "data.max_eval_problems", "eval.num_problems",
         "eval.every_steps", "sample.num_problems", "sample.max_kept",

@@ -107,6 +107,12 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
     "time/<phase>": ("s", "wall time of one phase of the step"),
     "eval/pass@1": ("share", "mean correctness over k samples a problem"),
     "eval/pass@1_stderr": ("share", "standard error of pass@1 over problems"),
+    "checkpoint/seconds": ("s", "that the step before waited for its checkpoint"),
+    "checkpoint/write_seconds": (
+        "s",
+        "writing and reading back of the last checkpoint that is done",
+    ),
+    "checkpoint/bytes": ("bytes", "size of that checkpoint"),
     "eval/accuracy": ("share", "accuracy of a reward model on the held-out rows"),
     "eval/loss": ("", "loss of a reward model on the held-out rows"),
     "eval/cons@k": ("share", "problems whose majority answer is correct"),

@@ -412,4 +412,5 @@ class PolicyUpdate(Trainer):
         every = self.config.grpo.ref_refresh_steps
         passed = every and self.optimizer_step // every > (self.optimizer_step - num_done) // every
         if self.reference is not None and passed:
+            self.checkpoints.before_change()
             self.reference.refresh(self.model, self.optimizer_step)

@@ -174,6 +174,9 @@ class RewardTrainer(Trainer):
     def model_folder(self) -> Path:
         return Path(self.out) if self.out else super().model_folder()
 
+    def own_measure(self) -> str:
+        return "-loss"
+
     def line_every(self) -> int:
         return max(1, self.num_steps // 20)
 

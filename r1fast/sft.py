@@ -115,6 +115,9 @@ class SFTTrainer(Trainer):
         mean = sum(s.num_tokens for s in self.sequences) / len(self.sequences)
         return watch(self, self.job(), f"examples of {mean:.0f} tokens in the mean")
 
+    def own_measure(self) -> str:
+        return "-loss"
+
     def line_every(self) -> int:
         return max(1, self.num_steps // 20)
 

@@ -283,6 +283,10 @@ class GRPOTrainer(PolicyUpdate):
                 warn(f"{alarm}; see completions.jsonl for what is paid")
         return row
 
+    def own_measure(self) -> str:
+        evaluates = self.evaluate is not None and self.config.eval.every_steps
+        return "eval/pass@1" if evaluates else "reward"
+
     def extra_state(self) -> dict:
         return super().extra_state() | {"monitor": self.monitor.state()}
 

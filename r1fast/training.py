@@ -13,6 +13,7 @@ import time
 from array import array
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from r1fast import distributed
-from r1fast.checkpoint import load_checkpoint, same_config, save_checkpoint
+from r1fast.checkpoint import load_checkpoint, same_config
+from r1fast.checkpoint_writer import CheckpointWriter
 from r1fast.config import Config, to_dict
 from r1fast.config_check import lora_targets
 from r1fast.interrupt import Stopped, StopRequest, any_rank
@@ -168,7 +170,7 @@ class Trainer:
         self.step = self.optimizer_step = self.num_tokens = self.num_skipped = 0
         is_cuda = policy.device.type == "cuda"
         self.timer = Timer(torch.cuda.synchronize if is_cuda else None, on_phase=beat)
-        self.saved_step = 0  # nothing is lost that is not trained yet
+        self._resumed_step = 0  # nothing is lost that is not trained yet
         self.was_updated = False  # by the step that runs: it cannot be given up and saved any more
         self._seconds: dict[str, float] = {}  # what a step, an evaluation, a save took last
         self._part, self._began = "step", time.monotonic()
@@ -220,7 +222,7 @@ class Trainer:
         self.step, self.optimizer_step = saved.step, saved.state["optimizer_step"]
         self.num_tokens = saved.state["num_tokens"]
         self.unfinished = saved.state.get("unfinished")
-        self.saved_step = self.step
+        self._resumed_step = self.step
         self.token_budget = self._make_token_budget(saved.state)
 
     def _make_token_budget(self, state: dict) -> TokenBudget:
@@ -317,28 +319,30 @@ class Trainer:
         del config["model"]["activation_checkpointing"]  # the same gradient
         return json.loads(json.dumps(config))
 
-    def save(self) -> None:
+    def own_measure(self) -> str:
+        """What checkpoint.keep_best = "auto" is, of this stage as it is configured."""
+        return ""
+
+    @cached_property
+    def checkpoints(self) -> CheckpointWriter:
+        asked = self.config.checkpoint
+        best = self.own_measure() if asked.keep_best == "auto" else asked.keep_best
+        return CheckpointWriter(self.folder / "checkpoints", asked, best)
+
+    @property
+    def saved_step(self) -> int:
+        """The newest step known to be on disk, of rank 0's folder."""
+        return max(self._resumed_step, self.checkpoints.saved_step)
+
+    def save(self, *, wait: bool = True) -> None:
+        """Write a checkpoint; without `wait` its disk work may be left to a thread."""
         beat("save")
         began = time.monotonic()
         if distributed.is_main():
-            try:
-                save_checkpoint(
-                    self.folder / "checkpoints",
-                    self.step,
-                    self.state_tensors(),
-                    self.state(),
-                    keep_last=self.config.checkpoint.keep_last,
-                )
-            except OSError as error:
-                warn(
-                    f"checkpoint of step {self.step} could not be written, training goes on: {error}"
-                )
-            else:
-                self.saved_step = self.step
-        else:
-            self.saved_step = self.step  # as far as this rank knows
+            state = self.state() | {"starts_from": self.policy.path}
+            self.checkpoints.save(self.step, self.state_tensors(), state, wait=wait)
         distributed.barrier()
-        self._seconds["save"] = time.monotonic() - began
+        self._seconds["save"] = max(time.monotonic() - began, self.checkpoints.write_seconds)
 
     def optimize(self) -> tuple[Tensor, float]:
         """Sum gradients over ranks and step. Returns (gradient norm, for `read_norms`; learning rate)."""
@@ -348,6 +352,7 @@ class Trainer:
         distributed.sum_gradients(self.optimizer.masters)
         self.on_gradient()
         lr = self.next_learning_rate()
+        self.checkpoints.before_change()
         return self.optimizer.step(lr), lr
 
     def read_norms(self, norms: list[Tensor]) -> dict[str, float]:
@@ -446,6 +451,7 @@ class Trainer:
             progress(
                 self.stage, total=self.num_steps, start=self.step, line_every=self.line_every()
             ) as bar,
+            self.checkpoints as checkpoints,
             StopRequest(
                 notice if distributed.is_main() else "", deadline=seconds, gives_up=self.gives_up
             ) as stop,
@@ -479,14 +485,16 @@ class Trainer:
                     self.save()
                     raise
                 row |= self.timer.take()
+                row |= checkpoints.saw(row)
                 bar.update(writer.write(self.step, row))
                 watchdog.step_ended(self.step, row["step_time"])
                 if watch is not None and self.work is not None:
                     watch.after_step(row, self.work, self.step == self.num_steps)
                 stopping = any_rank(stop.received or self.stop_reason is not None)
                 # the last step too: what follows may be stopped, and is not to train again
-                if stopping or self.step == self.num_steps or (every and self.step % every == 0):
-                    self.save()
+                ends = stopping or self.step == self.num_steps
+                if ends or (every and self.step % every == 0):
+                    self.save(wait=ends)
                 if stopping:
                     raise self.stop_reason or KeyboardInterrupt
 
@@ -532,13 +540,14 @@ class Trainer:
         given_up = f"step {self.step + 1} was given up to stop in time"
         self.optimizer.zero_grad()
         if self.was_updated:
+            self.checkpoints.close()  # the save in flight counts
             say(
                 f"{given_up}, between its updates: the run goes on from the checkpoint of step "
                 f"{self.saved_step}"
             )
             return
         self.optimizer_step = optimizer_step  # counted also where a mini-batch had no signal
-        if any_rank(self.step != self.saved_step):
+        if any_rank(distributed.is_main() and self.step != self.saved_step):
             self.save()
         say(f"{given_up}; the run goes on from the end of step {self.step}")
 

@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import TokenScorer, alike, has_fixed_sums, tiny_config, tiny_policy, tiny_problems
+from tiny import (
+    TokenScorer,
+    alike,
+    has_fixed_sums,
+    tiny_config,
+    tiny_policy,
+    tiny_problems,
+    without_clock,
+)
 
 from r1fast import dynamic_sampling
 from r1fast.dynamic_sampling import Draws, is_mixed
@@ -234,9 +242,9 @@ def test_a_run_without_any_signal_ends_and_resumes(tmp_path):
     for trainer in (whole, parts):
         assert all(torch.equal(before[name], x) for name, x in weights(trainer).items())
         assert trainer.optimizer_step == 4
-    of_process = ("tokens_per_second", "rollout/cache_mib")  # the most that its engine ever held
-    rows = [[{k: v for k, v in row.items() if "time" not in k and k not in of_process}
-             for row in read_metrics(tmp_path / name)] for name in ("whole", "parts")]  # fmt: skip
+    rows = [without_clock(read_metrics(tmp_path / name)) for name in ("whole", "parts")]
+    for row in rows[0] + rows[1]:
+        del row["rollout/cache_mib"]  # the most that the process's engine ever held
     assert rows[0] == rows[1]
     assert [row["rollout/groups_generated"] for row in rows[0]] == [8] * 4
     assert [row["rollout/groups_missing"] for row in rows[0]] == [4] * 4
@@ -285,8 +293,7 @@ def test_resume_is_bitwise(tmp_path):
     parts.run()
     for name, x in weights(whole).items():
         assert torch.equal(weights(parts)[name], x), name
-    rows = [[{k: v for k, v in row.items() if "time" not in k and k != "tokens_per_second"}
-             for row in read_metrics(tmp_path / name)] for name in ("whole", "parts")]  # fmt: skip
+    rows = [without_clock(read_metrics(tmp_path / name)) for name in ("whole", "parts")]
     assert rows[0] == rows[1]
     assert len(rows[0]) == 4
     samples = [(tmp_path / n / "completions.jsonl").read_text() for n in ("whole", "parts")]

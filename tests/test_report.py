@@ -127,6 +127,7 @@ def _row(rng, name, kind, step, steps, score, language, wait, length, seconds) -
         "entropy": 0.6 - 0.45 * u + rng.gauss(0, 0.01), "completions/clipped_ratio": 0.0,
         "time/rollout": 0.55 * per_step, "time/reward": 0.05 * per_step,
         "time/reference": 0.1 * per_step, "time/update": 0.25 * per_step,
+        "checkpoint/seconds": 0.05 * per_step,
     }  # fmt: skip
     if step % 20 == 0:
         row["eval/pass@1"] = min(max(share["a"] + rng.gauss(0, 0.02), 0), 1)
@@ -245,10 +246,11 @@ def test_summary_stages_and_claims_show_what_is_stored(finished):
 
 
 def test_accounting_time_and_provenance(finished):
-    _, checker = render(finished)
+    page, checker = render(finished)
     assert "4,000 completions sampled" in checker.text
     assert "dropped: duplicate 1,203 30.1 %" in checker.text
     assert "rollout" in checker.text
+    assert 'title="checkpoint ' in page
     assert "285bfd7" in checker.text
     assert "rollout.num_generations = 16" in checker.text
 

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TokenScorer, random_groups, tiny_config, tiny_policy, tiny_problems
+from tiny import (
+    TokenScorer,
+    random_groups,
+    tiny_config,
+    tiny_policy,
+    tiny_problems,
+    without_clock,
+)
 
 from r1fast.config import RewardConfig, TemplateConfig
 from r1fast.metrics import read_metrics, step_line
@@ -14,8 +21,6 @@ from r1fast.report import write_report
 from r1fast.rewards.score import RewardScorer
 from r1fast.trainer import GRPOTrainer
 from r1fast.types import Problem
-
-TIMES = ("time", "step_time", "tokens_per_second")
 
 
 class Stopped(Exception):
@@ -49,9 +54,7 @@ def make_trainer(folder, *overrides, scorer=None, problems=None, policy=None, **
 
 
 def timeless(folder) -> list[dict]:
-    rows = read_metrics(folder)
-    return [{k: v for k, v in r.items() if k not in TIMES and not k.startswith("time/")}
-            for r in rows]  # fmt: skip
+    return without_clock(read_metrics(folder))
 
 
 def assert_same_tensors(a: dict, b: dict) -> None:
@@ -391,7 +394,7 @@ def test_a_failed_checkpoint_does_not_end_the_run(tmp_path, monkeypatch, capsys)
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("r1fast.training.save_checkpoint", full)
+    monkeypatch.setattr("r1fast.checkpoint_writer.publish", full)
     make_trainer(tmp_path, "--grpo.num_steps=2", "--checkpoint.every_steps=1").run()
     assert "No space left" in capsys.readouterr().err
     assert len(read_metrics(tmp_path)) == 2

@@ -206,3 +206,12 @@ def at_level(monkeypatch, level: str, *functions: str) -> None:
         pytest.skip(str(error))
     for name in functions:
         monkeypatch.setattr(_C, name, wrap(getattr(_C, name)))
+
+
+def without_clock(rows: list[dict]) -> list[dict]:
+    """Rows of metrics.jsonl without what differs between two equal runs."""
+
+    def is_timed(name: str) -> bool:
+        return "time" in name or name.startswith("checkpoint/") or name == "tokens_per_second"
+
+    return [{k: v for k, v in row.items() if not is_timed(k)} for row in rows]

@@ -449,6 +449,7 @@ def _time(run: Run) -> list[str]:
         phases: dict[str, float] = {}
         for row in stage.rows:
             for name, value in row.items():
+                name = "time/checkpoint" if name == "checkpoint/seconds" else name
                 if name.startswith("time/") and (seconds := number(value)) is not None:
                     phase = name.removeprefix("time/")
                     phases[phase] = phases.get(phase, 0.0) + seconds
