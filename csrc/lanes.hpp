@@ -271,12 +271,12 @@ R1FAST_AVX2_INLINE Halfwords load_halfwords(const Bf16* from, Mask mask) {
   const auto* const eights = static_cast<const __m128i*>(at);
   return {_mm_loadu_si128(eights), _mm_loadu_si128(eights + 1)};
 }
+R1FAST_AVX2_INLINE __m256i interleave_halfwords(__m128i low, __m128i high) {
+  return _mm256_set_m128i(_mm_unpackhi_epi16(low, high), _mm_unpacklo_epi16(low, high));
+}
 R1FAST_AVX2_INLINE Words interleave_rows(const Bf16* low_row, Mask low_mask, const Bf16* high_row, Mask high_mask) {
   const Halfwords a = load_halfwords(low_row, low_mask), b = load_halfwords(high_row, high_mask);
-  const auto eight = [](__m128i low, __m128i high) R1FAST_AVX2 {
-    return _mm256_set_m128i(_mm_unpackhi_epi16(low, high), _mm_unpacklo_epi16(low, high));
-  };
-  return {eight(a.low, b.low), eight(a.high, b.high)};
+  return {interleave_halfwords(a.low, b.low), interleave_halfwords(a.high, b.high)};
 }
 
 R1FAST_AVX2_INLINE void split_pairs(const Word* pairs, Word* even_to, Word* odd_to) {
