@@ -124,7 +124,12 @@ R1FAST_INLINE void multiply_rows(const Product& p, int64_t row, int64_t column) 
   for (int64_t k = 0; k < p.num_k; ++k, a += kTurned ? p.lda : 1, b += p.ldb) {
     if (p.factors != nullptr && k % kStrip == 0) {
       for (int i = 0; i < M; ++i) {
-        for (int j = 0; j < kCount; ++j) sums[i][j] *= p.factors[k / kStrip * kBlockRows + row + i];
+        for (int j = 0; j < kCount; ++j) {
+          sums[i][j] *= p.factors[k / kStrip * kBlockRows + row + i];
+#if defined(__x86_64__)
+          asm("" : "+x"(sums[i][j]));  // rounded, and not fused with the sum that follows: decode's is not
+#endif
+        }
       }
     }
     for (int i = 0; i < M; ++i) {

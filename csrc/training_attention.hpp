@@ -6,8 +6,8 @@
 //
 //   s = scale q k^T;  m' = max(m, max s);  p = exp(s - m');  l = l exp(m - m') + sum p;  o = o exp(m - m') + p v
 //
-// Strips and the order of sums are decode's (decode_attention.hpp): a row of o has the sampler's bits, with AVX-512 (below
-// it, compilers decide which products are fused with sums). What is read once, and for how many rows, is not decode's.
+// Strips and the order of sums are decode's (decode_attention.hpp): a row of o has the sampler's bits. What is read once, and
+// for how many rows, is not decode's.
 //
 // and backward, with share = 1 / l and delta = do . o:
 //

@@ -2,7 +2,7 @@
 
 The formulas are in prefix_attention.py. 4 * H * Dh FLOPs a pair of query and key forward, 2.5x that backward, with all
 sums in float32. A row of the output and its gradient dq are the same bits whatever else is in the
-batch, and with AVX-512 the output's are those of decode (paged_attention.py), which samples; everything is for any number
+batch, and the output's are those of decode (paged_attention.py), which samples; everything is for any number
 of threads. What is kept for the backward is q, k, v, the output
 (in float32) and of each row the largest score and 1 / sum exp(s - max).
 Shapes: T packed tokens, S segments, H query heads, K kv heads, Dh head width.
