@@ -233,7 +233,7 @@ def test_a_step_that_is_given_up_has_counted_nothing(tmp_path, monkeypatch):
         if step == 0:
             return plain(step)
         trainer.next_learning_rate()
-        trainer.saved_step = 0  # as with fewer checkpoints
+        trainer.checkpoints.saved_step = 0  # as with fewer checkpoints
         raise Stopped
 
     trainer.train_step = train_step
