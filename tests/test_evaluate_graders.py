@@ -227,7 +227,7 @@ def test_rows_are_marked_by_their_own_kind():
 
 
 NO_VERDICT = {  # of rewards/: what pays or sorts, and decides on no verdict
-    "__init__", "filters", "format", "language", "length", "preference", "score",
+    "__init__", "filters", "format", "language", "length", "preference", "score", "user_function",
 }  # fmt: skip
 
 

@@ -115,6 +115,7 @@ class Box:
         slot.nice = 0
         self.pid = 0
         self.folder = ""
+        self.hidden: dict[int, int] = {}  # as holds_more takes it
         self.dead = asyncio.Event()
         self.kept: socket.socket | None = None
 

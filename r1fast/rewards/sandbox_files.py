@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from r1fast.rewards.sandbox_usage import status_of
 
 MAX_ENTRIES, MAX_DEPTH = 10_000, 40
+MAX_HIDDEN = 3  # looks in a row
 _PREFIX = "r1fast-boxes-"
 
 
@@ -86,12 +87,18 @@ def sweep_files(folders: Iterable[str], uid: int | None) -> None:
 
 
 def holds_more(
-    most: int, folder: str, shared: Iterable[str], uid: int | None, pids: Iterable[int]
+    most: int,
+    folder: str,
+    shared: Iterable[str],
+    uid: int | None,
+    pids: Iterable[int],
+    hidden: dict[int, int],
 ) -> bool:
     """Whether a box has more than `most` bytes of files: in its folder, in `shared`, or open.
 
     Also where it has so many of them, or so deep, that counting would take long; and where one of
-    its processes hides what it has open.
+    its processes hides what it has open. `hidden` counts for how many looks in a row each did, and is
+    kept between them: a process that has become this user and not yet started its program does too.
     """
     if not os.path.isdir(folder):
         return False
@@ -127,9 +134,12 @@ def holds_more(
             try:
                 for found in _nameless(pid):
                     add(found)
+                hidden.pop(pid, None)
             except OSError as error:  # it has ended, or has yet to become this user
                 if isinstance(error, PermissionError) and _is_of(pid, uid):
-                    return True
+                    hidden[pid] = hidden.get(pid, 0) + 1
+                    if hidden[pid] >= MAX_HIDDEN:
+                        return True
             if size > most:
                 return True
     return False
@@ -179,10 +189,11 @@ def _as_user(uid: int | None) -> Iterator[None]:
         libc.setfsgid(groups)
 
 
-def guard(folder: str, uids: Iterable[int]) -> None:
+def guard(folder: str, uids: Iterable[int], lock: int) -> None:
     """Fork a process that outlives this one, ends what runs under `uids` and removes `folder`.
 
-    For rungs whose boxes do not end with their launcher when that is killed.
+    For rungs whose boxes do not end with their launcher when that is killed. `lock` is the descriptor
+    that reserves the uids: it is held until that is done, so that no new launcher's boxes have them.
     """
     uids = list(uids)
     reader, _writer = os.pipe()  # the writer stays open until this process ends
@@ -194,8 +205,9 @@ def guard(folder: str, uids: Iterable[int]) -> None:
         os.setsid()
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+        os.dup2(lock, 1)
         os.dup2(reader, 0)
-        os.closerange(1, 1 << 16)
+        os.closerange(2, 1 << 16)
         while os.read(0, 1):
             pass
         for uid in uids:

@@ -85,7 +85,9 @@ class Launcher:
             self.watching = asyncio.gather(self.pool.watch(), self.pool.even_out())
             if rung.name == "rlimits":
                 assert host.first_uid is not None
-                guard(rung.work, range(host.first_uid, host.first_uid + self.pool.num_slots + 1))
+                assert host.lock is not None
+                uids = range(host.first_uid, host.first_uid + self.pool.num_slots + 1)
+                guard(rung.work, uids, host.lock.fileno())
             self.pool.warm_up()
             self._say({
                 "rung": rung.name, "level": RUNGS.index(rung.name), "parts": rung.parts(),

@@ -162,7 +162,9 @@ class BoxPool:
                     continue
                 if (limit_memory and part.resident_bytes > box.slot.memory_bytes) or (
                     box.folder
-                    and holds_more(TMPFS_BYTES, box.folder, rung.shared, box.slot.uid, part.pids)
+                    and holds_more(
+                        TMPFS_BYTES, box.folder, rung.shared, box.slot.uid, part.pids, box.hidden
+                    )
                 ):
                     kill_tree(pid, box.slot, box.dead.is_set())
             cost = time.process_time() - spent
@@ -260,8 +262,9 @@ class Referee:
                 if await loop.sock_recv(box.kept, 1) != b"r":
                     raise OSError(box.complaint() or "it ended")
         except (OSError, TimeoutError) as error:
+            why = box.complaint() or error
             await self._stop()
-            raise BoxFailure(f"the referee's box did not start: {error}") from None
+            raise BoxFailure(f"the referee's box did not start: {why}") from None
 
     async def _stop(self) -> None:
         if self.box is not None:
