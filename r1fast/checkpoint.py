@@ -160,8 +160,7 @@ def write_step(folder: Path, step: int, files: Mapping[str, Iterable[Bytes]]) ->
     Whole or not at all, in place of an earlier one. Raises OSError (a full disk).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(f"{TEMP_PREFIX}*"):  # of a run that was killed inside a save
-        _remove(stale)
+    remove_unfinished(folder)
     final = folder / f"step-{step:06d}"
     temp = folder / f"{TEMP_PREFIX}{final.name}"
     try:
@@ -177,6 +176,12 @@ def write_step(folder: Path, step: int, files: Mapping[str, Iterable[Bytes]]) ->
         _remove(temp)
         raise
     return final
+
+
+def remove_unfinished(folder: Path) -> None:
+    """What a run that was killed inside a save has left; only for the process that writes here."""
+    for stale in folder.glob(f"{TEMP_PREFIX}*"):
+        _remove(stale)
 
 
 def json_bytes(value: Mapping) -> bytes:
@@ -437,6 +442,8 @@ def _problem(
             if _sha256(path / name, stop, from_disk=from_disk) != entry["sha256"]:
                 return f"the content of {name} has changed (sha256)"
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise  # says nothing of the checkpoint
         return f"cannot be read: {error}"
     except (ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read: {error!r}"

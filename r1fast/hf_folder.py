@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from r1fast.partial import partial_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -211,7 +212,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def write_json(path: Path, value: dict) -> None:
     """`value` as the whole of `path`, or the file as it was."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = partial_of(path)
     try:
         part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         os.replace(part, path)
@@ -233,10 +234,10 @@ def write_folder(
         kind = "a model folder" if marker == "config.json" else f"a folder with {marker}"
         raise ValueError(f"{str(path)!r} exists and is not {kind}; not overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    scratch = partial_of(path)
     try:
         new, old = scratch / "new", scratch / "old"
-        new.mkdir()
+        new.mkdir(parents=True)
         write(new)
         if path.exists():
             path.rename(old)

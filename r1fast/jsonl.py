@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+
+from r1fast.partial import partial_of
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
@@ -78,7 +80,7 @@ def write_jsonl(path: str | Path, rows: Iterable) -> int:
     """Write mappings or dataclasses, one a line, all or nothing; returns how many."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = partial_of(path)
     num_rows = 0
     try:
         with partial.open("w", encoding="utf-8", newline="\n") as file:
@@ -92,3 +94,16 @@ def write_jsonl(path: str | Path, rows: Iterable) -> int:
     finally:
         partial.unlink(missing_ok=True)
     return num_rows
+
+
+def append_jsonl(path: str | Path, rows: Iterable[Mapping]) -> None:
+    """Append mappings, one a line, all or none: where the disk is full (OSError), no torn line stays."""
+    rest = memoryview("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
+    with Path(path).open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(end)
+            raise

@@ -6,6 +6,7 @@ one. A row is {"step": n, "stage": ..., "time": unix seconds, name: value, ...}.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import math
@@ -125,6 +126,7 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
 
 LOGGER_EXTRA = "loggers"  # pip install r1fast[loggers]
 LINE_WIDTH = 100
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # where a log goes
 
 
 def metric_help(name: str) -> tuple[str, str]:
@@ -267,10 +269,17 @@ def _rank() -> int:
 
 
 def _write(stream: Any, text: str, end: str = "\n") -> None:
-    """Print, with characters that the terminal cannot show replaced rather than raised on."""
+    """Print, with characters that the terminal cannot show replaced rather than raised on.
+
+    A log on a full disk, or a terminal that is gone, loses text and ends nothing.
+    """
     encoding = getattr(stream, "encoding", None)  # None while a live bar stands in for stdout
     encoding = encoding or getattr(sys.__stdout__, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), end=end, file=stream, flush=True)
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), end=end, file=stream, flush=True)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
 
 
 def _console() -> Any:
@@ -536,10 +545,14 @@ class MetricsWriter:
         self._board = _tensorboard(self.folder, resume_step) if tensorboard else None
         self._wandb = _wandb(self.folder, project, run_name, config) if wandb else None
         drop_rows(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
+        self._unwritten = b""  # what a full disk has not taken yet
 
     def write(self, step: int, values: Mapping[str, Any], stage: str | None = None) -> dict:
-        """Append one row and return it. NaN and inf become null, named under "nonfinite"."""
+        """Append one row and return it. NaN and inf become null, named under "nonfinite".
+
+        A full disk is a warning: the row waits for the next one.
+        """
         row: dict[str, Any] = {
             "step": int(step),
             "stage": self.stage if stage is None else stage,
@@ -556,8 +569,8 @@ class MetricsWriter:
             row[name] = value
         if nonfinite:
             row["nonfinite"] = nonfinite
-        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        self._unwritten += (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        self._write_waiting()
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "time"}
         if self._board is not None:
             for name, value in numbers.items():
@@ -567,7 +580,17 @@ class MetricsWriter:
             self._wandb.log(numbers, step=int(step))
         return row
 
+    def _write_waiting(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            warn(f"{self.path} could not be written, its rows wait for the next step: {error}")
+
     def close(self) -> None:
+        self._write_waiting()
+        if num_lost := self._unwritten.count(b"\n"):
+            warn(f"{self.path} lacks its last {num_lost} rows, which could not be written")
         self._file.close()
         if self._board is not None:
             self._board.close()

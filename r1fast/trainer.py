@@ -17,6 +17,7 @@ from r1fast.dynamic_sampling import Drawn, DynamicSampler
 from r1fast.hacking_monitor import HackingMonitor, RewardHackingError
 from r1fast.hf_folder import write_json
 from r1fast.interrupt import stoppable
+from r1fast.jsonl import append_jsonl
 from r1fast.metrics import warn
 from r1fast.policy import Policy
 from r1fast.policy_update import PolicyUpdate, check_loss_options
@@ -248,10 +249,11 @@ class GRPOTrainer(PolicyUpdate):
         """A few completions of every step, in full, for reading."""
         if not distributed.is_main() or not self.config.log.num_samples:
             return
-        with (self.folder / "completions.jsonl").open("a", encoding="utf-8") as file:
-            for group in groups[: self.config.log.num_samples]:
-                completion, reward = group.completions[0], group.rewards[0]
-                row = {
+        rows = []
+        for group in groups[: self.config.log.num_samples]:
+            completion, reward = group.completions[0], group.rewards[0]
+            rows.append(
+                {
                     "step": step + 1,
                     "problem_id": group.problem.id,
                     "prompt": group.problem.prompt,
@@ -262,7 +264,12 @@ class GRPOTrainer(PolicyUpdate):
                     "parts": reward.parts,
                     "verdict": reward.verdict,
                 }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            )
+        path = self.folder / "completions.jsonl"
+        try:
+            append_jsonl(path, rows)
+        except OSError as error:
+            warn(f"{path} could not be written, training goes on: {error}")
 
     def after_step(self) -> dict[str, float]:
         every = self.config.eval.every_steps

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from r1fast import distributed
-from r1fast.checkpoint import load_checkpoint, same_config
+from r1fast.checkpoint import load_checkpoint, remove_unfinished, same_config
 from r1fast.checkpoint_writer import CheckpointWriter
 from r1fast.config import Config, to_dict
 from r1fast.config_check import lora_targets
@@ -410,6 +410,8 @@ class Trainer:
             self._train()
         elif self.step:
             say(f"{self.stage}: all {self.num_steps} steps were trained before, none is repeated")
+            if distributed.is_main():
+                remove_unfinished(self.folder / "checkpoints")
         if distributed.is_main():
             self.policy.save(self.model_folder())
             if self.base:

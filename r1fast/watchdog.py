@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 EXIT_HUNG = 75  # EX_TEMPFAIL of sysexits: the same command may work
 FIRST_STEP = 3  # times as long: compilers, caches, the first load of everything
 HEARTBEAT_SECONDS = 5.0
+LATE = 4  # ticks between two looks that count, on a machine that is busy
 STDERR = 2
 
 
@@ -87,17 +88,21 @@ class Watchdog:
     def _watch(self) -> None:
         limit = self.seconds or HEARTBEAT_SECONDS
         tick = min(1.0, HEARTBEAT_SECONDS / 4, limit / 8)
-        seen, quiet_since, factor = -1, time.monotonic(), 1.0
-        told, told_at = -1, time.monotonic()  # what the file has
+        seen, quiet, factor = -1, 0.0, 1.0  # seconds without a beat
+        looked = told_at = time.monotonic()
+        told = -1  # what the file has
         while not self._end.wait(tick):
             now = time.monotonic()
             self._arm()
+            # a process that was stopped (SIGSTOP, a suspended job) looks late: it did not hang
+            quiet += min(now - looked, LATE * tick)
+            looked = now
             if seen != self._num_beats:
-                seen, quiet_since, factor = self._num_beats, now, 1.0
+                seen, quiet, factor = self._num_beats, 0.0, 1.0
                 self.moved = time.time()
-            elif self.seconds and now - quiet_since >= self.seconds * self._patience * factor:
+            elif self.seconds and quiet >= self.seconds * self._patience * factor:
                 factor *= 2
-                self._dump(now - quiet_since)
+                self._dump(quiet)
                 if self.abort:
                     self._leave()
             if told != seen and now - told_at >= min(HEARTBEAT_SECONDS, limit):

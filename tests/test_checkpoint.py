@@ -170,6 +170,18 @@ def test_extra_and_renamed_files_are_damage(tmp_path, warnings):
     assert "says step 2" in warnings[-2]
 
 
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_what_the_system_lacks_says_nothing_of_a_checkpoint(tmp_path, monkeypatch, number):
+    """Else a run would go on from an older one, and remove the newest."""
+    for step in (1, 2):
+        save(tmp_path, step, keep_last=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", lambda *args: (_ for _ in ()).throw(OSError(number, "lacking")))
+        with pytest.raises(OSError, match="lacking"):
+            load_checkpoint(tmp_path)
+    assert load_checkpoint(tmp_path).step == 2
+
+
 def test_where_all_are_damaged_the_run_does_not_start_again_unasked(tmp_path, warnings):
     truncate(save(tmp_path, 4) / "model.safetensors")
     with pytest.raises(ValueError, match=r"step-000004: model.safetensors has \d+ bytes"):

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -577,6 +578,60 @@ def test_what_moves_is_no_hang(tmp_path):
             boundary("rollout")
         assert dog.num_dumps == 0
     assert not list(tmp_path.glob("hang-*"))
+
+
+STOPPED = """
+import sys, time
+from r1fast.watchdog import Watchdog, beat
+
+with Watchdog(sys.argv[1], stage="grpo", seconds=0.8, abort=True) as dog:
+    dog.step_ended(0, 0.0)
+    for n in range(30):
+        time.sleep(0.1)
+        beat("rollout")
+        if n == 3:
+            print("running", flush=True)
+"""
+
+
+def test_a_process_that_was_stopped_is_no_hang(tmp_path):
+    """SLURM suspends jobs: after that they go on."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, tmp_path],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "running\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1.2)
+    process.send_signal(signal.SIGCONT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert not list(tmp_path.glob("hang-*"))
+
+
+def test_a_disk_that_is_full_beside_the_checkpoints(tmp_path, monkeypatch, undisturbed):
+    """Metrics, samples, the heartbeat and the plan cannot be written during a step: it is the same run."""
+    trainer = with_evaluation(tmp_path)
+    plain, before = trainer.train_step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def train_step(step):
+        if step == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        if step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        return plain(step)
+
+    trainer.train_step = train_step
+    try:
+        trainer.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_alike(outcome(trainer), undisturbed())
+    steps = [row["step"] for _, row in read_jsonl(tmp_path / "completions.jsonl")]
+    assert set(steps) == {1, 3}
 
 
 def test_a_heartbeat_is_as_old_as_what_it_tells_of(tmp_path, monkeypatch):

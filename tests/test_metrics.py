@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import resource
 import statistics
 import subprocess
 import sys
@@ -296,6 +297,38 @@ def test_resume_drops_later_rows_and_a_torn_line(tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[-1]["loss"] == 40.0
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_rows_wait_while_the_disk_is_full(tmp_path, capsys):
+    """Half a row may be on disk by then: what follows goes behind it."""
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (writer.path.stat().st_size + 10, before[1]))
+    try:
+        writer.write(2, {})
+        writer.write(3, {"loss": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "its rows wait for the next step: [Errno 27]" in capsys.readouterr().err
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    writer.write(4, {})
+    writer.close()
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[2]["loss"] == 0.5
+
+
+def test_rows_that_never_could_be_written_are_told(tmp_path, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with MetricsWriter(tmp_path) as writer:
+            writer.write(1, {})
+            writer.write(2, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "lacks its last 2 rows" in capsys.readouterr().err
 
 
 def test_reopening_without_resume_keeps_rows_and_mends_a_torn_line(tmp_path):

@@ -128,11 +128,14 @@ def test_a_finished_run_is_not_trained_again(tmp_path, make, capsys):
     assert again.step == again.num_steps == 4
     assert "goes on after step" not in capsys.readouterr().out
     again.train_step = None  # would raise
+    unfinished = tmp_path / "checkpoints" / ".saving-step-000002.gone"
+    unfinished.mkdir()  # a kill amid the last rotation
     capsys.readouterr()
     again.run()
     assert "all 4 steps were trained before, none is repeated" in capsys.readouterr().out
     assert (tmp_path / "metrics.jsonl").read_bytes() == rows
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
+    assert not unfinished.exists()
 
 
 def test_the_checkpoint_of_another_stage_is_refused(tmp_path):
