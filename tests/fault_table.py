@@ -44,12 +44,12 @@ def _text(row: dict) -> str:
     return row["fault"] + (f" ({', '.join(more)})" if more else "")
 
 
-def filled(page: str, text: str) -> str:
+def filled(page: str, text: str, first: str = BEGIN, last: str = END) -> str:
     """The page with `text` between the marks. ValueError where they are missing."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = page.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"{PAGE} must hold the lines {BEGIN.strip()!r} and {END.strip()!r}")
+        raise ValueError(f"{PAGE} must hold the lines {first.strip()!r} and {last.strip()!r}")
     return before + begin + text + end + after
 
 

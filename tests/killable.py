@@ -4,57 +4,37 @@ saves, in the middle of it if it is a write; with 0 it counts them into FOLDER/o
 """
 
 import os
-import signal
 import sys
 import tempfile
 import traceback
 from pathlib import Path
 
-from tiny import TokenScorer, tiny_config, tiny_policy, tiny_problems
+from faults import WRITING, FileOperations, grpo_trainer, sft_trainer
 
 from r1fast import checkpoint_writer
-from r1fast.examples import Example
-from r1fast.sft import SFTTrainer, encode_examples
+from r1fast.sft import SFTTrainer
 from r1fast.trainer import GRPOTrainer
 
 STEPS, EVERY = 8, 2
-OPERATIONS = "open read write fsync rename replace mkdir unlink rmdir".split()
 
 
 def make(kind: str, folder: Path, asynchronous: str) -> SFTTrainer | GRPOTrainer:
-    config = tiny_config(
+    overrides = (
         f"--grpo.num_steps={STEPS}", f"--sft.max_steps={STEPS}", "--grpo.ref_refresh_steps=3",
         f"--checkpoint.every_steps={EVERY}", f"--checkpoint.asynchronous={asynchronous}",
         "--sft.token_budget=128", "--grpo.token_budget=128", "--model.activation_checkpointing=none",
     )  # fmt: skip
-    policy = tiny_policy()
     if kind == "grpo":
-        return GRPOTrainer(policy, config, folder, tiny_problems(), TokenScorer())
-    examples = [Example(f"What is {a} + 1?", str(a + 1)) for a in range(9)]
-    return SFTTrainer(policy, config, folder, encode_examples(examples, policy, config))
+        return grpo_trainer(folder, *overrides)
+    return sft_trainer(folder, *overrides, num_examples=9)
 
 
-def count_operations(point: int) -> list[int]:
+def count_operations(folder: Path, point: int) -> FileOperations:
     """Let the file operations inside saves be counted, and the `point`-th kill."""
-    count, inside = [0], [False]
+    inside, publish = [False], checkpoint_writer.publish
 
-    def wrap(name: str) -> None:
-        real = getattr(os, name)
-
-        def call(*args, **kwargs):
-            if inside[0]:
-                count[0] += 1
-                if count[0] == point:
-                    if name == "write":
-                        real(args[0], args[1][: len(args[1]) // 2])
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-
-        setattr(os, name, call)
-
-    for name in OPERATIONS:
-        wrap(name)
-    publish = checkpoint_writer.publish
+    def is_inside(path: str) -> bool:
+        return inside[0] and path.startswith(str(folder))
 
     def counted(*args, **kwargs):
         inside[0] = True
@@ -64,13 +44,15 @@ def count_operations(point: int) -> list[int]:
             inside[0] = False
 
     checkpoint_writer.publish = counted
-    return count
+    operations = FileOperations(is_inside, names=WRITING)
+    operations.arm(point, None)
+    return operations
 
 
 def run(kind: str, folder: Path, asynchronous: str, point: int) -> None:
     out = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    count = count_operations(point)
+    operations = count_operations(folder, point)
     trainer = make(kind, folder, asynchronous)
     train_step, trainer.watch = trainer.train_step, lambda: None  # no plan: its probe takes longest
 
@@ -83,7 +65,7 @@ def run(kind: str, folder: Path, asynchronous: str, point: int) -> None:
     trainer.run()
     if trainer.train_step is first_step:  # there was no step left
         os.write(out, b"begun\n")
-    (folder / "operations").write_text(str(count[0]))
+    (folder / "operations").write_text(str(len(operations.seen)))
 
 
 def main() -> None:

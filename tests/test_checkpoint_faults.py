@@ -4,7 +4,6 @@ With R1FAST_FAULT_REPORT naming a folder, what was tried and survived is written
 """
 
 import errno
-import json
 import os
 import random
 import shutil
@@ -17,9 +16,9 @@ from pathlib import Path
 import killable
 import pytest
 import torch
+from faults import DAMAGES, FileOperations, Tally, leftovers, warnings_of_saves
 from tiny import without_clock
 
-from r1fast import checkpoint, checkpoint_writer
 from r1fast.checkpoint import load_checkpoint
 from r1fast.checkpoint_writer import CheckpointWriter
 from r1fast.config import CheckpointConfig
@@ -27,70 +26,28 @@ from r1fast.metrics import read_metrics
 
 KILLS = 15  # of each kind: by the clock, and inside saves
 FULL, FAILING = (OSError(n, os.strerror(n)) for n in (errno.ENOSPC, errno.EIO))
-OPERATIONS = [*killable.OPERATIONS, "close", "listdir", "scandir", "stat"]
-FAULTS: dict[str, dict] = {}
-
-
-def count(fault: str, tried: int, **more) -> None:
-    """Called at the end of a test, when all of them were survived."""
-    row = FAULTS.setdefault(fault, {"fault": fault, "tried": 0, "survived": 0})
-    row["tried"] += tried
-    row["survived"] += tried
-    for key, value in more.items():
-        row[key] = max(row.get(key, 0), value)
+TALLY = Tally("test_checkpoint_faults")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def report():
     yield
-    if folder := os.environ.get("R1FAST_FAULT_REPORT"):
-        path = Path(folder) / "test_checkpoint_faults.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"module": "test_checkpoint_faults", "faults": list(FAULTS.values())}
-        path.write_text(json.dumps(content, indent=2) + "\n")
+    TALLY.write()
 
 
 @pytest.fixture
 def warnings(monkeypatch) -> list[str]:
-    texts: list[str] = []
-    for module in (checkpoint, checkpoint_writer):
-        monkeypatch.setattr(module, "warn", texts.append)
-    return texts
+    return warnings_of_saves(monkeypatch)
 
 
 def fail_at(monkeypatch, folder: Path, n: int, error: OSError) -> list[str]:
     """The n-th file operation in `folder` fails; returns the names of all, as they are made."""
-    seen: list[str] = []
-    ours: set[int] = set()  # open descriptors
-
-    def wrap(name: str) -> None:
-        real = getattr(os, name)
-
-        def call(target, *args, **kwargs):
-            inside = (
-                target in ours
-                if isinstance(target, int)
-                else os.fspath(target).startswith(str(folder)) and "dir_fd" not in kwargs
-            )
-            if inside:
-                seen.append(name)
-            if name == "close":
-                real(target)  # closed is it anyway
-                ours.discard(target)
-            if inside and len(seen) == n:
-                raise error
-            if name == "close":
-                return None
-            result = real(target, *args, **kwargs)
-            if name == "open" and inside:
-                ours.add(result)
-            return result
-
-        monkeypatch.setattr(os, name, call)
-
-    for name in OPERATIONS:
-        wrap(name)
-    return seen
+    operations = FileOperations(
+        lambda path: path.startswith(str(folder)),
+        lambda name, function: monkeypatch.setattr(os, name, function),
+    )
+    operations.arm(n, error)
+    return operations.seen
 
 
 def weights(step: int) -> dict:
@@ -103,10 +60,6 @@ def assert_whole(folder: Path, steps: set[int]) -> None:
     assert found.step in steps
     assert float(found.tensors("optimizer")["step"]) == found.step
     assert torch.equal(found.tensors("model")["w"], weights(found.step)["model"]["w"])
-
-
-def leftovers(folder: Path) -> list[str]:
-    return [p.name for p in folder.iterdir() if p.name.startswith(".")]
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -149,7 +102,7 @@ def test_a_failure_of_any_file_operation(tmp_path, monkeypatch, warnings, error,
         warnings.clear()
     assert names >= {"open", "write", "fsync", "rename", "replace", "mkdir", "close"}
     assert ("read" in names) == asynchronous
-    count(f"{errno.errorcode[error.errno]} at a file operation of a save", n - 1)
+    TALLY.count(f"{errno.errorcode[error.errno]} at a file operation of a save", n - 1)
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
@@ -174,19 +127,7 @@ def test_a_run_goes_on_while_the_disk_is_full(tmp_path, monkeypatch, warnings, a
     assert a.step == b.step == killable.STEPS
     for name in a.names():
         assert all(torch.equal(x, b.tensors(name)[k]) for k, x in a.tensors(name).items())
-    count("a full disk during two saves of a run", 1)
-
-
-def flip_a_bit(data: bytes) -> bytes:
-    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
-
-
-def truncate(data: bytes) -> bytes:
-    return data[: len(data) // 2]
-
-
-def zero_fill(data: bytes) -> bytes:
-    return data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
+    TALLY.count("a full disk during two saves of a run", 1)
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +139,8 @@ def damaged_run(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, truncate, zero_fill])
-def test_damage_to_any_file_of_the_newest(damaged_run, damage, warnings):
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_to_any_file_of_the_newest(damaged_run, name, warnings):
     newest = damaged_run / "checkpoints" / f"step-{killable.STEPS:06d}"
     files = sorted(newest.iterdir())
     assert [p.name for p in files] == [
@@ -208,7 +149,7 @@ def test_damage_to_any_file_of_the_newest(damaged_run, damage, warnings):
     ]  # fmt: skip
     for path in files:
         data = path.read_bytes()
-        path.write_bytes(damage(data))
+        path.write_bytes(DAMAGES[name](data))
         try:
             trainer = killable.make("grpo", damaged_run, "true")
         finally:
@@ -217,8 +158,7 @@ def test_damage_to_any_file_of_the_newest(damaged_run, damage, warnings):
         assert "IS DAMAGED" in warnings[0]
         assert "going on from the older checkpoint" in warnings[1]
         warnings.clear()
-    names = {flip_a_bit: "a flipped bit", truncate: "a truncated file", zero_fill: "a zeroed tail"}
-    count(f"{names[damage]} in the newest checkpoint", len(files))
+    TALLY.count(f"{name} in the newest checkpoint", len(files))
 
 
 class Runs:
@@ -321,4 +261,4 @@ def test_kill_9(tmp_path, runs, whole, warnings, inside):
     assert kills == KILLS
     assert not warnings  # no half-written checkpoint was ever met
     where = "inside a save" if inside else "at a random moment"
-    count(f"kill -9 {where}, each with a resume", kills, most_steps_lost=most)
+    TALLY.count(f"kill -9 {where}, each with a resume", kills, most_steps_lost=most)

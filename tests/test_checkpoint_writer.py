@@ -8,26 +8,21 @@ import time
 
 import pytest
 import torch
-from tiny import TokenScorer, tiny_config, tiny_policy, tiny_problems, without_clock
+from faults import grpo_trainer, sft_trainer, warnings_of_saves
+from tiny import tiny_config, without_clock
 
 from r1fast import checkpoint, checkpoint_writer
 from r1fast.checkpoint import load_checkpoint
 from r1fast.checkpoint_writer import CheckpointWriter
 from r1fast.config import CheckpointConfig
-from r1fast.examples import Example
 from r1fast.metrics import read_metrics
-from r1fast.sft import SFTTrainer, encode_examples
-from r1fast.trainer import GRPOTrainer
 
 OTHER_SIZE = torch.ones(3)
 
 
 @pytest.fixture
 def warnings(monkeypatch) -> list[str]:
-    texts: list[str] = []
-    for module in (checkpoint, checkpoint_writer):
-        monkeypatch.setattr(module, "warn", texts.append)
-    return texts
+    return warnings_of_saves(monkeypatch)
 
 
 @pytest.fixture
@@ -54,17 +49,6 @@ def names(folder) -> list[str]:
 
 def writer(folder, best: str = "", **config) -> CheckpointWriter:
     return CheckpointWriter(folder, CheckpointConfig(**config), best)
-
-
-def grpo(folder, *overrides, **kwargs) -> GRPOTrainer:
-    config = tiny_config(*overrides)
-    return GRPOTrainer(tiny_policy(), config, folder, tiny_problems(), TokenScorer(), **kwargs)
-
-
-def sft(folder, *overrides) -> SFTTrainer:
-    policy, config = tiny_policy(), tiny_config(*overrides)
-    examples = [Example(f"What is {a} + 1?", str(a + 1)) for a in range(8)]
-    return SFTTrainer(policy, config, folder, encode_examples(examples, policy, config))
 
 
 def test_the_state_is_that_of_the_call_and_no_one_waits_for_the_disk(tmp_path, gate):
@@ -345,17 +329,19 @@ def test_a_best_one_that_was_damaged_since_is_passed_over(tmp_path, warnings):
 
 
 def test_the_stages_have_measures_of_their_own(tmp_path):
-    assert sft(tmp_path / "a").checkpoints.keep_best == "-loss"
-    assert grpo(tmp_path / "b").checkpoints.keep_best == "reward"
-    evaluating = grpo(tmp_path / "c", "--eval.every_steps=1", evaluate=lambda: {"pass@1": 0.5})
+    assert sft_trainer(tmp_path / "a").checkpoints.keep_best == "-loss"
+    assert grpo_trainer(tmp_path / "b").checkpoints.keep_best == "reward"
+    evaluating = grpo_trainer(
+        tmp_path / "c", "--eval.every_steps=1", evaluate=lambda: {"pass@1": 0.5}
+    )
     assert evaluating.checkpoints.keep_best == "eval/pass@1"
-    asked = grpo(tmp_path / "d", "--checkpoint.keep_best=entropy")
+    asked = grpo_trainer(tmp_path / "d", "--checkpoint.keep_best=entropy")
     assert asked.checkpoints.keep_best == "entropy"
     with pytest.raises(ValueError, match=r"checkpoint\.keep_best must be -loss, as less"):
         tiny_config("--checkpoint.keep_best=loss")
 
 
-@pytest.mark.parametrize("make", [sft, grpo])
+@pytest.mark.parametrize("make", [sft_trainer, grpo_trainer])
 def test_a_run_has_the_same_bits_either_way(tmp_path, make):
     every = ("--checkpoint.every_steps=1", "--checkpoint.keep_last=9")
     for name in ("true", "false"):
@@ -365,7 +351,7 @@ def test_a_run_has_the_same_bits_either_way(tmp_path, make):
         a, b = (load_checkpoint(run / "checkpoints", up_to=step) for run in both)
         assert a.step == b.step == step
         assert a.state == b.state
-        assert a.state["measure"]["metric"] == ("loss" if make is sft else "reward")
+        assert a.state["measure"]["metric"] == ("loss" if make is sft_trainer else "reward")
         for name in a.names():
             assert all(torch.equal(x, b.tensors(name)[k]) for k, x in a.tensors(name).items())
     rows = [read_metrics(run) for run in both]
@@ -377,7 +363,7 @@ def test_a_run_has_the_same_bits_either_way(tmp_path, make):
 
 def test_changes_wait_for_the_copy(tmp_path, monkeypatch):
     """On a GPU the copy is still under way when the next step begins; this is where it must be over."""
-    trainer = grpo(tmp_path, "--grpo.ref_refresh_steps=1", "--grpo.num_steps=2")
+    trainer = grpo_trainer(tmp_path, "--grpo.ref_refresh_steps=1", "--grpo.num_steps=2")
     seen = []
     monkeypatch.setattr(trainer.checkpoints, "before_change", lambda: seen.append("wait"))
     for owner, name in ((trainer.optimizer, "step"), (trainer.reference, "refresh")):

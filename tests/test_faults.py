@@ -18,19 +18,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TokenScorer, tiny_config, tiny_policy, tiny_problems
+from faults import Tally, grpo_trainer, sft_trainer
+from tiny import TokenScorer, tiny_problems
 
 from r1fast import interrupt, metrics, policy_update, sft, watchdog
 from r1fast.checkpoint import NonFiniteWeightsError, load_checkpoint
 from r1fast.config import RewardConfig, TemplateConfig
 from r1fast.evaluate import short_evaluation
-from r1fast.examples import Example
 from r1fast.interrupt import Stopped, StopRequest, boundary, stoppable
 from r1fast.jsonl import read_jsonl
 from r1fast.metrics import read_metrics
 from r1fast.rewards import MathReward
 from r1fast.rewards.score import RewardScorer
-from r1fast.sft import SFTTrainer, encode_examples
+from r1fast.sft import SFTTrainer
 from r1fast.token_budget import OutOfMemoryForGood
 from r1fast.trainer import GRPOTrainer
 from r1fast.training import MAX_DUMPED, MAX_SKIPPED
@@ -39,7 +39,7 @@ from r1fast.watchdog import EXIT_HUNG, Watchdog, beat, children
 
 ROOT = Path(__file__).parents[1]
 NOW = "--checkpoint.deadline_seconds=0.001"  # nothing can end by then
-TRIED: dict[str, list[int]] = {}  # fault -> [tried, survived]
+TALLY = Tally("test_faults")
 
 
 @pytest.fixture(autouse=True)
@@ -47,37 +47,24 @@ def counted(request):
     """One more fault of the test's kind, survived where the test passes."""
     metrics._warn_once.cache_clear()
     kind = request.node.originalname.removeprefix("test_").replace("_", " ")
-    tried = TRIED.setdefault(kind, [0, 0])
-    tried[0] += 1
     failed = request.session.testsfailed
     yield
-    tried[1] += request.session.testsfailed == failed
+    TALLY.count(kind, 1, int(request.session.testsfailed == failed))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def report():
     yield
-    if folder := os.environ.get("R1FAST_FAULT_REPORT"):
-        path = Path(folder) / "test_faults.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [
-            {"fault": kind, "tried": tried, "survived": survived}
-            for kind, (tried, survived) in TRIED.items()
-        ]
-        path.write_text(json.dumps({"module": "test_faults", "faults": rows}, indent=2) + "\n")
+    TALLY.write()
 
 
-def grpo(folder, *overrides, scorer=None, **kwargs) -> GRPOTrainer:
-    config = tiny_config("--grpo.num_steps=3", "--checkpoint.every_steps=1", *overrides)
-    return GRPOTrainer(
-        tiny_policy(), config, folder, tiny_problems(), scorer or TokenScorer(), **kwargs
-    )
+def grpo(folder, *overrides, **kwargs) -> GRPOTrainer:
+    every = ("--grpo.num_steps=3", "--checkpoint.every_steps=1")
+    return grpo_trainer(folder, *every, *overrides, **kwargs)
 
 
 def sft_run(folder, *overrides) -> SFTTrainer:
-    policy, config = tiny_policy(), tiny_config("--sft.token_budget=20", *overrides)
-    examples = [Example(f"What is {a} + 1?", str(a + 1)) for a in range(8)]
-    return SFTTrainer(policy, config, folder, encode_examples(examples, policy, config))
+    return sft_trainer(folder, "--sft.token_budget=20", *overrides)
 
 
 def outcome(trainer) -> tuple[dict, list]:
