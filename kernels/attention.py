@@ -12,6 +12,7 @@ sequence's values, NaN included, can reach it.
 Shapes: T packed tokens, S sequences, H query heads, K kv heads, Dh head width, P padded tokens.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -206,9 +207,10 @@ def flash_varlen() -> Callable | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return lambda *args: varlen_attn(
-        *args[:-1], scale=args[-1], window_size=(-1, 0), enable_gqa=True
-    )
+    options = {"window_size": (-1, 0)}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True  # PyTorch 2.11 shares key heads without being asked
+    return lambda *args: varlen_attn(*args[:-1], scale=args[-1], **options)
 
 
 def uses_flash(q: Tensor) -> bool:

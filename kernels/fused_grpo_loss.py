@@ -19,12 +19,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from r1fast.kernels import vocab_head
 from r1fast.kernels.dispatch import Backend
 from r1fast.kernels.linear_logprobs import check_head_inputs, linear_logprobs_ref
 from r1fast.kernels.loss_rows import check_mask, check_tensors, drop_dead_rows, prepare_rows
 from r1fast.kernels.policy_loss import loss_terms
 from r1fast.kernels.policy_loss_options import PolicyLossOptions
-from r1fast.kernels.vocab_head import VocabHead, grad_dtypes, gradients_needed, to_dtypes
+from r1fast.kernels.vocab_head import (
+    VocabHead,
+    grad_dtypes,
+    gradients_needed,
+    to_dtypes,
+)
 
 WANT = ("logprobs", "entropy")
 METRICS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "ratio")
@@ -67,56 +73,21 @@ class FusedLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target_ids, rows, options, head_options, want, report):
         head_options = dict(head_options)
-        workspace_bytes, needs = head_options.pop("workspace_bytes"), head_options["needs"]
-        head = VocabHead(
-            hidden, weight, target_ids, bias=bias, finite_logprobs=True, **head_options
-        )
-        N, old = len(hidden), rows.old_logprobs
-        size = head.rows_per_chunk(N, workspace_bytes)
-        want_entropy = options.needs_entropy or "entropy" in want
-        loss = torch.zeros((), dtype=head.wide, device=hidden.device)
-        kept = {name: [] for name in want}
-        for part, lengths in _groups(N, size, options.coupling, rows.lengths):
-            if part.start == part.stop:
-                continue
-            chunks = [
-                slice(n, min(n + size, part.stop)) for n in range(part.start, part.stop, size)
-            ]
-            single = len(chunks) == 1
-            stats = [
-                head.forward(
-                    chunk,
-                    None if old is None else old[chunk],
-                    keep=single and any(needs),
-                    want_entropy=want_entropy,
-                )
-                for chunk in chunks
-            ]
-            logprobs = torch.cat([s.logprobs for s in stats])
-            entropy = torch.cat([s.entropy for s in stats]) if want_entropy else None
-            terms = loss_terms(
-                logprobs, entropy, rows.rows(part, lengths), options, head_options["backend"]
+        workspace_bytes = head_options.pop("workspace_bytes")
+        for deferred in (True, False) if hidden.device.type in vocab_head.DEFERS else (False,):
+            head = VocabHead(
+                hidden, weight, target_ids, bias=bias, finite_logprobs=True, deferred=deferred,
+                **head_options,
+            )  # fmt: skip
+            loss, found = _compute(
+                head, rows, options, want, workspace_bytes, head_options["backend"]
             )
-            loss += terms.loss
-            for name, value in terms.metrics.items():
-                report[name] = report.get(name, 0) + value
-            for name in want:
-                kept[name].append({"logprobs": logprobs, "entropy": entropy}[name])
-            if not any(needs):
-                continue
-            for chunk, s in zip(chunks, stats, strict=True):
-                local = slice(chunk.start - part.start, chunk.stop - part.start)
-                if not single:
-                    if not (terms.dlogprobs[local] != 0).any() and terms.dentropy is None:
-                        continue
-                    s = head.forward(chunk, s.logprobs, keep=True, want_entropy=want_entropy)
-                dentropy = None if terms.dentropy is None else terms.dentropy[local]
-                head.backward(chunk, s, terms.dlogprobs[local], dentropy)
-                s.E = None
-        for name in want:
-            report[name] = torch.cat(kept[name]) if kept[name] else loss.new_zeros(0)
+            if head.held():
+                break
+        report |= found
         # narrowed in backward: the factor of the loss must meet the sums in float32
         ctx.gradients, ctx.dtypes = head.gradients(), grad_dtypes(hidden, weight, bias)
+        ctx.in_triton = head.in_triton
         return loss
 
     @staticmethod
@@ -128,11 +99,65 @@ class FusedLossFunction(torch.autograd.Function):
                 "Call the loss again, or use linear_logprobs, which allows it"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        if dloss.is_cuda or dloss != 1:  # asking would stall a CUDA stream, scaling takes a pass
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(dloss)
+        if ctx.in_triton:  # asking for the factor would stall a CUDA stream: the kernel looks at it
+            from r1fast.kernels.triton_head import scale_
+        elif dloss.is_cuda or dloss != 1:
+            scale_ = Tensor.mul_
+        else:
+            scale_ = None
+        for gradient in gradients if scale_ else ():
+            if gradient is not None:
+                scale_(gradient, dloss)
         return *to_dtypes(gradients, ctx.dtypes), *[None] * 6
+
+
+def _compute(
+    head: VocabHead, rows, options, want, workspace_bytes, backend
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of `rows`, and sums over them for the report; the gradients are added up in `head`."""
+    N, old = len(head.hidden), rows.old_logprobs
+    needs = head.need_hidden or head.need_weight or head.need_bias
+    size = head.rows_per_chunk(N, workspace_bytes)
+    want_entropy = options.needs_entropy or "entropy" in want
+    loss = torch.zeros((), dtype=head.wide, device=head.hidden.device)
+    report: dict[str, Tensor] = {}
+    kept = {name: [] for name in want}
+    for part, lengths in _groups(N, size, options.coupling, rows.lengths):
+        if part.start == part.stop:
+            continue
+        chunks = [slice(n, min(n + size, part.stop)) for n in range(part.start, part.stop, size)]
+        single = len(chunks) == 1
+        stats = [
+            head.forward(
+                chunk,
+                None if old is None else old[chunk],
+                keep=single and needs,
+                want_entropy=want_entropy,
+            )
+            for chunk in chunks
+        ]
+        logprobs = torch.cat([s.logprobs for s in stats])
+        entropy = torch.cat([s.entropy for s in stats]) if want_entropy else None
+        terms = loss_terms(logprobs, entropy, rows.rows(part, lengths), options, backend)
+        loss += terms.loss
+        for name, value in terms.metrics.items():
+            report[name] = report.get(name, 0) + value
+        for name in want:
+            kept[name].append({"logprobs": logprobs, "entropy": entropy}[name])
+        if not needs:
+            continue
+        for chunk, s in zip(chunks, stats, strict=True):
+            local = slice(chunk.start - part.start, chunk.stop - part.start)
+            if not single:
+                if not (terms.dlogprobs[local] != 0).any() and terms.dentropy is None:
+                    continue
+                s = head.forward(chunk, s.logprobs, keep=True, want_entropy=want_entropy)
+            dentropy = None if terms.dentropy is None else terms.dentropy[local]
+            head.backward(chunk, s, terms.dlogprobs[local], dentropy)
+            s.E = None
+    for name in want:
+        report[name] = torch.cat(kept[name]) if kept[name] else loss.new_zeros(0)
+    return loss, report
 
 
 def _groups(

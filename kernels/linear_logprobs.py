@@ -18,9 +18,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from r1fast.kernels import vocab_head
 from r1fast.kernels.dispatch import Backend
 from r1fast.kernels.loss_rows import check_tensors
-from r1fast.kernels.vocab_head import VocabHead, grad_dtypes, gradients_needed, to_dtypes
+from r1fast.kernels.vocab_head import (
+    ChunkStats,
+    VocabHead,
+    grad_dtypes,
+    gradients_needed,
+    to_dtypes,
+)
 
 WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 5 << 28}  # 1.25 GiB on a GPU
 
@@ -55,23 +62,17 @@ class LinearLogprobsFunction(torch.autograd.Function):
         ctx, hidden, weight, bias, target_ids, temperature, softcap, want_entropy,
         backend, workspace_bytes, process_group, needs,
     ):  # fmt: skip
-        head = VocabHead(
-            hidden, weight, target_ids,
-            bias=bias, temperature=temperature, softcap=softcap,
-            backend=backend, process_group=process_group, needs=needs,
-        )  # fmt: skip
-        T, chunks = len(hidden), []
-        left = WORKSPACE_BYTES[hidden.device.type] if workspace_bytes is None else workspace_bytes
-        rows = min(head.rows_per_chunk(T, None), head.rows_per_chunk(T, left))
-        if head.bytes_of(T) > left:
-            left -= head.bytes_of(rows)  # for the chunk that is computed again
-        for start in range(0, T, rows):
-            part = slice(start, min(start + rows, T))
-            room = head.bytes_of(part.stop - start)
-            keep = any(needs) and room <= left
-            stats = head.forward(part, keep=keep, want_entropy=want_entropy, own_workspace=True)
-            left -= room * keep
-            chunks.append((part, stats))
+        space = WORKSPACE_BYTES[hidden.device.type] if workspace_bytes is None else workspace_bytes
+        for deferred in (True, False) if hidden.device.type in vocab_head.DEFERS else (False,):
+            head = VocabHead(
+                hidden, weight, target_ids,
+                bias=bias, temperature=temperature, softcap=softcap, deferred=deferred,
+                backend=backend, process_group=process_group, needs=needs,
+            )  # fmt: skip
+            chunks = _forward(head, space, want_entropy)
+            if head.held():
+                break
+        head.deferred = False  # the backward may look at what is computed again
         ctx.head, ctx.chunks, ctx.want_entropy = head, chunks, want_entropy
         ctx.save_for_backward(hidden, weight, bias)
         ctx.set_materialize_grads(False)  # an unused entropy costs no pass over E
@@ -100,6 +101,22 @@ class LinearLogprobsFunction(torch.autograd.Function):
                 part, again, dlogprobs[part], None if dentropy is None else dentropy[part]
             )
         return *to_dtypes(head.gradients(), grad_dtypes(hidden, weight, bias)), *[None] * 8
+
+
+def _forward(head: VocabHead, left: int, want_entropy: bool) -> list[tuple[slice, ChunkStats]]:
+    """Statistics of all chunks; of those that fit into `left` bytes what the backward needs too."""
+    T, chunks = len(head.hidden), []
+    rows = min(head.rows_per_chunk(T, None), head.rows_per_chunk(T, left))
+    if head.bytes_of(T) > left:
+        left -= head.bytes_of(rows)  # for the chunk that is computed again
+    for start in range(0, T, rows):
+        part = slice(start, min(start + rows, T))
+        room = head.bytes_of(part.stop - start)
+        keep = (head.need_hidden or head.need_weight or head.need_bias) and room <= left
+        stats = head.forward(part, keep=keep, want_entropy=want_entropy, own_workspace=True)
+        left -= room * keep
+        chunks.append((part, stats))
+    return chunks
 
 
 def linear_logprobs(

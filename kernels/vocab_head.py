@@ -13,7 +13,8 @@ Without h the factor of E_j is one number a row, so both backward products take 
 dX = v (E W), dW = E^T (v X), v = -g / S. Rows with g = h = 0 leave before them.
 
 c = z_y - old_logprob, or z_y where there is none; a row whose S shows that c was far off is done
-again with the true logsumexp. Over a process group each rank holds a contiguous slice of the
+again with the true logsumexp. Asking for that after each chunk would leave a GPU idle until the host has
+queued the next one, so there all chunks are computed `deferred`, and asked for once (`held`). Over a process group each rank holds a contiguous slice of the
 vocabulary, and two sums of (R,) numbers make the rows whole.
 Shapes: R rows of a chunk, N rows in all, D width, V vocabulary (of this rank).
 """
@@ -30,6 +31,7 @@ from r1fast.kernels import cpu_head, torch_head
 from r1fast.kernels.dispatch import Backend, use_triton
 from r1fast.kernels.loss_rows import NonFiniteError
 
+DEFERS = {"cuda"}  # devices that the host should not wait for within a call
 S_RANGE = (1e-20, 1e20)  # outside, the anchor was too far off for float32
 SMALL_BYTES = 4 << 20  # of exponentials: not worth dividing
 CPU_ROWS = 16  # the C++ kernels work on so many at a time, best in an odd number of such parts
@@ -96,12 +98,14 @@ class VocabHead:
         needs: tuple[bool, bool, bool] = (True, True, True),  # gradients of hidden, weight, bias
         row_numbers: Tensor | None = None,  # (N,) what the caller calls the rows, for messages
         finite_logprobs: bool = False,  # whether a target of probability 0 is an error
+        deferred: bool = False,  # chunks do not wait for the device; without `held` all is void
     ):
         self.hidden, self.weight, self.bias = hidden.detach(), weight.detach(), bias
         if bias is not None:
             self.bias = bias.detach()
         self.temperature, self.softcap, self.group = temperature, softcap, process_group
         self.module = head_module(hidden, backend)
+        self.in_triton = hasattr(self.module, "store_dhidden")
         if self.module is cpu_head:  # the C++ reads whole rows
             self.hidden, self.weight = (
                 x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
@@ -113,6 +117,7 @@ class VocabHead:
             self._find_slice(target_ids, process_group)
         self.need_hidden, self.need_weight, self.need_bias = needs
         self.row_numbers, self.finite_logprobs = row_numbers, finite_logprobs
+        self.deferred, self._good = deferred, []
         self.dhidden = self.dweight = self.dbias = self._workspace = None
 
     def _find_slice(self, target_ids: Tensor, group: dist.ProcessGroup) -> None:
@@ -180,6 +185,9 @@ class VocabHead:
         z, slope = self._target_logits(h, y)
         c = z if old_logprobs is None else z - old_logprobs.to(self.wide)
         stats, good = self._stats(h, y, z, c, slope, keep, want_entropy, own_workspace)
+        if self.deferred:
+            self._good.append(good.all())
+            return stats
         if bool(good.all()):
             return stats
         bad = (~good).nonzero()[:, 0]
@@ -203,6 +211,10 @@ class VocabHead:
                 f"temperature is {self.temperature:g}"
             )
         return stats
+
+    def held(self) -> bool:
+        """Whether the anchors of all chunks were good; if not, a head that is not deferred has to do them."""
+        return not self._good or bool(torch.stack(self._good).all())
 
     def _stats(self, h, y, z, c, slope, keep, want_entropy, own_workspace):
         with torch.cuda.device_of(h):  # where Triton launches
@@ -294,15 +306,17 @@ class VocabHead:
     def _backward(self, rows, stats, dlogprobs, dentropy):
         g = dlogprobs.to(self.wide)
         h = None if dentropy is None else dentropy.to(self.wide)
-        live = g != 0 if h is None else (g != 0) | (h != 0)
-        num_live = int(live.sum())
-        if not num_live:
-            return
         x, y, E = self.hidden[rows], self.target_ids[rows], stats.E
         fields = (stats.S, stats.log_S, stats.s, stats.p_target, stats.logprobs)
         entropy, slope, index = stats.entropy, stats.slope, None
-        if num_live < COMPACT_BELOW * len(live):
-            index = live.nonzero()[:, 0]
+        if not self.deferred:
+            live = g != 0 if h is None else (g != 0) | (h != 0)
+            num_live = int(live.sum())
+            if not num_live:
+                return
+            if num_live < COMPACT_BELOW * len(live):
+                index = live.nonzero()[:, 0]
+        if index is not None:
             E.compact(index)
             x, y, g = x[index], y[index], g[index]
             fields = tuple(f[index] for f in fields)
@@ -328,18 +342,13 @@ class VocabHead:
         if self.need_hidden:
             if self.dhidden is None:
                 self.dhidden = self._new_dhidden()
-            out = E.dhidden(self.weight).mul_(v[:, None])
-            out.addcmul_(self.weight[at].to(self.wide), mine[:, None])
-            if index is None:
-                self.dhidden[rows] = out
-            else:
-                self.dhidden[rows.start + index] = out.to(self.dhidden.dtype)
+            self._store_dhidden(E.dhidden(self.weight), v, at, mine, rows, index)
         if self.need_weight:
-            if self.dweight is None:
+            first = self.dweight is None
+            if first:
                 self.dweight = self._empty(self.weight.shape, self.wide)
-                E.dweight_(x * v[:, None], self.dweight, accumulate=False)
-            else:
-                E.dweight_(x * v[:, None], self.dweight, accumulate=True)
+            scaled = self.module.scaled_rows(x, v) if self.in_triton else x * v[:, None]
+            E.dweight_(scaled, self.dweight, accumulate=not first)
             _add_rows(self.dweight, at, x.to(self.wide) * mine[:, None])
         if self.need_bias:
             first = self.dbias is None
@@ -347,6 +356,18 @@ class VocabHead:
                 self.dbias = self._empty(self.weight.shape[:1], self.wide)
             E.dbias_(v, self.dbias, accumulate=not first)
             _add_rows(self.dbias, at, mine)
+
+    def _store_dhidden(self, out, v, at, mine, rows, index) -> None:
+        """out v + W_at mine, into the rows of dhidden."""
+        if self.in_triton:
+            to = self.dhidden[rows]
+            self.module.store_dhidden(out, v, self.weight, at, mine, to, index)
+            return
+        out = out.mul_(v[:, None]).addcmul_(self.weight[at].to(self.wide), mine[:, None])
+        if index is None:
+            self.dhidden[rows] = out
+        else:
+            self.dhidden[rows.start + index] = out.to(self.dhidden.dtype)
 
     def _softcap_gradient(self, x, y, a, b, S, log_S) -> Tensor:  # (R, V)
         """dz of an entropy under a softcap, from the logits once more; the target's column is 0."""
@@ -376,7 +397,8 @@ class VocabHead:
     def _new_dhidden(self) -> Tensor:
         """In float32 where ranks will be summed or a loss scale may follow (float16)."""
         wide = self.group is not None or self.hidden.dtype == torch.float16
-        return torch.zeros_like(self.hidden, dtype=self.wide if wide else None)
+        dtype = self.wide if wide else self.hidden.dtype
+        return torch.zeros(self.hidden.shape, dtype=dtype, device=self.hidden.device)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dhidden, dweight and dbias): what was asked for, the last two in the wide dtype.

@@ -64,7 +64,7 @@ def test_varlen_attention_matches_reference(op, lengths, H, K, Dh, device):
         # flash backward recomputes the softmax from its log-sum-exp, which rounds once more
         slack = 2 if name == "out" else 4
         # where the exact gradient is 0, the rounding of Dh products in each of H heads is left
-        floor = max(1e-6, 2**-23 * (H * Dh) ** 0.5)
+        floor = max(1e-6, 2**-22 * (H * Dh) ** 0.5)
         assert_accurate(name, actual[name], baseline[name], exact[name], slack, floor)
 
 

@@ -2,11 +2,12 @@
 
 import math
 
+import numerics
 import pytest
 import torch
 from test_policy_loss import KLS, POLICIES
 
-from r1fast.kernels import cpu_head
+from r1fast.kernels import cpu_head, vocab_head
 from r1fast.kernels.fused_grpo_loss import fused_grpo_loss, fused_grpo_loss_ref
 from r1fast.kernels.linear_logprobs import linear_logprobs, linear_logprobs_ref
 from r1fast.kernels.vocab_head import VocabHead
@@ -59,15 +60,17 @@ def make_inputs(dtype=torch.float64, *, seed=0, spread=0.3, T=T, V=V, D=D):
 
 
 def run(op, inputs, upstream=3.0, **options):
-    """(loss, dhidden, dweight, dbias, metrics)"""
-    inputs = dict(inputs)
+    """(loss, dhidden, dweight, dbias, metrics), on the CPU; where there is a GPU, Triton's were made there."""
+    where = numerics.device_of(options.get("backend"))
+    inputs = {n: x.to(where) if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}
     leaves = [inputs.pop(n).detach().clone().requires_grad_() for n in ("hidden", "weight", "bias")]
     loss, metrics = op(
         leaves[0], leaves[1], inputs.pop("target_ids"), inputs.pop("advantages"),
         inputs.pop("completion_mask"), bias=leaves[2], **inputs, **options,
     )  # fmt: skip
     (upstream * loss).backward()
-    return [loss.detach(), *(x.grad for x in leaves), metrics]
+    metrics = {n: x.cpu() for n, x in metrics.items()}
+    return [loss.detach().cpu(), *(x.grad.cpu() for x in leaves), metrics]
 
 
 def assert_equal(actual, exact, tolerance, what=""):
@@ -259,6 +262,57 @@ def test_a_wrong_anchor_is_noticed_and_mended():
         exact = run(fused_grpo_loss_ref, changed | double, loss_type="cispo")
         actual = run(fused_grpo_loss, changed, loss_type="cispo")
         assert_equal(actual, exact, 2e-5, gap)
+
+
+@pytest.fixture
+def deferred(monkeypatch):
+    """As on a GPU: chunks are asked once, at the end, whether their anchors were good."""
+    monkeypatch.setattr(vocab_head, "DEFERS", {"cpu", "cuda"})
+    heads, init = [], VocabHead.__init__
+
+    def noted(self, *args, **kwargs):
+        heads.append(kwargs["deferred"])
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(VocabHead, "__init__", noted)
+    return heads
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS[1:])
+@pytest.mark.parametrize("gap", [0.0, -300.0])
+@pytest.mark.parametrize("extra", [{}, {"entropy_coef": 0.1}], ids=str)
+def test_chunks_that_do_not_wait(extra, gap, backend, dtype, deferred):
+    """Computed once where the anchors are good, and again, with waiting, where one is far off."""
+    inputs, options = make_inputs(), {"loss_type": "cispo", **extra}
+    row = int((inputs["completion_mask"] & (_sequence_of(slice(None)) == 2)).nonzero()[1])
+    inputs["old_logprobs"][row] += gap
+    exact = run(fused_grpo_loss_ref, inputs, **options)
+    here = {**inputs, **{n: inputs[n].to(dtype) for n in ("hidden", "weight", "bias")}}
+    actual = run(fused_grpo_loss, here, backend=backend, workspace_bytes=V * 8 * 6, **options)
+    assert_equal(actual, exact, 2e-5)
+    assert deferred == [True, False][: 2 if gap else 1]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS[1:])
+def test_an_error_is_found_without_waiting_for_it(backend, dtype, deferred):
+    inputs = make_inputs()
+    here = {**inputs, **{n: inputs[n].to(dtype) for n in ("hidden", "weight", "bias")}}
+    row = int(inputs["completion_mask"].nonzero()[2])
+    here["hidden"][row, 1] = math.nan
+    with pytest.raises(ValueError, match=f"hidden holds NaN or Inf in row {row};"):
+        run(fused_grpo_loss, here, backend=backend, loss_type="dapo", kl_coef=0.1)
+    assert deferred == [True, False]
+
+
+@pytest.mark.parametrize("factor", [1.0, -0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_by_a_factor_on_the_device(factor, dtype, device):
+    from r1fast.kernels.triton_head import scale_
+
+    x = torch.randn(3, 5000, device=device).to(dtype)
+    expected = (x.double() * factor).to(dtype)
+    scale_(x, torch.tensor(factor, device=device))
+    assert torch.equal(x, expected)
 
 
 @pytest.mark.parametrize("case", ["peaked", "large", "negative"])

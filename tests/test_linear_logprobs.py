@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from numerics import assert_accurate
+from numerics import assert_accurate, device_of
 
 from r1fast.kernels import cpu_head
 from r1fast.kernels.linear_logprobs import linear_logprobs, linear_logprobs_ref
@@ -29,24 +29,26 @@ def make_inputs(T=9, D=24, V=131, *, scale=1.0, shift=0.0, seed=0) -> dict[str, 
 
 def run(op, inputs, dtype, *, entropy_grad=True, **kwargs) -> dict[str, torch.Tensor]:
     """Outputs and gradients of a loss that weighs every row differently."""
-    leaves = {n: inputs[n].clone().to(dtype).detach().requires_grad_() for n in NEEDS}
+    where = device_of(kwargs.get("backend"))
+    leaves = {n: inputs[n].clone().to(where, dtype).detach().requires_grad_() for n in NEEDS}
     hidden, weight = leaves["hidden"], leaves["weight"]
     logprobs, entropy = op(
         hidden,
         weight,
-        inputs["target_ids"],
+        inputs["target_ids"].to(where),
         bias=leaves["bias"],
         return_entropy=True,
         **kwargs,
     )
     g = torch.Generator().manual_seed(7)
-    u = torch.randn(2, len(logprobs), generator=g, dtype=torch.float64).to(logprobs.dtype)
+    u = torch.randn(2, len(logprobs), generator=g, dtype=torch.float64).to(logprobs)
     loss = (logprobs * u[0]).sum()
     if entropy_grad:
         loss = loss + (entropy * u[1]).sum()
     loss.backward()
     result = {"logprobs": logprobs.detach(), "entropy": entropy.detach()}
-    return result | {f"d{n}": leaf.grad for n, leaf in leaves.items()}
+    result |= {f"d{n}": leaf.grad for n, leaf in leaves.items()}
+    return {n: x.cpu() for n, x in result.items()}
 
 
 def check(inputs, dtype=torch.float32, *, slack=2.0, floor=4e-6, **kwargs):

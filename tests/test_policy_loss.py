@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from numerics import assert_accurate
+from numerics import assert_accurate, device_of
 
 from r1fast.kernels.loss_rows import prepare_rows
 from r1fast.kernels.policy_loss import loss_terms, policy_loss, quantile, token_loss
@@ -67,16 +67,21 @@ def make_batch(seed=0, dtype=torch.float64, spread=0.3):
 
 
 def run(options, seed=0, dtype=torch.float64, backend="torch", **changes):
-    """(loss, dlogprobs, dentropy, metrics) by the op."""
-    logprobs, entropy, advantages, mask, batch = make_batch(seed, dtype)
-    batch |= changes
+    """(loss, dlogprobs, dentropy, metrics) by the op, on the CPU."""
+    where = device_of(backend)
+    *tensors, batch = make_batch(seed, dtype)
+    logprobs, entropy, advantages, mask = (x.to(where) for x in tensors)
+    batch = {
+        n: x.to(where) if isinstance(x, torch.Tensor) else x for n, x in (batch | changes).items()
+    }
     logprobs.requires_grad_()
     entropy.requires_grad_()
     loss, metrics = policy_loss(
         logprobs, advantages, mask, options, entropy=entropy, backend=backend, **batch
     )
     loss.backward()
-    return loss.detach(), logprobs.grad, entropy.grad, metrics
+    grads = (None if x.grad is None else x.grad.cpu() for x in (logprobs, entropy))
+    return loss.detach().cpu(), *grads, {n: x.cpu() for n, x in metrics.items()}
 
 
 def by_definition(options, seed=0, on_policy=False):
