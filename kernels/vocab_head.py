@@ -421,7 +421,8 @@ class VocabHead:
 def _add_rows(out: Tensor, index: Tensor, values: Tensor) -> None:
     """out[index] += values, in a fixed order: index_add_ uses atomics on CUDA, index_put_ sorts."""
     if out.is_cuda:
-        out.index_put_((index,), values, accumulate=True)
+        # what index_put_ does, but for asking the device whether the indices are in range
+        torch._index_put_impl_(out, [index], values, accumulate=True, unsafe=True)
     else:
         out.index_add_(0, index, values)
 

@@ -159,7 +159,7 @@ def test_another_loss_does_what_a_run_of_it_would_have_done(tmp_path, base, caps
     assert {k: v[1] for k, v in diff["metrics"].items() if v[1] is not None} == rows[1]
     start = load_policy(base).model
     moved = [
-        torch.cat([(p - q).detach().double().flatten() for p, q in zip(m.parameters(), start.parameters(), strict=True)])
+        torch.cat([(p.cpu() - q.cpu()).detach().double().flatten() for p, q in zip(m.parameters(), start.parameters(), strict=True)])
         for m in (one.model, other.model)
     ]  # fmt: skip
     assert diff["update"]["cosine"] == pytest.approx(float(torch.cosine_similarity(*moved, dim=0)))
