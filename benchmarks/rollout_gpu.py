@@ -8,7 +8,7 @@ group; the floor of a step is those bytes over the bandwidth of a large copy, me
 that of all tokens over all time, prefill included; the share of the floor is over the decode steps alone.
 Gains are ratios of decode steps over 64 new tokens, and each variant's time to first token stands beside them:
 cascade is shared blocks read once against once a sample; CUDA graphs are on against off, for the batch and
-for one group alone, where launches weigh most; flash-attn, where it is installed, is its kernel against ours
+for one group alone, where launches weigh most; steps ahead is up to 8 steps between two looks of the host against one; flash-attn, where it is installed, is its kernel against ours
 with nothing shared, in blocks of 256. transformers' `generate` makes 128 tokens of the same batch.
 """
 
@@ -60,8 +60,12 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def rollout(engine: Any, prompts: list[list[int]], group: int, new_tokens: int) -> dict[str, float]:
-    """Seconds until the first token, in all, and of the decode steps with every sample running."""
+def rollout(
+    engine: Any, prompts: list[list[int]], group: int, new_tokens: int, at_once: int
+) -> dict[str, float]:
+    """Seconds until the first token, in all, and of a decode step with every sample running; at most `at_once` of
+    them in a call, as in `Engine.generate`.
+    """
     from r1fast.rollout.sampler import SamplingParams
 
     device = engine.device.type
@@ -73,11 +77,12 @@ def rollout(engine: Any, prompts: list[list[int]], group: int, new_tokens: int) 
         engine.add(prompt, [1000 * i + j for j in range(group)], sampling, stream=False)
     first, decode, num_steps, num_tokens = 0.0, 0.0, 0, 0
     while engine.has_work:
-        full = engine.stats.num_running == group * len(prompts)
+        full, steps = engine.stats.num_running == group * len(prompts), engine.stats.decode_steps
         before = time.perf_counter()
-        events = engine.step()
+        events = engine.step(at_once)
         if full and not events:  # neither the first step after prefill nor the last
-            decode, num_steps = decode + time.perf_counter() - before, num_steps + 1
+            decode += time.perf_counter() - before
+            num_steps += engine.stats.decode_steps - steps
         num_tokens += sum(len(event.token_ids) for event in events)
         if not first and engine.stats.num_running:
             synchronize(device)
@@ -103,6 +108,7 @@ class Bench:
         shares: bool = True,
         num_prompts: int | None = None,
         attention: str = "auto",
+        at_once: int = 64,
         **options: Any,
     ) -> dict[str, float]:
         """A rollout of the first prompts, after one that compiles, captures and warms up."""
@@ -122,10 +128,10 @@ class Bench:
         op = runner.paged_attention
         runner.paged_attention = functools.partial(op, backend=attention)
         try:
-            rollout(engine, prompts, args.group, min(new_tokens, args.short_tokens))
+            rollout(engine, prompts, args.group, min(new_tokens, args.short_tokens), at_once)
             if new_tokens > args.short_tokens:  # wider tables have graphs of their own
-                rollout(engine, prompts, args.group, new_tokens)
-            return rollout(engine, prompts, args.group, new_tokens)
+                rollout(engine, prompts, args.group, new_tokens, at_once)
+            return rollout(engine, prompts, args.group, new_tokens, at_once)
         finally:
             runner.paged_attention = op
             del engine
@@ -167,6 +173,7 @@ def gains(bench: Bench, end: float) -> dict[str, tuple[float, str]]:
     unshared = {"shares": False, "block_size": 256}
     variants = {
         "as it is": {}, "without CUDA graphs": {"cuda_graphs": False}, "without cascade": {"shares": False},
+        "step by step": {"at_once": 1},
         "one group": alone, "one group without CUDA graphs": alone | {"cuda_graphs": False},
     }  # fmt: skip
     if bench.args.device == "cuda" and importlib.util.find_spec("flash_attn"):
@@ -182,6 +189,7 @@ def gains(bench: Bench, end: float) -> dict[str, tuple[float, str]]:
         ("CUDA-graph gain", "without CUDA graphs", "as it is"),
         ("CUDA-graph gain, one group", "one group without CUDA graphs", "one group"),
         ("cascade gain", "without cascade", "as it is"),
+        ("steps ahead gain", "step by step", "as it is"),
         ("flash-attn gain, nothing shared", "blocks of 256", "flash-attn"),
     ):
         if slow in steps and fast in steps:

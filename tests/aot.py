@@ -101,6 +101,21 @@ def head_helper_cases() -> list[Case]:
         {"parts_ptr": "*fp32", "out_ptr": "*fp32"}, {"BLOCK_R": 32, "BLOCK_T": 64},
     )  # fmt: skip
     for dtype in ("bf16", "fp32"):
+        x = f"*{dtype}"
+        found += on_every_chip(
+            "triton_head", "_scaled_rows_kernel", dtype,
+            {"x_ptr": x, "v_ptr": "*fp32", "out_ptr": x}, {"BLOCK_D": 1024}, ("stride_x", "D"),
+        )  # fmt: skip
+        found += on_every_chip(
+            "triton_head", "_store_dhidden_kernel", dtype,
+            {"out_ptr": "*fp32", "v_ptr": "*fp32", "weight_ptr": x, "at_ptr": "*i64",
+             "mine_ptr": "*fp32", "index_ptr": "*i64", "dhidden_ptr": x},
+            {"HAS_INDEX": True, "BLOCK_D": 1024}, ("stride_w", "stride_d", "D"),
+        )  # fmt: skip
+        found += on_every_chip(
+            "triton_head", "_scale_kernel", dtype, {"x_ptr": x, "factor_ptr": "*fp32"},
+            {"BLOCK": 8192}, options={"num_warps": 8},
+        )  # fmt: skip
         found += on_every_chip(
             "triton_head", "_compact_kernel", dtype, {"E_ptr": f"*{dtype}", "idx_ptr": "*i64"},
             {"BLOCK_R": 8, "BLOCK_V": 256}, ("stride_e",), {"num_warps": 1},
@@ -199,6 +214,15 @@ def sample_cases() -> list[Case]:
              "row_max_ptr": "*fp32", "row_s_ptr": "*fp64", "tokens_ptr": "*i64"},
             block | {"BLOCKS": 256},
         )  # fmt: skip
+    longs = ("step_ptr", "tokens_ptr", "positions_ptr", "slots_ptr", "out_tokens_ptr", "drawn_ptr")
+    ints = ("context_ptr", "table_ptr")
+    found += on_every_chip(
+        "advance", "_advance_kernel", "256",
+        dict.fromkeys(longs, "*i64") | dict.fromkeys(ints, "*i32")
+        | dict.fromkeys(("out_logprobs_ptr", "logprobs_ptr"), "*fp32")
+        | dict.fromkeys(("out_bad_ptr", "bad_ptr"), "*u8"),
+        {"BLOCK_SIZE": 16, "BLOCK_R": 256},
+    )  # fmt: skip
     return found + on_every_chip(
         "triton_sample", "_row_sums_kernel", "256",
         sums | double | {"bad_ptr": "*i32", "inv_temperature_ptr": "*fp64", "is_bad_ptr": "*i8"},

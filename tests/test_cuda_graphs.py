@@ -13,7 +13,9 @@ import torch
 from tiny import FAMILIES, SHAPE, has_fixed_sums, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from r1fast.kernels.advance import StepState, advance
 from r1fast.kernels.paged_attention import DecodePlan, PagedLayout, paged_attention, write_kv
+from r1fast.kernels.sample import Sampled
 from r1fast.model import Decoder, ModelSpec
 from r1fast.rollout import cuda_graphs, kv_cache, runner
 from r1fast.rollout.cuda_graphs import Graph, row_ladder
@@ -124,6 +126,145 @@ def test_every_edge_of_a_bucket(num_rows, forward):
     actual = rollout(make_engine(model, capture), *args)
     assert_equal(actual, rollout(make_engine(model), *args), TOLERANCE[forward])
     assert capture.num_replayed > 0
+
+
+def looks(engine) -> list[int]:
+    """How many steps each call of the graphs makes, from now on."""
+    found, draws = [], engine.runner.graphs.draws
+
+    def counted(step, u, *args):
+        found.append(len(u))
+        return draws(step, u, *args)
+
+    engine.runner.graphs.draws = counted
+    return found
+
+
+@pytest.mark.parametrize("stop_ids", [(), (5, 11, 40, 77)])
+def test_the_host_looks_after_several_steps(stop_ids, forward):
+    """Samples end amid them, by a token or their length: nothing drawn after that is seen, and slots are filled."""
+    model, sampling = tiny_model(), SamplingParams(1.0, max_tokens=80, stop_token_ids=stop_ids)
+    prompts, sizes = make_prompts((20, 4, 12, 1, 17)), (3, 1, 6, 4, 5)
+    seeds = [[sample_seed(p, g) for g in range(n)] for p, n in enumerate(sizes)]
+    capture = Rerun()
+    engine, eager = make_engine(model, capture, slots=24), make_engine(model, slots=24)
+    steps = looks(engine)
+    groups, expected = (
+        [c for group in e.generate(prompts, None, sampling, seeds=seeds) for c in group.completions]
+        for e in (engine, eager)
+    )
+    assert_equal(groups, expected, TOLERANCE[forward])
+    assert len({len(c.token_ids) for c in groups}) > 3
+    assert max(steps) > 2
+    assert sum(steps) == capture.num_replayed == engine.stats.decode_steps
+    assert engine.stats.decode_tokens == eager.stats.decode_tokens
+    assert engine.stats.blocks_used == 0
+
+
+def test_all_steps_at_most_and_one_at_first():
+    """A sixteenth of what has been drawn may be lost; near a limit there is one step at a time no more than left."""
+    engine = make_engine(tiny_model(), Rerun(), slots=4)
+    steps = looks(engine)
+    sampling = SamplingParams(1.0, max_tokens=126, ignore_eos=True)
+    engine.generate(make_prompts((2,)), 4, sampling)
+    assert steps[0] == 1
+    assert max(steps) == cuda_graphs.MAX_STEPS
+    assert sum(steps) == 125  # the first token is of the prompt's own logits
+    drawn = 1
+    for n in steps:
+        assert n <= 1 + drawn // 16
+        drawn += n
+
+
+def test_steps_ahead_preempt_nobody(forward):
+    """Where blocks are short there is one step at a time, and the results are those of a roomy cache."""
+    model = tiny_model()
+    spec = model.spec
+    block = 2 * spec.num_layers * spec.num_kv_heads * 16 * spec.head_dim * 4
+    args = (make_prompts((20, 4)), (4, 4), 60)
+    expected = rollout(make_engine(model), *args)
+    capture = Rerun()
+    engine = make_engine(model, capture, slots=8, cache_bytes=30 * block)
+    steps = looks(engine)
+    assert_equal(rollout(engine, *args), expected, TOLERANCE[forward])
+    eager = make_engine(model, slots=8, cache_bytes=30 * block, cuda_graphs=False)
+    assert_equal(rollout(eager, *args), expected, TOLERANCE[forward])
+    assert 1 in steps[5:]
+    assert capture.num_replayed == engine.stats.decode_steps
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_k": 5}, {"min_p": 0.1}, {"logit_bias": {5: 2.0}}, {"stop": ("x",)}], ids=str
+)
+def test_what_more_than_the_temperature_decides_is_drawn_by_the_host(options, forward):
+    model, sampling = tiny_model(), SamplingParams(0.9, max_tokens=40, **options)
+    capture = Rerun()
+    engine = make_engine(model, capture, decode=lambda ids: "." * len(ids))
+    steps = looks(engine)
+    groups, expected = (
+        [c for group in e.generate(make_prompts((20, 4)), 3, sampling) for c in group.completions]
+        for e in (engine, make_engine(model, decode=lambda ids: "." * len(ids)))
+    )
+    assert_equal(groups, expected, TOLERANCE[forward])
+    assert capture.num_replayed == engine.stats.decode_steps
+    assert set(steps) == ({1} if "stop" in options else set())
+
+
+def test_bad_logits_amid_several_steps_end_their_sample_alone(monkeypatch):
+    """The weights cannot change amid them, so the logits of one row are spoilt at one position."""
+    monkeypatch.setattr(runner, "is_supported", lambda model: False)
+    model, sampling = tiny_model(), SamplingParams(1.0, max_tokens=75, ignore_eos=True)
+    decode = Runner._decode
+
+    def spoilt(self, inputs, plan, cache):
+        logits = decode(self, inputs, plan, cache)
+        return logits.masked_fill(
+            ((inputs.positions == 90) & (inputs.slots >= 0))[:, None], torch.nan
+        )
+
+    monkeypatch.setattr(Runner, "_decode", spoilt)
+    prompts = make_prompts((20, 2))
+    engine = make_engine(model, Rerun(), slots=8)
+    steps = looks(engine)
+    events = [c for g in engine.generate(prompts, 2, sampling) for c in g.completions]
+    long = events[:2]
+    assert [c.finish_reason for c in long] == ["error"] * 2
+    assert all(len(c.token_ids) == 71 for c in long), [len(c.token_ids) for c in long]
+    assert max(steps) > 2
+    assert engine.stats.blocks_used == 0
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_advance_by_triton_and_by_torch(block_size, device):
+    """Several steps of rows, of which some are padding, over a block's edge."""
+    g = torch.Generator().manual_seed(0)
+    R, M, K = 7, 6, 5
+    context = torch.tensor([1, 14, 16, 31, 33, 0, 0]).int()
+    table = torch.randperm(100, generator=g)[: R * M].int().view(R, M)
+    first = {
+        "step": torch.zeros(1, dtype=torch.int64), "tokens": torch.arange(R),
+        "positions": (context - 1).clamp(min=0).long(), "slots": torch.full((R,), 999),
+        "context": context, "table": table,
+        "out_tokens": torch.full((K, R), -1), "out_logprobs": torch.zeros(K, R),
+        "out_bad": torch.zeros(K, R, dtype=torch.uint8),
+    }  # fmt: skip
+    states = [StepState(**{n: x.clone().to(device) for n, x in first.items()}) for _ in range(2)]
+    for _ in range(K):
+        tokens = torch.randint(97, (R,), generator=g).to(device)
+        logprobs = -torch.rand(R, generator=g).to(device)
+        is_bad = (torch.rand(R, generator=g) < 0.3).to(device)
+        drawn = Sampled(tokens, logprobs, logprobs, is_bad, None, None, None)
+        for state, backend in zip(states, ("torch", "triton"), strict=True):
+            advance(state, drawn, block_size, backend=backend)
+    ref, kernel = states
+    for name in first:
+        assert torch.equal(getattr(ref, name), getattr(kernel, name)), name
+    assert ref.step.item() == K
+    assert ref.context.tolist() == [*(context[:5] + K).tolist(), 0, 0]
+    assert ref.slots[5:].tolist() == [999, 999]
+    position = int(context[1]) - 1 + K
+    assert ref.slots[1] == table[1, position // block_size] * block_size + position % block_size
+    assert torch.equal(ref.tokens[:5], ref.out_tokens[-1, :5])
 
 
 def test_rows_beyond_the_ladder_run_without():

@@ -40,8 +40,12 @@ class DecodeStep:
         rows: Rows,
         drafts: np.ndarray | None = None,
         tails: np.ndarray | None = None,  # (S, TILE) int32 of `_C.Tails`
+        num_steps: int = 1,
     ) -> "DecodeStep":
-        """The last token of every running row, and after it the row's drafts (B, num_draft), -1: none."""
+        """The last token of every running row, and after it the row's drafts (B, num_draft), -1: none.
+
+        The table has the blocks of `num_steps` steps, of which this is the first.
+        """
         batch, N = rows.batch(), rows.block_size
         context = rows.length[batch.slots]
         tokens, positions = rows.tokens[batch.slots, context - 1], context - 1
@@ -53,7 +57,7 @@ class DecodeStep:
             offset = np.arange(len(row)) - starts[row]
             tokens = np.concatenate((tokens[:, None], drafts), 1)[row, offset]
             positions, context = positions[row] + offset, context + counts - 1
-        table = rows.blocks[batch.slots, : -(-int(context.max()) // N)]
+        table = rows.blocks[batch.slots, : -(-int(context.max() + num_steps - 1) // N)]
         blocks = table[row, positions // N]
         slots = slots_of(blocks, positions, N)
         if tails is not None:

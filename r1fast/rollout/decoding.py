@@ -3,6 +3,7 @@
 import numpy as np
 
 from r1fast import _C
+from r1fast.rollout.cuda_graphs import MAX_STEPS
 from r1fast.rollout.draw import Draw, draw
 from r1fast.rollout.request import Sample, why_banned
 from r1fast.rollout.result import event_of, undecodable
@@ -17,6 +18,9 @@ class Decoding:
         if self.speculation is None and self.runner.can_decode_many(self.rows):
             nobody_waits = not (self.rows.num_watched or self.scheduler.could_start)
             self._decode_many(events, num_tokens if nobody_waits else 1)
+            return
+        ahead = self.speculation is None and self.runner.can_decode_ahead(self.rows)
+        if ahead and self._decode_ahead(events, num_tokens):
             return
         slots = self.rows.batch().slots
         self._counts.decode_steps += 1
@@ -61,6 +65,32 @@ class Decoding:
             slots, outcomes = slots[~is_bad], outcomes[~is_bad]
         stopped, full = (outcomes == int(x) for x in (_C.Outcome.stopped, _C.Outcome.full))
         self._settle(slots, stopped, full, None, np.arange(len(slots)), events)
+
+    def _decode_ahead(self, events: list[TokenEvent], num_tokens: int) -> bool:
+        """The next tokens of every running sample by graphs that draw. False where none could be had.
+
+        The host looks after several steps: what a sample has drawn after its end is dropped, and a free slot
+        waits for the others. So there are more of them as completions grow longer: a sixteenth of their mean
+        length, which is what may be lost.
+        """
+        rows, slots = self.rows, self.rows.batch().slots
+        left = rows.limit[slots] - rows.length[slots]
+        drawn = rows.length[slots] - rows.prompt_length[slots]
+        most = min(num_tokens, MAX_STEPS, int(left.min()), 1 + int(drawn.mean()) // 16)
+        if rows.num_watched or self.scheduler.could_start:
+            most = 1
+        if most > 1:
+            most = self.scheduler.grow_ahead(most)
+        with self.part("decode"):  # and the draws
+            steps = self.runner.decode_ahead(rows, self.scheduler.cache, most)
+        if steps is None:
+            return False
+        self._counts.decode_steps += len(steps)
+        going = np.arange(len(slots))
+        for step in steps:
+            self._append(slots[going], step, going, events)
+            going = going[[rows.samples[slot] is not None for slot in slots[going]]]
+        return True
 
     def _append(
         self, slots: np.ndarray, drawn: Draw, at: np.ndarray, events: list[TokenEvent]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from r1fast.kernels.sample import Adjustments, sample
-from r1fast.rollout.rows import Rows
+from r1fast.rollout.rows import Batch, Rows
 from r1fast.rollout.sampler import uniforms
 
 SETTINGS = ("temperature", "top_k", "top_p", "min_p")
@@ -23,6 +23,11 @@ class Draw:
     values: dict[str, np.ndarray]  # logprobs and, where wanted, truncated and entropies; (Nq,)
     top_ids: np.ndarray | None  # (Nq, num_top)
     top_logprobs: np.ndarray | None
+
+
+def draws_in_graph(batch: Batch) -> bool:
+    """Whether the temperature alone decides, and nothing is reported but the token's own log-probability."""
+    return not (batch.adjusts or batch.truncates or batch.return_entropy or batch.num_top)
 
 
 def draw(logits: Tensor, rows: Rows, slots: np.ndarray, offsets: np.ndarray | None = None) -> Draw:

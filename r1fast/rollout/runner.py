@@ -18,9 +18,11 @@ from r1fast.lora import stacks, with_stacks
 from r1fast.model import Decoder
 from r1fast.rollout.cuda_graphs import Capture, CudaCapture, DecodeGraphs
 from r1fast.rollout.decode_step import DecodeStep, Inputs, slots_of
+from r1fast.rollout.draw import Draw, draws_in_graph
 from r1fast.rollout.kv_cache import KVCache
 from r1fast.rollout.native import NativeForward, draws_alone, is_supported
 from r1fast.rollout.rows import Rows
+from r1fast.rollout.sampler import uniforms
 from r1fast.rollout.scheduler import Chunk
 
 
@@ -91,8 +93,30 @@ class Runner:
                 return logits
         return self._decode(*step.to(self._tensor), cache)
 
+    def can_decode_ahead(self, rows: Rows) -> bool:
+        return self.graphs is not None and draws_in_graph(rows.batch())
+
+    def decode_ahead(self, rows: Rows, cache: KVCache, num_steps: int) -> list[Draw] | None:
+        """What `num_steps` steps draw, B entries each, made without the host between them; None: no graph can.
+
+        A row goes on after a token that ends it. There must be blocks for all steps.
+        """
+        batch = rows.batch()
+        step = DecodeStep.of(rows, num_steps=num_steps)
+        place = rows.length[batch.slots] - rows.prompt_length[batch.slots]
+        u = np.stack([uniforms(rows.seed[batch.slots], place + j) for j in range(num_steps)])
+        temperature = rows.temperature[batch.slots]
+        found = self.graphs.draws(step, u, temperature, cache, self._decode)
+        if found is None:
+            return None
+        none = np.zeros(len(batch.slots), bool)
+        return [
+            Draw(tokens, is_bad, none, {"logprobs": logprobs}, None, None)
+            for tokens, logprobs, is_bad in zip(*found, strict=True)
+        ]
+
     def can_decode_many(self, rows: Rows) -> bool:
-        """Whether steps are C++ from forward to draw; graphs are of single steps."""
+        """Whether steps are C++ from forward to draw."""
         return self.is_native and self.graphs is None and draws_alone(rows.batch())
 
     def decode_many(self, rows: Rows, cache: KVCache, max_steps: int) -> tuple[int, np.ndarray]:

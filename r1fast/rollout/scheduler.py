@@ -85,6 +85,18 @@ class Scheduler:
             rows.add_blocks(needy, blocks[taken : taken + len(needy)])
             taken += len(needy)
 
+    def grow_ahead(self, num_tokens: int) -> int:
+        """After `grow`: blocks for `num_tokens` positions where nobody has to be preempted for them, else for
+        the next one alone. Returns for how many.
+        """
+        rows, slots = self.rows, self.rows.batch().slots
+        last = np.minimum(rows.length[slots] + num_tokens - 1, rows.limit[slots])
+        missing = (-(-last // self.cache.block_size) - rows.num_blocks[slots]).clip(0).sum()
+        if missing > self.allocator.num_available:
+            return 1
+        self.grow(num_tokens)
+        return num_tokens
+
     def _grow_tails(self, tails: Tails) -> None:
         rows = self.rows
         while rows.num_running:
