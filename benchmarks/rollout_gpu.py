@@ -108,7 +108,7 @@ class Bench:
         shares: bool = True,
         num_prompts: int | None = None,
         attention: str = "auto",
-        at_once: int = 64,
+        at_once: int = 8,
         **options: Any,
     ) -> dict[str, float]:
         """A rollout of the first prompts, after one that compiles, captures and warms up."""
