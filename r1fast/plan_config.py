@@ -9,6 +9,7 @@ import torch
 
 from r1fast import distributed, running_sum
 from r1fast.assemble import problem_sets
+from r1fast.cluster_report import Options, show_clusters, whole
 from r1fast.config import STAGES, Config, LoraConfig, stage_config
 from r1fast.costs import Size
 from r1fast.examples import load_examples
@@ -28,11 +29,15 @@ from r1fast.templates import encode_prompts
 
 SOME = 256  # problems or examples whose lengths are looked at
 DEFAULT_GPU = "h100"  # where a config asks for one and there is none
-Options = dict[str, str | list[str]]
 
 
 def plan_config(config: Config, options: Options) -> None:
-    """Tables of one stage, or a line for each stage of a pipeline."""
+    """Tables of one stage, or a line for each stage of a pipeline; with --gpus a cluster on paper."""
+    if "gpus" in options:
+        show_clusters(config, options)
+        return
+    if extra := [name for name in ("per-node", "network") if name in options]:
+        raise ValueError(f"--{extra[0]} is of a cluster: say how many GPUs it has, --gpus N")
     stage = str(options.get("stage", ""))
     if stage and stage not in STAGES:
         raise ValueError(f"--stage must be one of {', '.join(STAGES)}, got {stage!r}")
@@ -88,7 +93,7 @@ def _show_stages(config: Config, options: Options) -> None:
 def _plan(config: Config, stage: str, kind: str, options: Options, path: str) -> Plan:
     """`path` is the model that training starts from; empty: the embedded task's own."""
     device, gpu = _device(config, options)
-    num_ranks = _whole(options, "ranks") or distributed.world_size()
+    num_ranks = whole(options, "ranks") or distributed.world_size()
     num = config.grpo.prompts_per_step if kind == "grpo" else config.sft.batch_size
     if num_ranks > num:
         key = "grpo.prompts_per_step" if kind == "grpo" else "sft.batch_size"
@@ -105,7 +110,7 @@ def _plan(config: Config, stage: str, kind: str, options: Options, path: str) ->
             _prompts(config, _tokenizer(policy, path), spec),
             config.rollout.max_completion_tokens,
         )
-        mean = _whole(options, "completion-tokens") or cut
+        mean = whole(options, "completion-tokens") or cut
         if mean > cut:
             raise ValueError(
                 f"--completion-tokens {mean} is more than rollout.max_completion_tokens = {cut}"
@@ -126,16 +131,6 @@ def _plan(config: Config, stage: str, kind: str, options: Options, path: str) ->
             f'tokens: set it to that or more, or to "auto"'
         )
     return make_plan(job, stage, lengths, gpu=gpu)
-
-
-def _whole(options: Options, name: str) -> int:
-    """0 where the option is not given."""
-    if name not in options:
-        return 0
-    text = str(options[name])
-    if not (text.isdecimal() and int(text)):
-        raise ValueError(f"--{name} must be a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _device(config: Config, options: Options) -> tuple[torch.device, GPU | None]:
