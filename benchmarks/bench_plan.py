@@ -103,11 +103,11 @@ def measure(s: Shape, folder: Path) -> dict:
 
     from r1fast import planning
     from r1fast.config import load_config
-    from r1fast.metrics import Timer
     from r1fast.model import Decoder, ModelSpec
     from r1fast.plan import FILE
     from r1fast.policy import Policy
     from r1fast.sft import SFTTrainer
+    from r1fast.timer import Timer
     from r1fast.trainer import GRPOTrainer
     from r1fast.types import Problem, Sequence
 

@@ -14,11 +14,11 @@ import torch
 from common import append_rows, print_table
 
 from r1fast.batch import pack
+from r1fast.forward import hidden_states
 from r1fast.kernels.linear_cross_entropy import linear_cross_entropy
 from r1fast.model import Decoder, ModelSpec
 from r1fast.probe import LiveBytes
 from r1fast.recompute import MODES
-from r1fast.training import hidden_states
 from r1fast.types import PackedBatch, Sequence
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -64,12 +64,12 @@ def model_blocks(folder: str, num_problems: int = 64):
     """Next-token distributions where a model that the demo trained samples its completions."""
     from r1fast.batch import pack
     from r1fast.config import load_config
+    from r1fast.forward import hidden_states
     from r1fast.policy import load_policy
     from r1fast.rollout.engine import Engine
     from r1fast.rollout.sampler import SamplingParams
     from r1fast.running_sum import make_problems
     from r1fast.templates import encode_prompts
-    from r1fast.training import hidden_states
     from r1fast.types import Sequence
 
     policy = load_policy(folder)

@@ -31,10 +31,10 @@ def run_r1fast(s: Settings, orders: Iterator[dict], answer: Callable, folder: st
 
     from r1fast.batch import pack
     from r1fast.config import load_config
+    from r1fast.forward import completion_logprobs
     from r1fast.hf_folder import fill_tensors
     from r1fast.policy import load_policy
     from r1fast.trainer import GRPOTrainer
-    from r1fast.training import completion_logprobs
     from r1fast.types import Completion, Problem, Reward, RolloutGroup, Sequence
 
     class Scorer:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from r1fast.metrics import warn
+from r1fast.tensor_file import Bytes, json_bytes, safetensors_bytes
 
 VERSION = 2  # of the layout above; in 1 names had no file's name before them
 READABLE = (1, 2)
@@ -35,13 +36,7 @@ DAMAGED = ".damaged"  # ends the name of a checkpoint that was put aside
 MEASURE = "measure"  # in the state: {"metric": name, "value": number}
 TEMP_PREFIX = ".saving-"
 CHUNK = 1 << 22  # bytes written or read at a time
-Bytes = bytes | memoryview
 _NAME = re.compile(r"step-(\d+)(\.old)?")  # .old: was there when the same step was saved again
-_DTYPES = {  # safetensors' names
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 class NonFiniteWeightsError(ValueError, FloatingPointError):
@@ -184,10 +179,6 @@ def remove_unfinished(folder: Path) -> None:
         _remove(stale)
 
 
-def json_bytes(value: Mapping) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
-
-
 def load_checkpoint(folder: str | Path, up_to: int | None = None) -> Checkpoint | None:
     """The newest checkpoint in `folder` whose sizes and hashes are right; None if it has none.
 
@@ -223,27 +214,6 @@ def read_step(folder: Path, step: int) -> Checkpoint | None:
     return Checkpoint(paths[0], step, json.loads((paths[0] / STATE).read_bytes()))
 
 
-def same_config(saved: Mapping, current: Mapping) -> list[str]:
-    """What differs, as "grpo.kl_coef: 0.001 -> 0.0"; empty when nothing does."""
-    old, new = (dict(_leaves(json.loads(json.dumps(c)))) for c in (saved, current))
-    absent = object()
-    lines = []
-    for key in [*old, *(key for key in new if key not in old)]:
-        a, b = old.get(key, absent), new.get(key, absent)
-        if a != b:
-            shown = ("(not set)" if value is absent else repr(value) for value in (a, b))
-            lines.append(f"{key}: " + " -> ".join(shown))
-    return lines
-
-
-def _leaves(config: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def refuse_nonfinite(model: Mapping[str, Tensor], step: int) -> None:
     floats = {name: x for name, x in model.items() if x.is_floating_point() and x.numel()}
     if not floats:
@@ -257,31 +227,6 @@ def refuse_nonfinite(model: Mapping[str, Tensor], step: int) -> None:
             f"the weights of step {step} are not finite ({', '.join(bad[:3])}{more}); "
             "no checkpoint written, the one before is kept"
         )
-
-
-def safetensors_bytes(named: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, one tensor at a time: no second copy of the model, the hash
-    is of what was meant and not of what was read back, and a full disk is an OSError."""
-    # wide dtypes first, as the format's own writer does: every tensor starts aligned
-    order = sorted(named, key=lambda name: (-named[name].element_size(), name))
-    header: dict = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        x = named[name]
-        if x.dtype not in _DTYPES:
-            raise ValueError(f"tensor {name!r} has dtype {x.dtype}, which checkpoints cannot hold")
-        start, end = end, end + x.numel() * x.element_size()
-        header[name] = {
-            "dtype": _DTYPES[x.dtype], "shape": list(x.shape), "data_offsets": [start, end],
-        }  # fmt: skip
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text
-    for name in order:
-        if named[name].numel():
-            x = named[name].detach().cpu().contiguous()
-            yield memoryview(x.reshape(-1).view(torch.uint8).numpy())
 
 
 def _pieces(chunks: Iterable[Bytes], stop: Callable[[], bool]) -> Iterator[Bytes]:

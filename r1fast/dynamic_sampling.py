@@ -17,10 +17,11 @@ from r1fast import distributed
 from r1fast.config import Config
 from r1fast.grpo import groups_with_signal
 from r1fast.interrupt import Stopped, boundary, giving_up
-from r1fast.metrics import Timer, warn
+from r1fast.metrics import warn
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.result import completion_of
 from r1fast.rollout.sampler import SamplingParams
+from r1fast.timer import Timer
 from r1fast.types import Problem, RolloutGroup, TokenEvent
 
 ROUND = (

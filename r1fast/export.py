@@ -20,7 +20,7 @@ from r1fast.model import DTYPES, load_tokenizer
 from r1fast.policy import Policy, load_policy
 from r1fast.reward_model import load_reward_model
 from r1fast.reward_training import RewardPolicy
-from r1fast.training import base_digest, fill
+from r1fast.training_state import base_digest, fill
 
 KEYS = ("model.path", "model.dtype")
 CHECKPOINTS = "checkpoints"

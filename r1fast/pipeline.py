@@ -16,13 +16,14 @@ from pathlib import Path
 
 from r1fast import cold_start, distributed
 from r1fast.assemble import make_scorer, problem_sets
-from r1fast.checkpoint import same_config
 from r1fast.claims import claims
 from r1fast.config import STAGES, Config, stage_config, to_dict
+from r1fast.config_diff import same_config
 from r1fast.evaluate import evaluate
 from r1fast.hf_folder import read_json, write_json
-from r1fast.metrics import duration, rule, say
+from r1fast.metrics import rule, say
 from r1fast.policy import Policy, load_policy
+from r1fast.progress import duration
 from r1fast.provenance import provenance
 from r1fast.recipe import RECIPE, asks_r1_zero, evaluate_general
 from r1fast.report import print_stage_table, report_on

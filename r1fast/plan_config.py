@@ -16,13 +16,14 @@ from r1fast.examples import load_examples
 from r1fast.hf_folder import read_model_config
 from r1fast.lora import add_lora
 from r1fast.machine import GPU
-from r1fast.metrics import duration, table
+from r1fast.metrics import table
 from r1fast.model import Decoder, ModelSpec, load_tokenizer
 from r1fast.pipeline import SMALL, Pipeline
 from r1fast.plan import Plan, billions, mib
 from r1fast.planner import peak
 from r1fast.planning import assumed_gpu, grpo_groups, make_job, make_plan, sft_groups
 from r1fast.policy import Policy, pick_device
+from r1fast.progress import duration
 from r1fast.recipe import RECIPE
 from r1fast.sft import encode_examples
 from r1fast.templates import encode_prompts

@@ -15,6 +15,7 @@ from r1fast.balance import move, new_ranks
 from r1fast.batch import pack
 from r1fast.config import Config
 from r1fast.costs import Size
+from r1fast.forward import cost_per_token, hidden_states, sequence_logprobs
 from r1fast.grpo import (
     groups_with_signal,
     grpo_objective,
@@ -34,13 +35,8 @@ from r1fast.reference import engine_logprobs, make_reference
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.step_plan import Fact, Key, MiniBatch, StepPlan, check_groups
-from r1fast.training import (
-    Trainer,
-    cost_per_token,
-    hidden_states,
-    put_adapters,
-    sequence_logprobs,
-)
+from r1fast.training import Trainer
+from r1fast.training_state import put_adapters
 from r1fast.types import Completion, PackedBatch, RolloutGroup, Sequence
 
 # mean |sampler - trainer| in nats: ten times and more what the rounding of two forwards gives

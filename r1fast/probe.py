@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from r1fast.batch import pack
 from r1fast.config import LoraConfig, OptimConfig
 from r1fast.costs import Counts, Groups, apart, count
+from r1fast.forward import hidden_states
 from r1fast.kernels.linear import linear
 from r1fast.kernels.linear_cross_entropy import linear_cross_entropy
 from r1fast.kernels.linear_logprobs import linear_logprobs
@@ -29,7 +30,6 @@ from r1fast.model import Decoder, ModelSpec
 from r1fast.optim import Optimizer
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams
-from r1fast.training import hidden_states
 from r1fast.types import PackedBatch, Sequence
 
 NARROW = 64  # about the width of the decoder whose bytes are counted

@@ -18,7 +18,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from r1fast.hf_folder import write_json
-from r1fast.metrics import Timer, say, table, warn
+from r1fast.metrics import say, table, warn
+from r1fast.timer import Timer
 
 FOLDER, TRACE, NUMBERS = "profile", "trace.json.gz", "profile.json"
 NUM_OPERATORS = 12

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from r1fast import distributed
-from r1fast.checkpoint import STATE, json_bytes, read_step, safetensors_bytes, steps_in, write_step
+from r1fast.checkpoint import STATE, read_step, steps_in, write_step
 from r1fast.config import to_dict
 from r1fast.config_check import steps_of
 from r1fast.metrics import warn
 from r1fast.provenance import rounding
+from r1fast.tensor_file import json_bytes, safetensors_bytes
 from r1fast.training import Trainer
 from r1fast.types import Completion, Problem, Reward, RolloutGroup
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from r1fast.batch import group_by_prompt
 from r1fast.config import Config
+from r1fast.forward import sequence_logprobs
 from r1fast.lora import adapters_off, exchanged, is_untrained, lora_tensors
 from r1fast.model import DTYPES, Decoder
 from r1fast.policy import Policy
 from r1fast.rollout.engine import Engine
-from r1fast.training import fill, sequence_logprobs
+from r1fast.training_state import fill
 from r1fast.types import PackedBatch, Sequence
 
 

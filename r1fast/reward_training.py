@@ -19,7 +19,6 @@ from r1fast import _C, distributed
 from r1fast.config import Config, LoraConfig
 from r1fast.data_order import batch_indices
 from r1fast.interrupt import stoppable
-from r1fast.metrics import Timer
 from r1fast.reward_model import (
     TOKEN_BUDGET,
     LabelledResponse,
@@ -27,7 +26,9 @@ from r1fast.reward_model import (
     RewardModel,
     save_reward_model,
 )
-from r1fast.training import Trainer, digest
+from r1fast.timer import Timer
+from r1fast.training import Trainer
+from r1fast.training_state import digest
 
 Objective = Literal["pairwise", "pointwise"]
 Items = Sequence[PreferencePair] | Sequence[LabelledResponse]

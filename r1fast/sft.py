@@ -11,6 +11,7 @@ from r1fast.config import Config
 from r1fast.costs import Size
 from r1fast.data_order import batch_indices
 from r1fast.examples import Example
+from r1fast.forward import hidden_states
 from r1fast.interrupt import stoppable
 from r1fast.kernels.linear_cross_entropy import linear_cross_entropy
 from r1fast.kernels.loss_rows import NonFiniteError
@@ -21,7 +22,8 @@ from r1fast.planning import make_job, settle, sft_groups, watch
 from r1fast.policy import Policy
 from r1fast.protocol import rest_of_completion
 from r1fast.templates import encode_text, render_prompt, with_system
-from r1fast.training import Trainer, digest, hidden_states
+from r1fast.training import Trainer
+from r1fast.training_state import digest
 from r1fast.types import Sequence
 
 

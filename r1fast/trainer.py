@@ -28,7 +28,7 @@ from r1fast.rollout.result import EngineStats
 from r1fast.rollout.sampler import sample_seed
 from r1fast.rollout_metrics import finish_rollout_metrics, rollout_extremes, rollout_sums
 from r1fast.templates import encode_prompts
-from r1fast.training import digest
+from r1fast.training_state import digest
 from r1fast.types import Problem, RolloutGroup
 
 

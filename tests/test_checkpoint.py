@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 
 from r1fast import checkpoint
-from r1fast.checkpoint import load_checkpoint, same_config, save_checkpoint
+from r1fast.checkpoint import load_checkpoint, save_checkpoint
+from r1fast.config_diff import same_config
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import TokenScorer, tiny_config, tiny_policy, tiny_problems
 
-from r1fast.checkpoint import STATE, json_bytes, load_checkpoint, safetensors_bytes, write_step
+from r1fast.checkpoint import STATE, load_checkpoint, write_step
+from r1fast.tensor_file import json_bytes, safetensors_bytes
 from r1fast.trainer import GRPOTrainer
 
 RANK = """

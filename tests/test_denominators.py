@@ -8,8 +8,8 @@ from test_invariance import assert_same, record_gradients
 from tiny import TokenScorer, random_groups, tiny_config, tiny_policy, tiny_problems
 
 from r1fast.batch import pack
+from r1fast.forward import hidden_states
 from r1fast.trainer import GRPOTrainer
-from r1fast.training import hidden_states
 from r1fast.types import Reward, Sequence
 
 LONGEST, EPS = 8, 0.2  # of tiny_config: max_completion_tokens, clip_eps

@@ -21,6 +21,7 @@ from tiny import alike, random_groups, tiny_checkpoint, tiny_config, tiny_policy
 
 from r1fast import cold_start, distributed
 from r1fast.evaluate import evaluate
+from r1fast.forward import hidden_states
 from r1fast.lora import merge_lora
 from r1fast.metrics import read_metrics
 from r1fast.policy import load_policy
@@ -29,7 +30,6 @@ from r1fast.rejection import rejection_sample
 from r1fast.replay import replay
 from r1fast.sft import SFTTrainer
 from r1fast.trainer import GRPOTrainer
-from r1fast.training import hidden_states
 from r1fast.types import Reward, Sequence
 
 # an eps far above the gradients' rounding: AdamW's first steps divide by the gradient's size

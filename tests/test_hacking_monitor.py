@@ -9,14 +9,15 @@ from r1fast.batch import pack
 from r1fast.checkpoint import load_checkpoint
 from r1fast.config import MonitorConfig, RewardConfig, TemplateConfig, load_config
 from r1fast.evaluate import short_evaluation
+from r1fast.forward import hidden_states
 from r1fast.hacking_monitor import HackingMonitor, RewardHackingError
 from r1fast.kernels.linear_cross_entropy import linear_cross_entropy
-from r1fast.metrics import read_metrics, step_line
+from r1fast.metrics import read_metrics
+from r1fast.progress import step_line
 from r1fast.report import write_report
 from r1fast.rewards.math import MathReward
 from r1fast.rewards.score import RewardScorer
 from r1fast.trainer import GRPOTrainer
-from r1fast.training import hidden_states
 from r1fast.types import Problem, Sequence
 
 

@@ -492,8 +492,8 @@ def teach(reply: str):
     from tiny import tiny_policy, tiny_tokenizer
 
     from r1fast.batch import pack
+    from r1fast.forward import hidden_states
     from r1fast.kernels.linear_cross_entropy import linear_cross_entropy
-    from r1fast.training import hidden_states
     from r1fast.types import Sequence
 
     tokenizer = tiny_tokenizer((reply,) * 50)

@@ -13,16 +13,9 @@ import sys
 import pytest
 
 from r1fast import metrics
-from r1fast.metrics import (
-    METRIC_HELP,
-    MetricsWriter,
-    Timer,
-    duration,
-    metric_help,
-    progress,
-    read_metrics,
-    step_line,
-)
+from r1fast.metric_help import METRIC_HELP, metric_help
+from r1fast.metrics import MetricsWriter, read_metrics
+from r1fast.progress import duration, progress, step_line
 from r1fast.rollout_metrics import (
     finish_rollout_metrics,
     rollout_extremes,
@@ -30,6 +23,7 @@ from r1fast.rollout_metrics import (
     rollout_sums,
     wait_rate,
 )
+from r1fast.timer import Timer
 from r1fast.types import Completion, Problem, Reward, RolloutGroup
 
 ROW = {
@@ -221,7 +215,7 @@ def test_live_bar_on_a_terminal_keeps_lines_above_it(encoding):
     import pty
 
     code = (
-        "from r1fast.metrics import progress\n"
+        "from r1fast.progress import progress\n"
         "with progress('Outer', 3) as bar:\n"
         "    for i in range(3):\n"
         "        bar.update(f'row {i} \\u00b1')\n"

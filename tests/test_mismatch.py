@@ -6,9 +6,9 @@ from test_invariance import record_gradients
 from test_score import needs_native
 from tiny import TokenScorer, tiny_config, tiny_policy, tiny_problems
 
+from r1fast.forward import sequence_logprobs
 from r1fast.metrics import _warn_once, read_metrics
 from r1fast.trainer import GRPOTrainer
-from r1fast.training import sequence_logprobs
 
 BOUND = "--grpo.max_logprob_mismatch=0.05"
 DEFAULT = "--grpo.max_logprob_mismatch=0"

@@ -12,13 +12,13 @@ from tiny import FAMILIES, tiny_model
 
 from r1fast.batch import pack
 from r1fast.config import LoraConfig
+from r1fast.forward import completion_logprobs
 from r1fast.kernels import cpu_head
 from r1fast.lora import adapters, add_lora
 from r1fast.model import Decoder, save_model
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams, sample_seed
 from r1fast.rollout.speculation import Speculation
-from r1fast.training import completion_logprobs
 from r1fast.types import Sequence
 
 EOS = 3

@@ -14,6 +14,7 @@ from r1fast.batch import pack
 from r1fast.config import LoraConfig
 from r1fast.costs import Size, apart, cache_bytes, count, forward_flops, rollout_flops
 from r1fast.examples import Example
+from r1fast.forward import hidden_states
 from r1fast.kernels.linear_cross_entropy import linear_cross_entropy
 from r1fast.lora import add_lora
 from r1fast.machine import GIB, GPUS, PeakMemory, available_memory
@@ -26,7 +27,6 @@ from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.sft import SFTTrainer, encode_examples
 from r1fast.trainer import GRPOTrainer
-from r1fast.training import hidden_states
 from r1fast.types import Sequence
 
 GROUPS = [(5, [1, 9, 4, 1]), (1, [3, 7]), (6, [8]), (9, [2, 2, 30, 11, 5])]

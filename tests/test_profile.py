@@ -11,7 +11,8 @@ from tiny import tiny_config
 from r1fast import distributed
 from r1fast.__main__ import parse
 from r1fast.config import load_config
-from r1fast.metrics import Timer, read_metrics
+from r1fast.metrics import read_metrics
+from r1fast.timer import Timer
 
 SIZE = (
     "--rollout.num_generations=8",

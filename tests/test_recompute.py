@@ -9,6 +9,7 @@ from tiny import TokenScorer, tiny_config, tiny_policy, tiny_problems
 from r1fast import planning
 from r1fast.batch import pack
 from r1fast.config import LoraConfig
+from r1fast.forward import hidden_states
 from r1fast.lora import add_lora
 from r1fast.machine import GIB
 from r1fast.model import Decoder, ModelSpec
@@ -17,7 +18,6 @@ from r1fast.planning import choose_checkpointing, with_checkpointing
 from r1fast.probe import LiveBytes, measure_footprint
 from r1fast.recompute import MODES, keep_source
 from r1fast.trainer import GRPOTrainer
-from r1fast.training import hidden_states
 from r1fast.types import Sequence
 
 D, F, H, K, DH = 128, 384, 4, 2, 32

@@ -14,6 +14,7 @@ from tiny import TokenScorer, random_groups, tiny_checkpoint, tiny_config, tiny_
 from r1fast import _C, provenance
 from r1fast.__main__ import main
 from r1fast.batch import pack
+from r1fast.forward import completion_logprobs
 from r1fast.grpo import token_coefficients
 from r1fast.metrics import read_metrics
 from r1fast.policy import load_policy
@@ -22,7 +23,6 @@ from r1fast.replay import replay
 from r1fast.replay.start import prepare
 from r1fast.replay.update import run_update
 from r1fast.trainer import GRPOTrainer
-from r1fast.training import completion_logprobs
 from r1fast.types import Sequence
 
 TWICE = ("--grpo.num_mini_batches=2", "--grpo.num_iterations=2", "--optim.lr=0.01")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny import without_clock
 
-from r1fast import reward_model, training
+from r1fast import optim, reward_model, training
 from r1fast.checkpoint import load_checkpoint
 from r1fast.config import OptimConfig, SFTConfig, load_config
 from r1fast.metrics import read_metrics
@@ -342,13 +342,13 @@ def test_the_preference_is_read_from_the_data():
 
 def test_every_micro_batch_is_added_up_by_the_optimizer(monkeypatch):
     """In float32, and before the ranks' sum: a gradient left in the weights would miss both."""
-    left, real = [], training.Optimizer.accumulate
+    left, real = [], optim.Optimizer.accumulate
 
     def accumulate(self):
         left.append(sum(p.grad is not None for p in model.parameters()))
         real(self)
 
-    monkeypatch.setattr(training.Optimizer, "accumulate", accumulate)
+    monkeypatch.setattr(optim.Optimizer, "accumulate", accumulate)
     model = small()
     model.to(torch.bfloat16)
     train(model, pairs(8, 3), max_steps=1, batch_size=8, optim=ADAMW, token_budget=40)

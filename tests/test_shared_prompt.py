@@ -13,9 +13,9 @@ from tiny import (
 )
 
 from r1fast.batch import pack
+from r1fast.forward import completion_logprobs, hidden_states
 from r1fast.kernels.policy_loss_options import LOSS_TYPES
 from r1fast.trainer import GRPOTrainer
-from r1fast.training import completion_logprobs, hidden_states
 from r1fast.types import Completion, Problem, Reward, RolloutGroup, Sequence
 
 OFF = "--grpo.shared_prompt=false"

@@ -5,7 +5,8 @@ import torch
 from test_invariance import assert_same, grpo_gradients
 from tiny import TokenScorer, has_fixed_sums, random_groups, tiny_config, tiny_policy, tiny_problems
 
-from r1fast import metrics, policy_update, sft, training
+from r1fast import forward as forward_module
+from r1fast import metrics, policy_update, sft
 from r1fast.batch import collate, pack
 from r1fast.checkpoint import load_checkpoint
 from r1fast.metrics import read_metrics
@@ -153,7 +154,7 @@ def test_what_does_not_fit_alone_is_an_error_that_says_what_would_do(tmp_path, m
 
 def test_the_reference_forward_is_halved_too(tmp_path, monkeypatch, capsys):
     whole = grpo_gradients(tmp_path, "--grpo.token_budget=200")
-    forward, seen = training.completion_logprobs, []
+    forward, seen = forward_module.completion_logprobs, []
 
     def completion_logprobs(model, batch, temperature):
         seen.append(batch.num_tokens)
@@ -161,7 +162,7 @@ def test_the_reference_forward_is_halved_too(tmp_path, monkeypatch, capsys):
             raise ERRORS[0]
         return forward(model, batch, temperature)
 
-    monkeypatch.setattr(training, "completion_logprobs", completion_logprobs)
+    monkeypatch.setattr(forward_module, "completion_logprobs", completion_logprobs)
     assert_same(whole, grpo_gradients(tmp_path, "--grpo.token_budget=200"))
     assert seen[0] > 50 >= max(seen[1:])
     assert len(budgets(capsys)) == 1

@@ -15,7 +15,8 @@ from tiny import (
 )
 
 from r1fast.config import RewardConfig, TemplateConfig
-from r1fast.metrics import read_metrics, step_line
+from r1fast.metrics import read_metrics
+from r1fast.progress import step_line
 from r1fast.recording import read_recording
 from r1fast.report import write_report
 from r1fast.rewards.score import RewardScorer

@@ -39,8 +39,9 @@ from r1fast.evaluate.statistics import summarise
 from r1fast.hf_folder import write_json
 from r1fast.interrupt import boundary, stoppable
 from r1fast.jsonl import write_jsonl
-from r1fast.metrics import note, progress
+from r1fast.metrics import note
 from r1fast.policy import Policy
+from r1fast.progress import progress
 from r1fast.rewards.graders import JUDGED_KINDS
 from r1fast.rewards.score import RewardScorer
 from r1fast.rollout.sampler import SamplingParams

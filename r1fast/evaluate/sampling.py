@@ -13,8 +13,9 @@ from hashlib import blake2b
 from r1fast import distributed
 from r1fast.config import Config
 from r1fast.interrupt import boundary, stoppable
-from r1fast.metrics import progress, warn
+from r1fast.metrics import warn
 from r1fast.policy import Policy
+from r1fast.progress import progress
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.result import completion_of
 from r1fast.rollout.sampler import SamplingParams, sample_seed

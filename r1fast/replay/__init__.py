@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from r1fast import distributed
-from r1fast.checkpoint import same_config
 from r1fast.config import to_dict
+from r1fast.config_diff import same_config
 from r1fast.hf_folder import write_json
 from r1fast.metrics import say, warn
 from r1fast.replay.diff import compare, differing

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from r1fast import distributed
-from r1fast.checkpoint import Checkpoint, load_checkpoint, same_config, steps_in
+from r1fast.checkpoint import Checkpoint, load_checkpoint, steps_in
 from r1fast.config import Config, config_of
+from r1fast.config_diff import same_config
 from r1fast.metrics import warn
 from r1fast.policy import Policy, policy_of
 from r1fast.policy_update import check_loss_options

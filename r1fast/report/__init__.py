@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from r1fast import metrics
-from r1fast.metrics import duration
+from r1fast.progress import duration
 from r1fast.report.page import page
 from r1fast.report.run import claim_rows, load_run, number, samples_note
 from r1fast.report.sections import body

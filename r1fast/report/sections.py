@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from r1fast.metrics import duration, metric_help
+from r1fast.metric_help import metric_help
+from r1fast.progress import duration
 from r1fast.report import evaluation
 from r1fast.report.browser import browser
 from r1fast.report.charts import Series, curve_chart
