@@ -1,14 +1,16 @@
 """Training checkpoints that survive a crash at any moment: safetensors and JSON, hashed, no pickle.
 
     folder/step-000123/{model,optimizer,...}.safetensors  state.json  manifest.json
+    folder/step-000123/model-00001-of-00002.safetensors   where several ranks have written
     folder/latest, folder/best                            the name of the newest and of the best one, for people
     folder/step-000124.damaged/                           what was not read back as it was written
 
 A checkpoint is written to a temporary folder of the same filesystem, flushed to disk, and only then
 renamed into place: a `step-*` folder is whole, or was damaged later. The manifest's hashes show the
 second: safetensors itself notices a truncated file, but no flipped bit and no zero-filled tail.
-Where it is read back (`verify`), older ones go only after that. One process writes a folder at a time;
-`checkpoint_writer.py` does it beside the training.
+Where it is read back (`verify`), older ones go only after that. One run writes a folder at a time, its ranks
+each their share of the tensors (`shares`); the first rank publishes when all shares are on disk, and any number of
+ranks reads them. `checkpoint_writer.py` does it beside the training.
 """
 
 import errno
@@ -18,20 +20,23 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from r1fast.checkpoint_layout import STATE, checkpoint_files, prefix_of, set_of
+from r1fast.distributed import is_first, together
 from r1fast.metrics import warn
-from r1fast.tensor_file import Bytes, json_bytes, safetensors_bytes
+from r1fast.tensor_file import Bytes, json_bytes
 
-VERSION = 2  # of the layout above; in 1 names had no file's name before them
-READABLE = (1, 2)
-MANIFEST, STATE, LATEST, BEST = "manifest.json", "state.json", "latest", "best"
+VERSION = 4  # of the layout above; in 2 no set had shares, in 1 no file its name before the keys
+READABLE = (1, 2, 4)  # 3, a bit from 2, was never written
+MANIFEST, LATEST, BEST = "manifest.json", "latest", "best"
 DAMAGED = ".damaged"  # ends the name of a checkpoint that was put aside
 MEASURE = "measure"  # in the state: {"metric": name, "value": number}
 TEMP_PREFIX = ".saving-"
@@ -53,7 +58,7 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """The keys that `save_checkpoint` was given in `tensors`."""
-        return sorted(p.stem for p in self.path.glob("*.safetensors"))
+        return sorted({set_of(p.stem) for p in self.path.glob("*.safetensors")})
 
     def tensors(self, name: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """The tensors saved under `name`, in their own dtypes."""
@@ -63,8 +68,11 @@ class Checkpoint:
             raise ValueError(
                 f"checkpoint {self.path} holds no {name!r}; it holds {', '.join(self.names())}"
             )
-        found = load_file(self.path / f"{name}.safetensors", device=str(device))
-        return {key.removeprefix(_prefix(name)): x for key, x in found.items()}
+        found: dict[str, Tensor] = {}
+        for path in sorted(self.path.glob("*.safetensors")):
+            if set_of(path.stem) == name:
+                found |= load_file(path, device=str(device))
+        return {key.removeprefix(prefix_of(name)): x for key, x in found.items()}
 
 
 def save_checkpoint(
@@ -94,25 +102,35 @@ def publish(
     keep_best: str = "",
     verify: bool = False,
     stop: Callable[[], bool] = lambda: False,
+    group: ProcessGroup | None = None,
 ) -> Path:
     """Write `checkpoint_files` as `folder/step-<step>`, point `latest` to it, then drop old ones.
 
     Beside the `keep_last` newest the one stays whose MEASURE of the metric `keep_best` is the best: the
     largest, or for a name that begins with "-" the smallest. With `verify` all is read back from the
     disk first: DamagedError where that fails. Raises StoppedError soon after `stop()` is true.
+
+    With a `group` every rank of it calls this with files of its own, the first with STATE among them; what
+    fails on one is an error on all, and then nothing is published.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last must be at least 1, got {keep_last}")
     if step < 0:
         raise ValueError(f"step must be at least 0, got {step}")
     folder = Path(folder)
-    final = write_step(folder, step, {name: _pieces(x, stop) for name, x in files.items()})
-    _point(folder, LATEST, final)
-    if verify and (problem := _problem(final, step, stop, from_disk=True)):
-        raise DamagedError(
-            f"CHECKPOINT {final} IS DAMAGED: it was read back from the disk at once, and {problem}. "
-            f"{_put_aside(folder, final)}; older checkpoints are kept. Check the disk and the memory"
-        )
+    pieces, is_main = {name: _pieces(x, stop) for name, x in files.items()}, is_first(group)
+    final = write_step(folder, step, pieces, group)
+    together(lambda: _point(folder, LATEST, final) if is_main else None, group)
+    if verify:
+        found = together(lambda: _problem(final, step, stop, from_disk=True, of=files), group)
+        if problems := [problem for problem in dict.fromkeys(found) if problem]:
+            aside, *_ = together(lambda: _put_aside(folder, final) if is_main else "", group)
+            raise DamagedError(
+                f"CHECKPOINT {final} IS DAMAGED: it was read back from the disk at once, and "
+                f"{'; '.join(problems)}. {aside}; older checkpoints are kept. Check the disk and the memory"
+            )
+    if not is_main:
+        return final
     try:
         _rotate(folder, final, step, keep_last, keep_best)
     except OSError as error:  # the new one is on disk
@@ -128,47 +146,49 @@ class StoppedError(Exception):
     """A save was given up because it was asked to."""
 
 
-def checkpoint_files(
-    tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping
-) -> dict[str, Iterable[Bytes]]:
-    """The files of a checkpoint. `state` is encoded now, tensors when their file is written."""
-    for name in tensors:
-        if not re.fullmatch(r"[A-Za-z0-9_]+", name):
-            raise ValueError(f"a name of tensors must be letters, digits and _, got {name!r}")
-    encoded = json_bytes(state)
-    files: dict[str, Iterable[Bytes]] = {}
-    for name, named in tensors.items():
-        prefixed = {_prefix(name) + key: x for key, x in named.items()}
-        files[f"{name}.safetensors"] = safetensors_bytes(prefixed)
-    return files | {STATE: [encoded]}
-
-
-def _prefix(file: str) -> str:
-    """Before the names in a file, so that no two in a folder are the same: torch.distributed.checkpoint's
-    HuggingFaceStorageReader takes all files for one dict, of which any rank reads any slices."""
-    return "" if file == "model" else f"{file}."
-
-
-def write_step(folder: Path, step: int, files: Mapping[str, Iterable[Bytes]]) -> Path:
+def write_step(
+    folder: Path,
+    step: int,
+    files: Mapping[str, Iterable[Bytes]],
+    group: ProcessGroup | None = None,
+) -> Path:
     """Write `folder/step-<step>`: these files and a manifest of their hashes. Returns its path.
 
-    Whole or not at all, in place of an earlier one. Raises OSError (a full disk).
+    Whole or not at all, in place of an earlier one. Raises OSError (a full disk). With a `group` the files
+    are those of every rank of it, and the first writes the manifest when all are on disk.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(folder)
     final = folder / f"step-{step:06d}"
     temp = folder / f"{TEMP_PREFIX}{final.name}"
-    try:
+    is_main = is_first(group)
+
+    def prepare() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder)
         temp.mkdir()
-        entries = {name: _write(temp / name, chunks) for name, chunks in files.items()}
+
+    def write() -> dict[str, dict]:
+        if not is_main and not temp.is_dir():
+            raise OSError(
+                f"{folder} of the first rank is not to be seen here: all ranks need one filesystem"
+            )
+        return {name: _write(temp / name, chunks) for name, chunks in files.items()}
+
+    def finish(entries: dict[str, dict]) -> None:
         manifest = {"version": VERSION, "step": step, "files": entries}
         _write(temp / MANIFEST, [json_bytes(manifest)])
         _sync_folder(temp)
         _make_way(final)
         os.rename(temp, final)
         _sync_folder(folder)
+
+    together(lambda: prepare() if is_main else None, group)
+    try:
+        written = together(write, group)
+        entries = {name: entry for own in written for name, entry in own.items()}
+        together(lambda: finish(entries) if is_main else None, group)
     except BaseException:
-        _remove(temp)
+        if is_main:
+            _remove(temp)
         raise
     return final
 
@@ -366,6 +386,7 @@ def _problem(
     stop: Callable[[], bool] = lambda: False,
     *,
     from_disk: bool = False,  # and not from what the system remembers of a write
+    of: Container[str] | None = None,  # the files whose content is looked at; None: all
 ) -> str:
     """What is wrong with a checkpoint; empty when it is whole."""
     try:
@@ -384,6 +405,8 @@ def _problem(
             if size != entry["size"]:
                 return f"{name} has {size} bytes, not {entry['size']}"
         for name, entry in files.items():
+            if of is not None and name not in of:
+                continue
             if _sha256(path / name, stop, from_disk=from_disk) != entry["sha256"]:
                 return f"the content of {name} has changed (sha256)"
     except OSError as error:

@@ -3,10 +3,12 @@
 A save copies the state into buffers that the next save uses again, pinned and on a stream of its own on a GPU;
 a thread hashes, writes, flushes, renames, reads back and rotates (`checkpoint.publish`). At most one is
 in flight: the next save waits for it. What went wrong is said at the next step, and training goes on.
+Several ranks copy and write their share each; their threads agree over a process group of their own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
 import time
@@ -16,16 +18,18 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from r1fast.checkpoint import (
     MEASURE,
     DamagedError,
     StoppedError,
-    checkpoint_files,
     publish,
     refuse_nonfinite,
 )
+from r1fast.checkpoint_layout import checkpoint_files, shares
 from r1fast.config import CheckpointConfig
+from r1fast.distributed import is_first, together
 from r1fast.machine import GIB, available_memory
 from r1fast.metrics import warn
 
@@ -35,10 +39,20 @@ State = Mapping[str, Mapping[str, Tensor]]
 
 
 class CheckpointWriter:
-    """The saves of one run into `folder`. Leaving its block waits for the last one."""
+    """The saves of one run into `folder`. Leaving its block waits for the last one.
 
-    def __init__(self, folder: Path, config: CheckpointConfig, keep_best: str = ""):
-        self.folder, self.config = folder, config
+    With a `group` (`distributed.beside`) all ranks of it call `save` alike, with equal tensors.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        keep_best: str = "",
+        group: ProcessGroup | None = None,
+    ):
+        self.folder, self.config, self.group = folder, config, group
+        self.is_main = is_first(group)
         self.keep_best = keep_best  # as `checkpoint.publish` takes it
         self._sum, self._count = 0.0, 0  # of that metric, since the last save
         self._buffers: dict[tuple[str, str], Tensor] = {}
@@ -47,6 +61,7 @@ class CheckpointWriter:
         self.write_seconds = 0.0  # of the last save, on disk
         # of the last save; the thread writes them, and they are read when it has ended
         self._step, self._failure, self._written = 0, None, {}
+        self._is_whole = False
         self._stop = threading.Event()
         self._row: dict[str, float] = {}
         self._has_measure = False
@@ -65,7 +80,7 @@ class CheckpointWriter:
         if self._count:
             mean = self._sum / self._count
             state = {**state, MEASURE: {"metric": name, "value": mean}}
-        elif name and not self._has_measure and not name.startswith("eval/"):
+        elif name and self.is_main and not self._has_measure and not name.startswith("eval/"):
             warn(
                 f"no step has had the metric {name!r} so far (checkpoint.keep_best), so no best "
                 "checkpoint is kept"
@@ -75,13 +90,15 @@ class CheckpointWriter:
         self._report()
         self._step = step
         self._stop.clear()
-        if self.config.asynchronous and not wait and self._make_buffers(tensors):
-            files = checkpoint_files(self._copy(tensors), state)
+        own, plan = self._share(tensors)
+        state = state if self.is_main else None
+        if self.config.asynchronous and not wait and self._make_buffers(own):
+            files = checkpoint_files(self._copy(own), state)
             name = f"checkpoint of step {step}"
-            self._thread = threading.Thread(target=self._write, args=(step, files), name=name)
+            self._thread = threading.Thread(target=self._write, args=(step, files, plan), name=name)
             self._thread.start()
         else:
-            self._write(step, checkpoint_files(tensors, state))
+            self._write(step, checkpoint_files(own, state), plan)
             self._report()
         self._row["checkpoint/seconds"] = time.perf_counter() - began
 
@@ -122,11 +139,29 @@ class CheckpointWriter:
                 raise
             warn(f"checkpoint of step {self._step} could not be written: {error!r}")
 
-    def _write(self, step: int, files: Mapping) -> None:
+    def _share(self, tensors: State) -> tuple[State, str]:
+        """(what this rank writes, a digest of what all write together)."""
+        if self.group is None:
+            return tensors, ""
+        everything = [
+            f"{name} {key} {x.dtype} {tuple(x.shape)}"
+            for name, named in tensors.items()
+            for key, x in named.items()
+        ]
+        plan = hashlib.sha256("\n".join(everything).encode()).hexdigest()
+        return shares(tensors, self.group.size())[self.group.rank()], plan
+
+    def _write(self, step: int, files: Mapping, plan: str) -> None:
         began = time.perf_counter()
-        try:
+
+        def ready() -> str:
             if self._copied is not None:
                 self._copied.synchronize()
+            return plan
+
+        try:
+            plans = together(ready, self.group)
+            assert len(set(plans)) == 1, f"ranks would write shares of other tensors: {plans}"
             path = publish(
                 self.folder,
                 step,
@@ -135,8 +170,11 @@ class CheckpointWriter:
                 keep_best=self.keep_best,
                 verify=self.config.asynchronous,
                 stop=self._stop.is_set,
+                group=self.group,
             )
-            self._written["checkpoint/bytes"] = sum(x.stat().st_size for x in path.iterdir())
+            self._is_whole = True
+            if self.is_main:
+                self._written["checkpoint/bytes"] = sum(x.stat().st_size for x in path.iterdir())
         except StoppedError:
             pass
         except Exception as error:  # said by `_report`, in the thread that trains
@@ -173,8 +211,8 @@ class CheckpointWriter:
         """What the last save came to, where it has ended."""
         if self._thread is not None:
             return
-        if "checkpoint/bytes" in self._written:
-            self.saved_step = self._step
+        if self._is_whole:
+            self.saved_step, self._is_whole = self._step, False
             self.write_seconds = self._written["checkpoint/write_seconds"]
         self._row |= self._written
         failure, self._failure, self._written = self._failure, None, {}
@@ -195,6 +233,9 @@ class CheckpointWriter:
             for key, x in named.items()
             if not _is_buffer_of(self._buffers.get((name, key)), x)
         }
+        wanted = {(name, key) for name, named in tensors.items() for key in named}
+        for gone in self._buffers.keys() - wanted:
+            del self._buffers[gone]
         size, available = sum(x.nbytes for x in missing.values()), available_memory(CPU)
         why = f"more than half of the {available / GIB:.1f} GiB left"
         if 2 * size <= available:

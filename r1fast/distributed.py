@@ -4,12 +4,20 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Callable, Iterable
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
+TIMEOUT = datetime.timedelta(hours=2)  # of what ranks wait for each other
+_beside: dict[dist.ProcessGroup, dist.ProcessGroup] = {}  # of the process's own group
+
+
+class RankFailedError(OSError):
+    """What ranks do together has failed on another one."""
 
 
 def start() -> tuple[int, int]:
@@ -19,11 +27,12 @@ def start() -> tuple[int, int]:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        dist.init_process_group(backend, timeout=TIMEOUT)
     return rank(), world_size
 
 
 def stop() -> None:
+    _beside.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -50,6 +59,50 @@ def world_size() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def beside() -> dist.ProcessGroup | None:
+    """All ranks once more, for a thread beside the training; None for one process.
+
+    Ranks ask for it together, in the thread that trains.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    if (world := dist.group.WORLD) not in _beside:
+        _beside.clear()  # of a group that is gone
+        _beside[world] = dist.new_group(timeout=TIMEOUT, backend="gloo")
+    return _beside[world]
+
+
+def is_first(group: dist.ProcessGroup | None) -> bool:
+    """Of the ranks of a group; without one the process is alone."""
+    return group is None or dist.get_rank(group) == 0
+
+
+def together(do: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
+    """What `do()` gives on every rank of `group`, in rank order; without a group, of this process alone.
+
+    Plain data: it travels as JSON. Where it fails on a rank it fails on all: there as it is, on the others
+    with RankFailedError. All ranks call it equally often.
+    """
+    if group is None:
+        return [do()]
+    value, failure = None, None
+    try:
+        value = do()
+    except Exception as error:
+        failure = error
+    why = None if failure is None else f"{type(failure).__name__}: {failure}"
+    try:
+        parts = gather_bytes(json.dumps([value, why]).encode(), group)
+    except RuntimeError as error:
+        raise failure or RankFailedError(f"another rank is gone: {error}") from None
+    if failure is not None:
+        raise failure
+    found = [json.loads(part) for part in parts]
+    if failed := [f"rank {r}: {why}" for r, (_, why) in enumerate(found) if why is not None]:
+        raise RankFailedError("; ".join(failed))
+    return [value for value, _ in found]
 
 
 def barrier() -> None:
@@ -82,19 +135,20 @@ def gather_objects(value) -> list:
     return [json.loads(part) for part in gather_bytes(json.dumps(value).encode())]
 
 
-def gather_bytes(data: bytes) -> list[bytes]:
-    """`data` of every rank, in rank order, on every rank."""
+def gather_bytes(data: bytes, group: dist.ProcessGroup | None = None) -> list[bytes]:
+    """`data` of every rank, in rank order, on every rank (of `group`, where there is one)."""
     if not dist.is_initialized():
         return [data]
-    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
     own = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor([len(own)], device=device))
+    num_ranks = dist.get_world_size(group)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(num_ranks)]
+    dist.all_gather(sizes, torch.tensor([len(own)], device=device), group)
     longest = max(int(n) for n in sizes)
     padded = torch.zeros(longest, dtype=torch.uint8, device=device)
     padded[: len(own)] = own
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(parts, padded)
+    parts = [torch.empty_like(padded) for _ in range(num_ranks)]
+    dist.all_gather(parts, padded, group)
     return [p[: int(n)].cpu().numpy().tobytes() for p, n in zip(parts, sizes, strict=True)]
 
 

@@ -9,6 +9,7 @@ a manifest written last, so a second run continues where the first stopped.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from dataclasses import replace
@@ -154,12 +155,14 @@ class Pipeline:
         rule(stage.title)
         folder.mkdir(parents=True, exist_ok=True)
         distributed.barrier()
-        began = time.time()
+        began, files = time.time(), data_digests(config)
         earlier = self._seconds_so_far(folder)
         stage.run(self, config, folder)
-        self._close_stage(name, config, time.time() - began + earlier)
+        self._close_stage(name, config, time.time() - began + earlier, files)
 
-    def _close_stage(self, name: str, config: Config, seconds: float) -> None:
+    def _close_stage(
+        self, name: str, config: Config, seconds: float, files: dict[str, str]
+    ) -> None:
         """Write the manifest that says a stage is done."""
         stage = RECIPE[name]
         manifest = {
@@ -170,6 +173,7 @@ class Pipeline:
             "status": "done",
             "seconds": round(seconds, 1),
             "config": to_dict(config),
+            "files": files,
         }
         if distributed.is_main():
             write_json(self.path(name) / "manifest.json", manifest)
@@ -201,7 +205,7 @@ class Pipeline:
         manifest, title = self._manifest(name), RECIPE[name].title
         if manifest.get("status") != "done":
             return False
-        changes = same_config(manifest["config"], to_dict(config))
+        changes = _changes(manifest, config)
         keys = {line: line.partition(":")[0] for line in changes}
         trained = [line for line, key in keys.items() if _matters(name, key)]
         if trained and not self.force:
@@ -222,7 +226,7 @@ class Pipeline:
         self.evaluate(policy, config, name)
         if (self.path(name) / "general.json").exists():
             evaluate_general(self, policy, config, self.path(name), self.path("reward_models"))
-        self._close_stage(name, config, manifest["seconds"])
+        self._close_stage(name, config, manifest["seconds"], data_digests(config))
         return True
 
     def _set_aside(self, names: list[str]) -> None:
@@ -248,8 +252,7 @@ class Pipeline:
         folder, manifest = self.path("cold_start"), self._manifest("cold_start")
         if not all((folder / name).exists() for name in ("collected.jsonl", "accounting.json")):
             return False
-        now = to_dict(stage_config(self.config, "cold_start"))
-        changes = same_config(manifest["config"], now) if manifest else []
+        changes = _changes(manifest, stage_config(self.config, "cold_start")) if manifest else []
         keys = [line.partition(":")[0] for line in changes]
         changed = [
             key
@@ -285,6 +288,29 @@ class Pipeline:
             **provenance(),
         }
         write_json(self.folder / "manifest.json", manifest)
+
+
+def data_digests(config: Config) -> dict[str, str]:
+    """SHA-256 of every file that [data] names and that is there."""
+    named = {f"data.{key}": Path(getattr(config.data, key)) for key in DATA_FILES}
+    digests = {}
+    for key, path in named.items():
+        if path.is_file():
+            with path.open("rb") as file:
+                digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def _changes(manifest: dict, config: Config) -> list[str]:
+    """What differs between a stage that is done and one of this config, a line a key."""
+    changes = same_config(manifest["config"], to_dict(config))
+    told = {line.partition(":")[0] for line in changes}
+    before, now = manifest.get("files", {}), data_digests(config)
+    return changes + [
+        f"{key}: the content of {getattr(config.data, key.removeprefix('data.'))!r} has changed"
+        for key in before
+        if key not in told and now.get(key, before[key]) != before[key]
+    ]
 
 
 def _matters(name: str, key: str) -> bool:

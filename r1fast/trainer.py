@@ -32,12 +32,14 @@ from r1fast.training_state import digest
 from r1fast.types import Problem, RolloutGroup
 
 
-def _scored_by(problem: Problem) -> list[int]:
+def _scored_by(problem: Problem, scorer: RewardScorer) -> list[int]:
     """What of a problem decides its rewards, as numbers for the digest."""
     scored = [problem.answer, problem.language, problem.kind]
     if columns := GRADED_BY.get(problem.kind):
         scored.append({name: problem.meta[name] for name in columns if name in problem.meta})
-    return list(json.dumps(scored).encode())
+    if getattr(scorer, "extra", None):  # a user's function may read any column
+        scored.append(problem.meta)
+    return list(json.dumps(scored, default=str).encode())
 
 
 class GRPOTrainer(PolicyUpdate):
@@ -78,7 +80,7 @@ class GRPOTrainer(PolicyUpdate):
         self.prompt_ids = self._encode(problems, policy, config)
         self.general_ids = self._encode(self.general, policy, config)
         self._check_budget(policy, config)
-        scored = map(_scored_by, problems + self.general)
+        scored = (_scored_by(problem, scorer) for problem in problems + self.general)
         super().__init__(
             policy,
             config,

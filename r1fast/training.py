@@ -199,6 +199,8 @@ class Trainer(TrainingState):
                     raise
                 row |= self.timer.take()
                 row |= checkpoints.saw(row)
+                if self.note:
+                    row["note"], self.note = self.note, ""
                 bar.update(writer.write(self.step, row))
                 watchdog.step_ended(self.step, row["step_time"])
                 if watch is not None and self.work is not None:

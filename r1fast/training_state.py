@@ -25,7 +25,7 @@ from r1fast.config import Config, to_dict
 from r1fast.config_check import lora_targets
 from r1fast.config_diff import same_config
 from r1fast.lora import add_lora, lora_of
-from r1fast.metrics import say
+from r1fast.metrics import note, say
 from r1fast.model import Decoder
 from r1fast.optim import Optimizer
 from r1fast.policy import Policy
@@ -69,6 +69,25 @@ def base_digest(model: Decoder) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def tokenizer_facts(policy: Policy, config: Config) -> dict:
+    """What names a tokenizer in a checkpoint: its size, a digest of its rules, what ends a completion."""
+    if (tokenizer := policy.tokenizer) is None:
+        return {}
+    facts: dict = {"vocabulary": len(tokenizer)}
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        rules = json.loads(backend.to_str())
+        for key in ("padding", "truncation"):  # of the last call
+            rules.pop(key, None)
+    else:
+        rules = tokenizer.get_vocab()
+    texts = {"rules": json.dumps(rules, sort_keys=True)}
+    if config.template.name == "chat":
+        texts["chat_template"] = str(tokenizer.chat_template)
+    for name, text in texts.items():
+        facts[name] = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return facts | {"eos_ids": getattr(policy, "eos_ids", [])}
+
+
 @torch.no_grad()
 def fill(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
     assert targets.keys() == sources.keys(), targets.keys() ^ sources.keys()
@@ -82,6 +101,7 @@ class TrainingState:
     section = ""  # of the config that has the token_budget
     shorter = ""  # the keys that bound a sequence's length
     unfinished: dict | None = None  # the row of a step whose evaluation was given up
+    note = ""  # for the next row: what cannot be as if the run had not been stopped
 
     def __init__(
         self,
@@ -102,6 +122,7 @@ class TrainingState:
         self.folder, self.stage = Path(folder), stage
         self.num_steps, self.num_optimizer_steps = num_steps, num_optimizer_steps
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self.group = distributed.beside()  # of the threads that write checkpoints
         # the frozen base is not in the checkpoints, so they name it
         self.base = base_digest(self.model) if config.lora.rank else ""
         self.optimizer = Optimizer(self.model.named_parameters(), config.optim)
@@ -114,6 +135,12 @@ class TrainingState:
     def _resume(self, force: bool) -> bool:
         """Whether there was a checkpoint to go on from."""
         saved = load_checkpoint(self.folder / "checkpoints")
+        found = distributed.gather_objects(saved and saved.step)
+        if len(set(found)) > 1:
+            there = ", ".join(f"rank {rank} step {step}" for rank, step in enumerate(found))
+            raise ValueError(
+                f"ranks find other checkpoints in {self.folder}: {there}. All ranks need one filesystem"
+            )
         if saved is None:
             return False
         other = saved.state.get("stage", self.stage)
@@ -123,8 +150,12 @@ class TrainingState:
                 f"{self.stage!r}: take another output_dir"
             )
         changes = same_config(saved.state["config"], self.config_that_matters())
-        if saved.state.get("data", self.data) != self.data:
-            changes.append("the training data: other rows, or another order")
+        if (data := saved.state.get("data", self.data)) != self.data:
+            changes.append(
+                f"the training data: other rows, or another order (digest {data} -> {self.data})"
+            )
+        if known := saved.state.get("tokenizer"):
+            changes += same_config({"tokenizer": known}, {"tokenizer": self.tokenizer})
         if changes and not force:
             raise ValueError(
                 f"{self.folder} was begun with another config:\n  " + "\n  ".join(changes) + "\n"
@@ -133,6 +164,14 @@ class TrainingState:
         self.restore(saved)
         if self.step < self.num_steps:
             say(f"{self.stage}: goes on after step {self.step} of {self.num_steps}")
+            before = saved.state.get("world_size", self.world_size)
+            if before != self.world_size:
+                self.note = (
+                    f"{self.stage}: processes {before} -> {self.world_size} after step {self.step}: the same "
+                    "data in the same order and the same random streams, but sums are added up in another "
+                    "order, so losses and weights are those of the run before to rounding, not to the bit"
+                )
+                note(self.note)
         return True
 
     def restore(self, saved) -> None:
@@ -254,22 +293,28 @@ class TrainingState:
         return ""
 
     @cached_property
+    def tokenizer(self) -> dict:
+        return tokenizer_facts(self.policy, self.config)
+
+    @cached_property
     def checkpoints(self) -> CheckpointWriter:
         asked = self.config.checkpoint
         best = self.own_measure() if asked.keep_best == "auto" else asked.keep_best
-        return CheckpointWriter(self.folder / "checkpoints", asked, best)
+        return CheckpointWriter(self.folder / "checkpoints", asked, best, self.group)
 
     @property
     def saved_step(self) -> int:
-        """The newest step known to be on disk, of rank 0's folder."""
+        """The newest step known to be on disk."""
         return max(self._resumed_step, self.checkpoints.saved_step)
 
     def save(self, *, wait: bool = True) -> None:
         """Write a checkpoint; without `wait` its disk work may be left to a thread."""
         beat("save")
         began = time.monotonic()
-        if distributed.is_main():
-            state = self.state() | {"starts_from": self.policy.path}
-            self.checkpoints.save(self.step, self.state_tensors(), state, wait=wait)
-        distributed.barrier()
+        state = self.state() | {
+            "starts_from": self.policy.path,
+            "tokenizer": self.tokenizer,
+            "world_size": self.world_size,
+        }
+        self.checkpoints.save(self.step, self.state_tensors(), state, wait=wait)
         self._seconds["save"] = max(time.monotonic() - began, self.checkpoints.write_seconds)

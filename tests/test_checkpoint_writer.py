@@ -217,8 +217,8 @@ def damage_after_write(monkeypatch, file: str, steps: set[int]) -> None:
     """What the disk gives back of `file` is not what was written."""
     real = checkpoint.write_step
 
-    def write_step(folder, step, files):
-        path = real(folder, step, files)
+    def write_step(folder, step, files, group):
+        path = real(folder, step, files, group)
         if step in steps:
             data = bytearray((path / file).read_bytes())
             data[-3] ^= 4

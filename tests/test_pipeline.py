@@ -12,7 +12,7 @@ from r1fast import running_sum
 from r1fast.config import load_config, stage_config
 from r1fast.jsonl import read_jsonl, write_jsonl
 from r1fast.metrics import read_metrics
-from r1fast.pipeline import Pipeline
+from r1fast.pipeline import Pipeline, data_digests
 from r1fast.recipe import RECIPE
 from r1fast.trainer import GRPOTrainer
 
@@ -209,6 +209,36 @@ def test_a_changed_value_is_refused_with_the_difference(copied):
     with pytest.raises(ValueError, match="stage rejection was run"):
         pipeline(copied, "--stages.rejection.sample.num_samples=5").run()
     assert touched(before, snapshot(copied)) == set()
+
+
+def test_another_content_of_a_data_file_is_refused(copied, tmp_path, capsys):
+    """Of the files that [data] names; an evaluation's is evaluated again."""
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
+    for file in (train, held_out):
+        write_jsonl(file, [{"prompt": "1 + 1", "answer": "2"}])
+    runner = pipeline(copied, f"--data.train={train}", f"--data.eval={held_out}")
+    config = stage_config(runner.config, "rl_1")
+    files = data_digests(config)
+    assert files.keys() == {"data.train", "data.eval"}
+    runner._close_stage("rl_1", config, 1.0, files)
+    assert runner._is_done("rl_1", config)
+    for file in (train, held_out):
+        write_jsonl(file, [{"prompt": "1 + 1", "answer": "3"}])
+    changed = f"data.train: the content of '{train}' has changed"
+    with pytest.raises(ValueError, match="stage rl_1 was run with other values") as error:
+        runner._is_done("rl_1", config)
+    assert changed in str(error.value)
+    assert "data.eval" not in str(error.value)
+    runner.force = True
+    assert runner._is_done("rl_1", config)
+    runner.force = False
+    write_jsonl(train, [{"prompt": "1 + 1", "answer": "2"}])
+    asked = []
+    runner.evaluate = lambda policy, config, name: asked.append(name)
+    assert runner._is_done("rl_1", config)
+    assert "evaluated again for data.eval: the content of" in capsys.readouterr().out
+    assert runner._is_done("rl_1", config)
+    assert asked == ["rl_1"]  # once
 
 
 def test_another_evaluation_is_made_without_training(copied, capsys):
