@@ -79,7 +79,7 @@ def tokenizer_facts(policy: Policy, config: Config) -> dict:
         for key in ("padding", "truncation"):  # of the last call
             rules.pop(key, None)
     else:
-        rules = tokenizer.get_vocab()
+        rules = getattr(tokenizer, "get_vocab", dict)()  # of a user's own there may be none
     texts = {"rules": json.dumps(rules, sort_keys=True)}
     if config.template.name == "chat":
         texts["chat_template"] = str(tokenizer.chat_template)
