@@ -7,10 +7,11 @@ from r1fast.cluster_plan import Cluster, ClusterPlan, Load, plan_cluster
 from r1fast.config import Config
 from r1fast.hf_folder import read_model_config
 from r1fast.machine import GIB
-from r1fast.metrics import duration, table
+from r1fast.metrics import table
 from r1fast.paper_shape import PaperShape, read_shape
 from r1fast.plan import billions
 from r1fast.planning import assumed_gpu
+from r1fast.progress import duration
 
 Options = dict[str, str | list[str]]
 DEFAULT_GPU = "h100"
