@@ -4,14 +4,17 @@ Nothing here is known to the package: os functions, methods and limits of the ow
 """
 
 import json
+import math
 import os
+import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tiny import TokenScorer, tiny_config, tiny_policy, tiny_problems
 
-from r1fast import checkpoint, checkpoint_writer
+from r1fast import checkpoint, checkpoint_writer, policy_update, sft
 from r1fast.examples import Example
 from r1fast.sft import SFTTrainer, encode_examples
 from r1fast.trainer import GRPOTrainer
@@ -80,6 +83,41 @@ def zero_fill(data: bytes) -> bytes:
 
 
 DAMAGES = {"a flipped bit": flip_a_bit, "a truncated file": truncate, "a zeroed tail": zero_fill}
+
+
+class Spoiled:
+    """Puts a NaN into the loss, the gradient or a weight of the optimizer steps `steps`, counted from 0."""
+
+    def __init__(self, trainer, monkeypatch, where: str, steps: range):
+        self.trainer, self.where, self.steps = trainer, where, steps
+        module = policy_update if isinstance(trainer, GRPOTrainer) else sft
+        self.forward = module.hidden_states
+        monkeypatch.setattr(module, "hidden_states", self.hidden_states)
+        self.on_gradient = trainer.on_gradient
+        trainer.on_gradient = self.gradient
+
+    def hidden_states(self, model, batch):
+        hidden = self.forward(model, batch)
+        return hidden * math.nan if self.now("loss") else hidden
+
+    def gradient(self):
+        if self.now("gradient"):
+            self.trainer.optimizer.masters[3].grad[0] = math.nan
+        self.on_gradient()
+
+    def now(self, where: str) -> bool:
+        return self.where == where and self.trainer.optimizer_step in self.steps
+
+
+@contextmanager
+def no_room(size: int = 0) -> Iterator[None]:
+    """A disk that is full, as far as files of more than `size` bytes go; stdout's too, where it is one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class FileOperations:

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -18,16 +17,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import Tally, grpo_trainer, sft_trainer
+from faults import Spoiled, Tally, grpo_trainer, no_room, sft_trainer
 from tiny import TokenScorer, tiny_problems
 
-from r1fast import interrupt, metrics, policy_update, sft, watchdog
+from r1fast import interrupt, metrics, policy_update, watchdog
 from r1fast.checkpoint import NonFiniteWeightsError, load_checkpoint
 from r1fast.config import RewardConfig, TemplateConfig
 from r1fast.evaluate import short_evaluation
 from r1fast.interrupt import Stopped, StopRequest, boundary, stoppable
 from r1fast.jsonl import read_jsonl
-from r1fast.metrics import read_metrics
+from r1fast.metrics import MetricsWriter, read_metrics
 from r1fast.rewards import MathReward
 from r1fast.rewards.score import RewardScorer
 from r1fast.sft import SFTTrainer
@@ -295,29 +294,6 @@ def test_a_boundary_outside_of_stoppable_work_goes_on():
         with pytest.raises(Stopped), stoppable():
             boundary("rollout")
         assert stop.depth == 0
-
-
-class Spoiled:
-    """Puts a NaN into the loss, the gradient or a weight of the optimizer steps `steps`, counted from 0."""
-
-    def __init__(self, trainer, monkeypatch, where: str, steps: range):
-        self.trainer, self.where, self.steps = trainer, where, steps
-        self.forward = sft.hidden_states
-        monkeypatch.setattr(sft, "hidden_states", self.hidden_states)
-        self.on_gradient = trainer.on_gradient
-        trainer.on_gradient = self.gradient
-
-    def hidden_states(self, model, batch):
-        hidden = self.forward(model, batch)
-        return hidden * math.nan if self.now("loss") else hidden
-
-    def gradient(self):
-        if self.now("gradient"):
-            self.trainer.optimizer.masters[3].grad[0] = math.nan
-        self.on_gradient()
-
-    def now(self, where: str) -> bool:
-        return self.where == where and self.trainer.optimizer_step in self.steps
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -602,20 +578,21 @@ def test_a_process_that_was_stopped_is_no_hang(tmp_path):
 def test_a_disk_that_is_full_beside_the_checkpoints(tmp_path, monkeypatch, undisturbed):
     """Metrics, samples, the heartbeat and the plan cannot be written during a step: it is the same run."""
     trainer = with_evaluation(tmp_path)
-    plain, before = trainer.train_step, resource.getrlimit(resource.RLIMIT_FSIZE)
+    plain, write = trainer.train_step, MetricsWriter.write
 
-    def train_step(step):
-        if step == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-        if step == 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        return plain(step)
+    def full(function, *args):
+        with no_room(100):
+            return function(*args)
 
-    trainer.train_step = train_step
-    try:
-        trainer.run()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    trainer.train_step = lambda step: full(plain, step) if step == 1 else plain(step)
+    monkeypatch.setattr(
+        MetricsWriter,
+        "write",
+        lambda self, step, row: (
+            full(write, self, step, row) if step == 2 else write(self, step, row)
+        ),
+    )
+    trainer.run()
     assert_alike(outcome(trainer), undisturbed())
     steps = [row["step"] for _, row in read_jsonl(tmp_path / "completions.jsonl")]
     assert set(steps) == {1, 3}

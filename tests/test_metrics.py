@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
 
 import pytest
+from faults import no_room
 
 from r1fast import metrics
 from r1fast.metric_help import METRIC_HELP, metric_help
@@ -297,13 +297,9 @@ def test_rows_wait_while_the_disk_is_full(tmp_path, capsys):
     """Half a row may be on disk by then: what follows goes behind it."""
     writer = MetricsWriter(tmp_path)
     writer.write(1, {})
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (writer.path.stat().st_size + 10, before[1]))
-    try:
+    with no_room(writer.path.stat().st_size + 10):
         writer.write(2, {})
         writer.write(3, {"loss": 0.5})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "its rows wait for the next step: [Errno 27]" in capsys.readouterr().err
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
     writer.write(4, {})
@@ -314,14 +310,9 @@ def test_rows_wait_while_the_disk_is_full(tmp_path, capsys):
 
 
 def test_rows_that_never_could_be_written_are_told(tmp_path, capsys):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
-    try:
-        with MetricsWriter(tmp_path) as writer:
-            writer.write(1, {})
-            writer.write(2, {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with no_room(10), MetricsWriter(tmp_path) as writer:
+        writer.write(1, {})
+        writer.write(2, {})
     assert "lacks its last 2 rows" in capsys.readouterr().err
 
 
