@@ -7,7 +7,7 @@ from pathlib import Path
 
 from r1fast.hf_folder import write_json
 from r1fast.machine import PeakMemory
-from r1fast.metrics import say_wrapped, table
+from r1fast.metrics import say_wrapped, table, warn
 from r1fast.planner import (
     Job,
     Memory,
@@ -171,7 +171,7 @@ class PlanWatch:
         self.plan, self.folder = plan, folder
         for line in plan.lines():
             say_wrapped(line, " " * 8)
-        write_json(folder / FILE, plan.to_dict())
+        self._write()
         self.rows: list[tuple[dict, Work]] = []
         self.memory = PeakMemory(plan.job.device, known_bytes)
 
@@ -183,8 +183,14 @@ class PlanWatch:
         if len(self.rows) < WATCHED and not last:
             return
         self.plan.measured = self._compare()
-        write_json(self.folder / FILE, self.plan.to_dict())
+        self._write()
         say_wrapped(_line(self.plan.measured), " " * 8)
+
+    def _write(self) -> None:
+        try:
+            write_json(self.folder / FILE, self.plan.to_dict())
+        except OSError as error:
+            warn(f"{self.folder / FILE} could not be written, training goes on: {error}")
 
     def _compare(self) -> dict:
         """Everything as [predicted, measured]; seconds are means over the steps."""

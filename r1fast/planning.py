@@ -257,6 +257,8 @@ def watch(trainer: Trainer, job: Job, lengths: str) -> PlanWatch | None:
             token_budget=trainer.token_budget.num_tokens,
             checkpointing=trainer.model.checkpointing,
         )
+        trainer.folder.mkdir(parents=True, exist_ok=True)
+        return PlanWatch(plan, trainer.folder, known)
     except (
         RuntimeError,
         OSError,
@@ -264,8 +266,6 @@ def watch(trainer: Trainer, job: Job, lengths: str) -> PlanWatch | None:
     ) as error:  # a probe that fails is no reason not to train
         warn(f"{trainer.stage}: no plan, as a measurement failed: {error}")
         return None
-    trainer.folder.mkdir(parents=True, exist_ok=True)
-    return PlanWatch(plan, trainer.folder, known)
 
 
 def settle(trainer: Trainer, job: Job, budget: int | str) -> tuple[int, str]:

@@ -237,8 +237,11 @@ class GRPOTrainer(PolicyUpdate):
         info = getattr(self.scorer, "sandbox", None)  # other scorers run no programs
         levels = distributed.gather_objects(None if info is None else info.level)
         if info is not None and distributed.is_main() and not self.sandbox_recorded:
-            write_json(self.folder / "sandbox.json", asdict(info))
             self.sandbox_recorded = True
+            try:
+                write_json(self.folder / "sandbox.json", asdict(info))
+            except OSError as error:
+                warn(f"sandbox.json could not be written, training goes on: {error}")
         known = [level for level in levels if level is not None]
         return {"sandbox/level": float(max(known))} if known else {}
 

@@ -27,6 +27,7 @@ from r1fast.evaluate import short_evaluation
 from r1fast.interrupt import Stopped, StopRequest, boundary, stoppable
 from r1fast.jsonl import read_jsonl
 from r1fast.metrics import MetricsWriter, read_metrics
+from r1fast.plan import PlanWatch
 from r1fast.rewards import MathReward
 from r1fast.rewards.score import RewardScorer
 from r1fast.sft import SFTTrainer
@@ -576,9 +577,13 @@ def test_a_process_that_was_stopped_is_no_hang(tmp_path):
 
 
 def test_a_disk_that_is_full_beside_the_checkpoints(tmp_path, monkeypatch, undisturbed):
-    """Metrics, samples, the heartbeat and the plan cannot be written during a step: it is the same run."""
+    """A row of metrics, samples, the heartbeat and the plan cannot be written: it is the same run."""
+    said: list[str] = []
+    monkeypatch.setattr(metrics, "_warn_once", said.append)
     trainer = with_evaluation(tmp_path)
-    plain, write = trainer.train_step, MetricsWriter.write
+    plain, write, make, watch = (
+        trainer.train_step, MetricsWriter.write, PlanWatch.__init__, PlanWatch.after_step
+    )  # fmt: skip
 
     def full(function, *args):
         with no_room(100):
@@ -592,10 +597,15 @@ def test_a_disk_that_is_full_beside_the_checkpoints(tmp_path, monkeypatch, undis
             full(write, self, step, row) if step == 2 else write(self, step, row)
         ),
     )
+    monkeypatch.setattr(PlanWatch, "__init__", lambda *args: full(make, *args))
+    monkeypatch.setattr(PlanWatch, "after_step", lambda *args: full(watch, *args))
     trainer.run()
     assert_alike(outcome(trainer), undisturbed())
     steps = [row["step"] for _, row in read_jsonl(tmp_path / "completions.jsonl")]
     assert set(steps) == {1, 3}
+    assert not (tmp_path / "plan.json").exists()
+    for name in ("metrics.jsonl", "completions.jsonl", "plan.json"):
+        assert any(f"{name} could not be written" in text for text in said), name
 
 
 def test_a_heartbeat_is_as_old_as_what_it_tells_of(tmp_path, monkeypatch):
