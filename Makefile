@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 TORCH := $(shell grep '^torch==' constraints.txt)
 SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py
 
-.PHONY: help demo test lint sandbox faults bench build format clean
+.PHONY: help demo test lint sandbox faults soak bench build format clean
 
 help:      ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
@@ -40,6 +40,9 @@ format: build ## let ruff fix what it can
 
 faults: build ## the tests that inject faults; what they tried becomes the table of docs/reliability.md
 	@$(BIN)/python tests/fault_table.py
+
+soak: build   ## half an hour of training with random faults: make soak SECONDS=1800 SEED=0 ARGS=--exact
+	@PYTHONPATH=tests $(BIN)/python tests/soak.py --seconds $(or $(SECONDS),1800) --seed $(or $(SEED),0) $(ARGS)
 
 bench: build  ## run every benchmark, append to benchmarks/results.csv, rewrite RESULTS.md
 	@$(BIN)/pytest -q benchmarks --benchmark-json=benchmarks/kernels.json

@@ -69,7 +69,7 @@ def collect(
     accounting["dropped"] = most_common(accounting["dropped"])
     if distributed.is_main():
         write_examples(folder / "collected.jsonl", examples)
-        if not (folder / "cold_start.jsonl").exists():
+        if examples and not (folder / "cold_start.jsonl").exists():
             write_examples(folder / "cold_start.jsonl", examples)
         write_json(folder / "accounting.json", accounting)
     distributed.barrier()

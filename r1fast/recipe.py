@@ -133,7 +133,7 @@ def _collect(pipeline: Pipeline, config: Config, folder: Path) -> None:
 
 
 def _run_cold_start(pipeline: Pipeline, config: Config, folder: Path) -> None:
-    if not (folder / "accounting.json").exists():
+    if not read_json(folder / "accounting.json", default={}).get("kept"):  # or none was kept
         _collect(pipeline, config, folder)
     c = config.cold_start
     edited = Path(c.edited_file) if c.edited_file else folder / "cold_start.jsonl"

@@ -131,6 +131,8 @@ def test_nothing_kept_says_why(monkeypatch, tmp_path):
     Model(monkeypatch, "wrong")
     with pytest.raises(ValueError, match=r"kept none of 2 samples: {'wrong': 2}"):
         run(tmp_path, ["r1_zero"])
+    Model(monkeypatch, GOOD)
+    assert run(tmp_path, ["r1_zero"]) == load_examples(tmp_path / "cold_start.jsonl")
 
 
 def cleaned(*texts, opens=False, overrides=()):

@@ -272,6 +272,20 @@ def test_an_edited_collection_is_read_back_and_counted(copied, tmp_path):
     assert accounting["sampled"] == 160  # not sampled again
 
 
+def test_a_collection_that_kept_none_is_made_again(copied):
+    """Else the same command would find an empty file, whatever was loosened since."""
+    folder = copied / "cold_start"
+    before = (folder / "collected.jsonl").read_bytes()
+    for name in ("manifest.json", "cold_start.jsonl"):
+        (folder / name).unlink()
+    (folder / "collected.jsonl").write_text("")
+    accounting = json.loads((folder / "accounting.json").read_text())
+    (folder / "accounting.json").write_text(json.dumps(accounting | {"kept": 0}))
+    pipeline(copied).run()
+    assert (folder / "collected.jsonl").read_bytes() == before
+    assert json.loads((folder / "accounting.json").read_text()) == accounting
+
+
 def test_an_edit_in_place_is_noticed_and_trained_on(copied, capsys):
     folder = copied / "cold_start"
     rows = [row for _, row in read_jsonl(folder / "cold_start.jsonl")]

@@ -16,6 +16,7 @@ from test_evaluate import ParityScorer
 from test_faults import NOW, At, assert_alike, outcome
 from tiny import tiny_checkpoint, tiny_config, tiny_policy, tiny_problems
 
+from r1fast import sft
 from r1fast.checkpoint import load_checkpoint
 from r1fast.evaluate import evaluate
 from r1fast.interrupt import Stopped, interrupts
@@ -80,6 +81,27 @@ def test_a_signal_in_a_phase_of_sft(tmp_path, monkeypatch, phase, step):
     for trainer in (parts, whole):
         trainer.run()
     assert_alike(outcome(parts), outcome(whole))
+
+
+def test_memory_that_runs_out_in_sft(tmp_path, monkeypatch):
+    """Weights are those of a run that had the smaller budget from the start."""
+    real, failed = sft.hidden_states, []
+
+    def short(model, batch):
+        if batch.num_tokens > 30:
+            failed.append(batch.num_tokens)
+            run_out_of_memory()
+        return real(model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "hidden_states", short)
+        halved = sft_trainer(tmp_path / "halved", "--sft.token_budget=64")
+        halved.run()
+    assert failed
+    budget = halved.token_budget.num_tokens
+    small = sft_trainer(tmp_path / "small", f"--sft.token_budget={budget}")
+    small.run()
+    assert_alike(outcome(halved), outcome(small))
 
 
 # --- sampling, evaluation, pipeline: (call, the files that it leaves)
