@@ -29,6 +29,7 @@ from r1fast.metrics import duration
 
 SUBREAPER = 36  # prctl's PR_SET_CHILD_SUBREAPER: orphans of a run are ours, and seen
 SLACK = 15.0  # seconds beyond a deadline, on a busy machine
+FAULTS_A_ROUND = 16  # at most, in the time that a round takes when left alone
 PATIENCE = 120.0  # seconds without a sign of life
 
 
@@ -49,7 +50,7 @@ class Soak:
         if exact:
             self.bitwise = Deck(list(KILL_AND_FLIP), self.rng)
         self.deck: Deck | None = None
-        self.number = 0
+        self.number, self.mean_gap = 0, self.size.gap
         self.folder = out
         self.stage, self.phase, self.step = "", "", 0
         self.is_training = self.has_begun = self.has_trained = False
@@ -61,19 +62,24 @@ class Soak:
 
     def run(self) -> bool:
         """Whether no invariant was broken."""
-        old = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        old = [signal.signal(number, signal.default_int_handler) for number in numbers]
         try:
             while not self.number or self.left > 0:
                 self.round()
                 if not self.number:
+                    took = time.monotonic() - self.began
                     self.ends = time.monotonic() + self.seconds
+                    # on a slow machine rounds must come to an end too
+                    self.mean_gap = max(self.size.gap, took / FAULTS_A_ROUND)
                 self.number += 1
                 if self.checks.num_broken > 5:
                     break
         except KeyboardInterrupt:
             self.say("stopped")
         finally:
-            signal.signal(signal.SIGTERM, old)
+            for number, handler in zip(numbers, old, strict=True):
+                signal.signal(number, handler)
             self.runs.close()
             self.checks.temporary_files(self.runs.temp)
         return self.report()
@@ -130,7 +136,7 @@ class Soak:
         return code == 0
 
     def gap(self) -> float:
-        return self.rng.uniform(0.2, 1.8) * self.size.gap
+        return self.rng.uniform(0.2, 1.8) * self.mean_gap
 
     def interrupt_start(self) -> tuple[int | None, Kind]:
         number = self.rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -246,7 +252,7 @@ class Soak:
         text = self.checks.fault(kind, code, self.stage, seconds, right)
         at = f"{self.step:>3}/{self.size.steps.get(self.stage, 0):<3}" if self.is_training else ""
         end = "goes on" if code is None else f"exit {code}"
-        self.say(f"{self.stage[:10]:10} {at:7} {kind.name:27} {end:8} {text}")
+        self.say(f"{self.stage[:10]:10} {at:7} {kind.name:26} {end:8} {text}")
 
     # --- eyes and mouth
 

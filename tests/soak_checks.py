@@ -94,7 +94,7 @@ class Checks:
             allowed += 5
         if lost > allowed:
             self.broken(f"{kind.name} in {stage}: lost {lost} steps, {allowed} at most")
-        return f"lost {lost} steps, {lost_seconds:.1f}s" if lost else ""
+        return f"lost {lost} ({lost_seconds:.1f}s)" if lost else ""
 
     def damaged(self, kind, stage: str) -> None:
         """After the kill that was counted: what the damage has cost beyond it."""

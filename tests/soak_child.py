@@ -246,6 +246,8 @@ def serve(folder: Path) -> None:
 
 if __name__ == "__main__":
     given = Path(sys.argv[1])
+    # a shell that starts it in the background has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if len(sys.argv) > 2:
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
         one_run(given, sys.argv[3:])

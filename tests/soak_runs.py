@@ -21,7 +21,7 @@ class Size:
 
     def __init__(self, short: bool):
         self.digits = 2 if short else 3
-        self.gap = 0.7 if short else 4.0  # mean seconds between two faults
+        self.gap = 0.7 if short else 4.0  # mean seconds between two faults, at least
         self.every = 3 if short else 10  # steps between two checkpoints
         self.steps = {"base": 40, "r1_zero": 16, "cold_start": 12}
         if not short:
