@@ -25,7 +25,7 @@ from soak_checks import Checks
 from soak_kinds import FILLS_PAGE, KILL_AND_FLIP, KINDS, STOPPED, Deck, Kind
 from soak_runs import DEADLINE, ROOT, STAGES, Runs, Size
 
-from r1fast.metrics import duration
+from r1fast.progress import duration
 
 SUBREAPER = 36  # prctl's PR_SET_CHILD_SUBREAPER: orphans of a run are ours, and seen
 SLACK = 15.0  # seconds beyond a deadline, on a busy machine

@@ -4,7 +4,7 @@ from datetime import date
 
 from fault_table import PAGE, filled
 
-from r1fast.metrics import duration
+from r1fast.progress import duration
 
 BEGIN, END = "<!-- soak:begin -->\n", "<!-- soak:end -->\n"
 
