@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("test_faults", "test_stage_faults", "test_checkpoint_faults")
+MODULES = ("test_faults", "test_stage_faults", "test_checkpoint_faults", "test_checkpoint_ranks")
 PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- faults:begin -->\n", "<!-- faults:end -->\n"
 

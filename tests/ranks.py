@@ -32,7 +32,7 @@ class Ranks:
             for rank in range(num_ranks)
         ]
 
-    def wait(self, timeout: float = 240) -> list[tuple[int, str, str]]:
+    def wait(self, timeout: float = 300) -> list[tuple[int, str, str]]:
         """(exit code, stdout, stderr) of every rank."""
         try:
             said = [process.communicate(timeout=timeout) for process in self.processes]
@@ -41,7 +41,7 @@ class Ranks:
                 process.kill()
         return [(p.returncode, *texts) for p, texts in zip(self.processes, said, strict=True)]
 
-    def succeed(self, timeout: float = 240) -> list[str]:
+    def succeed(self, timeout: float = 300) -> list[str]:
         """What every rank has written to stderr; all must have ended well."""
         ended = self.wait(timeout)
         assert [code for code, _, _ in ended] == [0] * len(ended), "\n".join(

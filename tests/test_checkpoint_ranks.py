@@ -20,6 +20,15 @@ from r1fast.checkpoint_writer import CheckpointWriter
 from r1fast.config import CheckpointConfig
 
 
+@pytest.fixture(scope="module")
+def tally():
+    from faults import Tally  # a rank imports nothing of what it needs
+
+    tally = Tally("test_checkpoint_ranks")
+    yield tally
+    tally.write()
+
+
 def tensors(step: int) -> dict:
     """Equal on all ranks, as under data parallelism."""
     g = torch.Generator().manual_seed(step)
@@ -210,7 +219,7 @@ def other_tensors(rank: Rank) -> None:
 @pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    ended = Ranks(__file__, folder).wait(120)
+    ended = Ranks(__file__, folder).wait()
     assert [code for code, _, _ in ended] == [0, 9], [err[-3000:] for _, _, err in ended]
     return folder
 
@@ -241,7 +250,7 @@ def test_two_ranks_write_one_checkpoint(out, facts, name):
 
 
 @pytest.mark.parametrize("case", FAILURES)
-def test_what_fails_on_one_rank_is_no_checkpoint_and_all_say_so(out, facts, case):
+def test_what_fails_on_one_rank_is_no_checkpoint_and_all_say_so(out, facts, tally, case):
     ranks = FAILURES[case][1]
     for rank, fact in enumerate(facts):
         (told,) = fact[case]["told"]
@@ -254,9 +263,10 @@ def test_what_fails_on_one_rank_is_no_checkpoint_and_all_say_so(out, facts, case
     assert facts[0][case]["there"] == ["latest", "step-000001"]  # nothing half-written stays
     assert step_folders(out / case) == ["latest", "step-000003"]
     assert_holds(out / case, 3)
+    tally.count("a full disk on one of two ranks, or both, in a save of theirs")
 
 
-def test_a_share_that_was_not_read_back_as_written_is_damage_for_all(out, facts):
+def test_a_share_that_was_not_read_back_as_written_is_damage_for_all(out, facts, tally):
     for fact in facts:
         (told,) = fact["damaged"]["told"]
         assert "step-000002 IS DAMAGED" in told
@@ -265,6 +275,7 @@ def test_a_share_that_was_not_read_back_as_written_is_damage_for_all(out, facts)
         assert fact["damaged"]["saved"] == 1
     assert step_folders(out / "damaged") == ["latest", "step-000001", "step-000002.damaged"]
     assert_holds(out / "damaged", 1)
+    tally.count("a damaged share of one of two ranks")
 
 
 def test_ranks_that_hold_other_tensors_write_nothing(out, facts):
@@ -281,13 +292,14 @@ def test_ranks_need_one_filesystem(out, facts):
     assert step_folders(out / "elsewhere-0") == []
 
 
-def test_a_rank_that_is_killed_leaves_the_checkpoint_before(out):
+def test_a_rank_that_is_killed_leaves_the_checkpoint_before(out, tally):
     told, saved = json.loads((out / "survivor.json").read_text())
     assert saved == 1
     assert "checkpoint of step 2 could not be written" in told[0]
     assert "another rank is gone" in told[0]
     assert step_folders(out / "killed") == ["latest", "step-000001"]
     assert_holds(out / "killed", 1)
+    tally.count("one of two ranks killed amid its share")
 
 
 if __name__ == "__main__":
