@@ -252,7 +252,7 @@ class Soak:
         text = self.checks.fault(kind, code, self.stage, seconds, right)
         at = f"{self.step:>3}/{self.size.steps.get(self.stage, 0):<3}" if self.is_training else ""
         end = "goes on" if code is None else f"exit {code}"
-        self.say(f"{self.stage[:10]:10} {at:7} {kind.name:26} {end:8} {text}")
+        self.say(f"{(self.stage or self.phase)[:10]:10} {at:7} {kind.name:26} {end:8} {text}")
 
     # --- eyes and mouth
 
@@ -289,7 +289,9 @@ class Soak:
         elif what == "begun":
             self.has_begun = True
         elif what == "beat":
-            self.stage, _, part = event["stage"].partition(":")
+            stage, _, part = event["stage"].partition(":")
+            if stage != self.stage:
+                self.stage, self.step = stage, 0
             self.phase = part.strip() or event["phase"]
             self.is_training = not part and event["phase"] not in ("done", "stopped")
             self.has_trained |= self.is_training

@@ -87,6 +87,20 @@ def test_a_good_round_breaks_nothing(run):
     assert [r.get("equal") for r in checks.rounds] == [None, True]
 
 
+def test_what_is_to_be_done_again_need_not_be_equal(run):
+    """Of a round that the time has ended, rows after the checkpoint: of a step with a NaN, say."""
+    checks, folder = run
+    whole_round(checks, folder)
+    rows = [{"step": step, "reward": 0.5, "loss": 1.0, "step_time": 0.1} for step in range(1, 6)]
+    rows[-1]["loss"] = None
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "base" / "metrics.jsonl").write_text(text)
+    checks.begin_round(1, folder, bitwise=True)
+    checks.end_round(False, 1.0)
+    assert checks.broken_invariants == []
+    assert checks.rounds[-1]["equal"]
+
+
 def nan_weights(folder: Path) -> None:
     bad = {"w": torch.tensor([1.0, torch.nan])}
     write_safetensors(folder / "base" / "model" / "model.safetensors", bad)

@@ -211,10 +211,15 @@ def test_no_memory_in_a_forward_of_sampling(tmp_path, monkeypatch, stage, nth, b
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_signal_while_sampling(tmp_path, monkeypatch, stage, number, base, undisturbed):
-    with monkeypatch.context() as patch:
-        at_a_call(patch, 3, lambda: signal.raise_signal(number))
-        with pytest.raises(KeyboardInterrupt), interrupts():
-            STAGES[stage][0](tmp_path / "run", base)
+    # a shell that starts the tests in the background has it ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            at_a_call(patch, 3, lambda: signal.raise_signal(number))
+            with pytest.raises(KeyboardInterrupt), interrupts():
+                STAGES[stage][0](tmp_path / "run", base)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert_ends_as_if_nothing_was(stage, tmp_path / "run", base, undisturbed)
 
 
