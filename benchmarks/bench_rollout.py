@@ -35,7 +35,8 @@ import time
 from pathlib import Path
 
 from common import append_rows, print_table
-from rollout_peers import ENGINES, Case, VllmServer, Worker, install_vllm
+from rollout_peers import ENGINES, Case, VllmServer, Worker
+from vllm_build import install_vllm
 
 SHAPES = {"A": (4, 256, 2048), "B": (8, 512, 16384)}  # layers, width, vocabulary
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}

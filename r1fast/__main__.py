@@ -37,7 +37,7 @@ of RL for replay; --profile N traces N steps of each training stage. On several 
   torchrun --nproc-per-node 2 -m r1fast grpo CONFIG.toml
 A run that was stopped continues from its newest checkpoint with the same command. Ctrl-C, SIGTERM
 and SIGUSR1 save one within checkpoint.deadline_seconds. Exit codes: 0 done, 1 failed, 2 wrong
-input, 3 not finite, 4 out of memory, 75 hung (log.watchdog_abort), 130 stopped, 141 nobody reads
+input, 3 not finite, 4 out of memory, 69 no vLLM server left, 75 hung (log.watchdog_abort), 130 stopped, 141 nobody reads
 what generate or replay prints; docs/reliability.md says what to do about each.
 """
 
@@ -72,7 +72,7 @@ OPTIONS = {
 FLAGS = ("force", "json", "adapter-only")  # take no value
 REPEATED = ("prompt", "stop", "stop-token-id")  # may come several times
 EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FINITE, EXIT_MEMORY = 1, 2, 3, 4  # 75: watchdog.EXIT_HUNG
-EXIT_INTERRUPTED, EXIT_PIPE = 130, 141
+EXIT_NO_SERVERS, EXIT_INTERRUPTED, EXIT_PIPE = 69, 130, 141  # 69: EX_UNAVAILABLE of sysexits
 
 
 Options = dict[str, str | list[str]]
@@ -161,7 +161,9 @@ def main(argv: list[str] | None = None) -> int:
         hint = "(R1FAST_DEBUG=1 shows where)"
         code = EXIT_MEMORY if _is_memory(error) else EXIT_FAILED
         return _fail(f"r1fast: {type(error).__name__}: {error} {hint}", code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        if type(error).__name__ == "ServersLost":  # of r1fast.interrupt
+            return _fail(f"r1fast: {error}", EXIT_NO_SERVERS)
         goes_on = (
             ""
             if argv[0] in ("generate", "merge", "export", "serve", "report", "replay")

@@ -81,8 +81,10 @@ def collate(
     """One PackedBatch of the sequences with these indices; those of one list share their prompt."""
     input_ids, positions, bounds, prefix_of = [], [], [0], []
     rows, target_ids, cu = [], [], [0]
-    weights, advantages, old, ref, policy = [], [], [], [], []
+    weights, advantages, old, ref, policy, rollout = [], [], [], [], [], []
     has_policy = all(s.policy_logprobs is not None for s in sequences)
+    has_rollout = all(s.rollout_logprobs is not None for s in sequences)
+    has_old = not has_rollout or all(s.old_logprobs is not None for s in sequences)
 
     def forward(tokens: list[int], position: int, prefix: int) -> None:
         input_ids.extend(tokens)
@@ -111,6 +113,8 @@ def collate(
             ref += s.ref_logprobs if s.ref_logprobs is not None else [0.0] * R
             if has_policy:
                 policy += s.policy_logprobs
+            if has_rollout:
+                rollout += s.rollout_logprobs
             cu.append(cu[-1] + R)
     assert len(rows) == len(old) == len(ref) == cu[-1], (len(rows), len(old), len(ref), cu[-1])
 
@@ -127,8 +131,9 @@ def collate(
         cu_seqlens=put(cu, torch.int32),
         token_weights=put(weights, torch.float32),
         advantages=put(advantages, torch.float32),
-        old_logprobs=put(old, torch.float32),
+        old_logprobs=put(old, torch.float32) if has_old else None,
         ref_logprobs=put(ref, torch.float32),
         sequence_index=[i for group in groups for i in group],
         policy_logprobs=put(policy, torch.float32) if has_policy else None,
+        rollout_logprobs=put(rollout, torch.float32) if has_rollout else None,
     )

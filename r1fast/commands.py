@@ -31,6 +31,7 @@ from r1fast.provenance import provenance
 from r1fast.rejection import rejection_sample
 from r1fast.replay import replay
 from r1fast.report import report_on, write_report
+from r1fast.rollout.vllm.start import started
 from r1fast.sft import SFTTrainer, encode_examples
 from r1fast.trainer import GRPOTrainer
 
@@ -52,7 +53,8 @@ def _run(command: str, target: Config | str, overrides: list[str], options: Opti
             elif command == "plan":
                 plan_config(target, options)
             else:
-                _COMMANDS[command](target, force)
+                with started(target) as config:
+                    _COMMANDS[command](config, force)
         elif command == "evaluate":
             run_evaluate(target, overrides, options)
         elif command == "report":

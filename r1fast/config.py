@@ -64,7 +64,35 @@ class TemplateConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class VllmConfig:
+    """vLLM servers that sample in place of the embedded engine: rollout.engine = "vllm" (docs/scale.md)."""
+
+    servers: list = field(default_factory=list)  # their addresses, such as http://127.0.0.1:8000
+    # Python of vLLM's own environment: the trainer starts `num_servers` on this machine, and ends them
+    start: str = ""
+    num_servers: int = 1
+    options: list = field(default_factory=list)  # more words of their command line
+    # auto: nccl from a GPU to servers that were started elsewhere, else file
+    weight_transfer: Literal["auto", "file", "nccl"] = "auto"
+    # of file: a folder that trainer and servers see; empty: in memory (/dev/shm), on this machine
+    weight_folder: str = ""
+    # what an update does to samples in flight: waits for them, lets them go on with the new
+    # weights, or has them sampled again
+    update: Literal["wait", "keep", "abort"] = "wait"
+    sleep: bool = False  # servers give their GPU's memory back while the trainer trains
+    request_timeout: float = 900.0  # seconds in which one completion must be there
+    sync_timeout: float = 600.0  # seconds in which a server must have taken new weights
+    num_retries: int = 3  # times a sample is sent again, to another server, before the run stops
+    wait_seconds: float = 120.0  # without any server before the run stops with exit code 69
+    # mean |server - trainer| in nats of the samples that check every update; above it the run stops.
+    # 0 = by dtype: 0.002 in float32, 0.1 in bfloat16 or float16, of either side
+    max_canary: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutConfig:
+    # who samples: r1fast's own engine on the trainer's weights, or servers of vLLM
+    engine: Literal["embedded", "vllm"] = "embedded"
     num_generations: int = 16  # completions per prompt, G in the paper
     max_prompt_tokens: int = 1024  # longer prompts are dropped, counted and reported
     max_completion_tokens: int = 1024
@@ -83,6 +111,7 @@ class RolloutConfig:
     cuda_graphs: bool = True  # on a GPU: a decode step is one launch; false starts each kernel
     # insist on the same bits whatever is in the batch, and take the loss at them; or refuse
     batch_invariant: bool = False
+    vllm: VllmConfig = field(default_factory=VllmConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +141,14 @@ class GRPOConfig:
     off_policy_mask_threshold: float = (
         0.0  # mean KL in nats that drops a negative sequence; 0 = off
     )
+    # weighs a token by old / sampler's probability, and then the old one is the trainer's own: token_
+    # or sequence_ or geometric_truncate or _mask; auto: token_truncate (TIS) with rollout.engine = vllm
+    rollout_correction: Literal[
+        "auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask",
+        "geometric_truncate", "geometric_mask",
+    ] = "auto"  # fmt: skip
+    rollout_clip_min: float = 0.0  # bounds of that weight
+    rollout_clip_max: float = 2.0
     entropy_coef: float = 0.0  # of the mean entropy, in nats, added to the objective
     kl_coef: float = 0.001  # beta in the paper; 0 skips the reference model
     kl_estimator: Literal["k1", "k2", "k3", "k3_unbiased"] = "k3"

@@ -84,6 +84,9 @@ def check(c: Config) -> None:
     for name in ("num_steps", "clip_eps_low", "clip_eps_high", "kl_coef", "ref_refresh_steps",
                  "max_logprob_mismatch"):  # fmt: skip
         need(getattr(g, name) >= 0, f"grpo.{name}", getattr(g, name), "at least 0")
+    need(g.rollout_clip_max > 0, "grpo.rollout_clip_max", g.rollout_clip_max, "above 0")
+    need(0 <= g.rollout_clip_min <= g.rollout_clip_max, "grpo.rollout_clip_min", g.rollout_clip_min,
+         f"in [0, grpo.rollout_clip_max = {g.rollout_clip_max:g}]")  # fmt: skip
     need(g.std_eps >= 0, "grpo.std_eps", g.std_eps, "at least 0")
     most = g.prompts_per_step * (1 if g.whole_groups else r.num_generations)
     of = "prompts_per_step" + (" (whole_groups)" if g.whole_groups else " x num_generations")
@@ -102,6 +105,7 @@ def check(c: Config) -> None:
         need(getattr(s, name) >= 1, f"sft.{name}", getattr(s, name), "at least 1")
     for name in ("num_samples", "every_num_problems", "every_num_samples"):
         need(getattr(e, name) >= 1, f"eval.{name}", getattr(e, name), "at least 1")
+    _check_vllm(c, need)
     steps_of(c.log.record)
     keep = c.checkpoint.keep_last
     need(keep >= 1, "checkpoint.keep_last", keep, "at least 1")
@@ -186,6 +190,33 @@ def _check_by_kind(tables: dict) -> None:
                 raise ValueError(f"unknown reward {key}.{name}; known: {', '.join(REWARDS)}")
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
                 raise ValueError(f"{key}.{name} must be a weight of at least 0, got {weight!r}")
+
+
+def _check_vllm(c: Config, need: Callable) -> None:
+    r = c.rollout
+    v, key = r.vllm, "rollout.vllm"
+    for name in ("servers", "options"):
+        words = getattr(v, name)
+        need(
+            all(isinstance(w, str) and w for w in words),
+            f"{key}.{name}",
+            words,
+            "a list of strings",
+        )
+    need(len(set(v.servers)) == len(v.servers), f"{key}.servers", v.servers, "different addresses")
+    need(v.num_servers >= 1, f"{key}.num_servers", v.num_servers, "at least 1")
+    need(v.num_retries >= 0, f"{key}.num_retries", v.num_retries, "at least 0")
+    for name in ("request_timeout", "sync_timeout", "wait_seconds"):
+        need(getattr(v, name) > 0, f"{key}.{name}", getattr(v, name), "above 0 seconds")
+    need(v.max_canary >= 0, f"{key}.max_canary", v.max_canary, "at least 0 (0 is by dtype)")
+    if r.engine != "vllm":
+        return
+    need(bool(v.servers) != bool(v.start), f"{key}.servers", v.servers,
+         f"the addresses of servers where {key}.start, which starts some, is empty, and else empty")  # fmt: skip
+    need(not (v.start and v.weight_transfer == "nccl"), f"{key}.weight_transfer", "nccl",
+         f"auto or file with {key}.start: NCCL has no two processes on one GPU")  # fmt: skip
+    need(not r.batch_invariant, "rollout.batch_invariant", True,
+         "false with rollout.engine = vllm, whose sums have another order than the trainer's")  # fmt: skip
 
 
 def _check_judge(c: Config, need: Callable) -> None:

@@ -17,16 +17,20 @@ WIDTH = 100
 def describe_keys() -> str:
     """A section after the other, a line or more a key: `name = default`, the choices, the comment."""
     comments = _comments(Path(config.__file__).read_text(encoding="utf-8"))
-    sections = [("", Config())]
-    sections += [
-        (f.name, getattr(Config(), f.name))
-        for f in fields(Config)
-        if is_dataclass(getattr(Config(), f.name))
-    ]
+    sections = _sections("", Config())
     return "\n\n".join(
         "\n".join([f"[{name}]"] * bool(name) + _lines(values, comments))
         for name, values in sections
     )
+
+
+def _sections(name: str, values: object) -> list[tuple[str, object]]:
+    """A table and those within it, by their dotted names."""
+    found = [(name, values)]
+    for f in fields(values):  # type: ignore[arg-type]
+        if is_dataclass(inner := getattr(values, f.name)):
+            found += _sections(f"{name}.{f.name}".removeprefix("."), inner)
+    return found
 
 
 def _lines(values: object, comments: dict[tuple[str, str], str]) -> list[str]:

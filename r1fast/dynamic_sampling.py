@@ -16,7 +16,7 @@ import torch
 from r1fast import distributed
 from r1fast.config import Config
 from r1fast.grpo import groups_with_signal
-from r1fast.interrupt import Stopped, boundary, giving_up
+from r1fast.interrupt import ServersLost, Stopped, boundary, giving_up
 from r1fast.metrics import warn
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.result import completion_of
@@ -106,6 +106,7 @@ class DynamicSampler:
         self.events: dict[int, dict[int, TokenEvent]] = {}  # draw -> sample -> all of it
         self.groups: dict[int, RolloutGroup] = {}  # of draws that have ended
         self.scoring: list[tuple[Future, list[RolloutGroup]]] = []
+        self.lost: ServersLost | None = None
 
     def sample(self) -> Drawn:
         """Raises FloatingPointError where the policy's logits are not finite."""
@@ -117,7 +118,7 @@ class DynamicSampler:
             while not draws.is_done:
                 before, self.scoring = self.scoring, []
                 with self.timer("rollout"):
-                    ended = self._decode()
+                    ended = self._decode_or_end()
                 if ended:
                     self.scoring.append((pool.submit(self.score, ended), ended))
                 if not self.engine.has_work:
@@ -149,6 +150,16 @@ class DynamicSampler:
             stream=False,
         )
         self.draw_of[request], self.events[draw] = draw, {}
+
+    def _decode_or_end(self) -> list[RolloutGroup]:
+        """A round; that there are no servers any more is for all ranks to know first."""
+        try:
+            return self._decode()
+        except ServersLost as error:
+            if self.world_size == 1:
+                raise
+            self.lost = error
+            return []
 
     def _decode(self) -> list[RolloutGroup]:
         """A round of the engine. Returns the groups that have ended."""
@@ -200,9 +211,10 @@ class DynamicSampler:
         draws, stats, G = self.draws, self.engine.stats, self.config.rollout.num_generations
         # one group in advance, so that a slot that comes free is taken in the same step
         free = self.config.rollout.max_batch_size + G - stats.num_running - stats.num_waiting
-        parts = distributed.gather_objects([outcomes, free, giving_up()])
+        ends = giving_up() or self.lost is not None
+        parts = distributed.gather_objects([outcomes, free, ends])
         if any(gives_up for _, _, gives_up in parts):
-            raise Stopped
+            raise self.lost or Stopped
         for ended, _, _ in parts:
             draws.signal.update((draw, has_signal) for draw, has_signal in ended)
         for request, draw in self.draw_of.items():

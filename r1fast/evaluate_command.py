@@ -27,6 +27,7 @@ from r1fast.policy import Policy, policy_of
 from r1fast.provenance import provenance
 from r1fast.report import report_on
 from r1fast.rewards.graders import JUDGED_KINDS
+from r1fast.rollout.vllm.start import started
 from r1fast.types import Problem
 
 Options = Mapping[str, str | list[str]]  # of the command line, without their dashes
@@ -101,6 +102,13 @@ def _evaluate(target: str, overrides: list[str], options: Options) -> None:
     if preset is not None:
         # a wrong file is refused before the model is loaded
         preset.load(str(options["data"]), str(options.get("baseline", "")))
+    with started(config) as config:
+        _evaluate_by(config, preset, target, overrides, options)
+
+
+def _evaluate_by(
+    config: Config, preset: Preset | None, target: str, overrides: list[str], options: Options
+) -> None:
     policy = policy_of(config)
     if not target.endswith(".toml") and not any(w.startswith("--template.") for w in overrides):
         config = _own_template(config, policy)

@@ -142,6 +142,7 @@ def grpo_objective(
         old_logprobs=batch.old_logprobs,
         ref_logprobs=batch.ref_logprobs if config.kl_coef else None,
         policy_logprobs=batch.policy_logprobs,
+        rollout_logprobs=batch.rollout_logprobs,
         token_weights=batch.token_weights,
         num_tokens=num_tokens,
         temperature=temperature,
@@ -173,6 +174,7 @@ def token_coefficients(
         old_logprobs=batch.old_logprobs,
         ref_logprobs=batch.ref_logprobs if config.kl_coef else None,
         policy_logprobs=batch.policy_logprobs,
+        rollout_logprobs=batch.rollout_logprobs,
         token_weights=batch.token_weights,
     )
     return -torch.autograd.grad(loss, logprobs)[0]
@@ -185,4 +187,6 @@ def loss_options(config: GRPOConfig) -> dict[str, object]:
     }
     for name in ("delta", "dual_clip", "off_policy_mask_threshold"):
         options[name] = options[name] or None
+    if options["rollout_correction"] in ("auto", "none"):
+        options["rollout_correction"] = None
     return options

@@ -26,6 +26,10 @@ class Stopped(KeyboardInterrupt):
     """Work was given up for a signal; what a checkpoint holds is as it was before it."""
 
 
+class ServersLost(Stopped):
+    """Nobody is left to sample; saved and ended as for a signal, with an exit code of its own."""
+
+
 class StopRequest:
     """Inside the block the first signal only sets `received`; a second acts at once.
 
@@ -140,20 +144,20 @@ def stoppable(*, waits: bool = False) -> Iterator[None]:
     if not _open or threading.get_ident() != _open[-1]._main:
         yield
         return
-    request, stopped = _open[-1], False
+    request, stopped = _open[-1], None
     request.depth += 1
     request.num_waiting += waits
     try:
         yield
-    except Stopped:
-        stopped = True
+    except Stopped as error:
+        stopped = error
         if request.depth > 1:
             raise
     finally:
         request.num_waiting -= waits
         request.depth -= 1
-    if request.depth == 0 and any_rank(stopped or request.gives_up):
-        raise Stopped
+    if request.depth == 0 and any_rank(stopped is not None or request.gives_up):
+        raise stopped or Stopped
 
 
 def any_rank(flag: bool) -> bool:

@@ -48,6 +48,12 @@ class Pipeline:
                 "model.adapter is of one model, and a pipeline has several: merge it into "
                 "pipeline.base (r1fast merge)"
             )
+        stages = [stage_config(config, stage) for stage in config.stages]
+        if any(c.rollout.engine == "vllm" for c in [config, *stages]):
+            raise ValueError(
+                "rollout.engine = vllm is of one model, and a pipeline has several: run its stages one by one "
+                "(r1fast grpo, sample, evaluate), or take the embedded engine"
+            )
         self.config, self.folder, self.force = config, Path(config.output_dir), force
         self.order = [s for s in STAGES if s in config.pipeline.stages]
         self.skipped: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from r1fast.planner import Job, Work
 from r1fast.planning import grpo_groups, make_job, settle, watch
 from r1fast.policy import Policy
 from r1fast.reference import engine_logprobs, make_reference
-from r1fast.rollout.engine import Engine
+from r1fast.rollout.make_engine import make_engine
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.step_plan import Fact, Key, MiniBatch, StepPlan, check_groups
 from r1fast.training import Trainer
@@ -49,6 +50,14 @@ def check_loss_options(config: Config) -> PolicyLossOptions:
         return PolicyLossOptions(**loss_options(config.grpo))
     except ValueError as error:
         raise ValueError(f"grpo.{error}") from None
+
+
+def settled_correction(config: Config) -> Config:
+    """`config` with what grpo.rollout_correction = "auto" is."""
+    if config.grpo.rollout_correction != "auto":
+        return config
+    kind = "token_truncate" if config.rollout.engine == "vllm" else "none"
+    return replace(config, grpo=replace(config.grpo, rollout_correction=kind))
 
 
 class PolicyUpdate(Trainer):
@@ -68,6 +77,7 @@ class PolicyUpdate(Trainer):
         force: bool = False,
         resume: bool = True,
     ):
+        config = settled_correction(config)
         g, r = config.grpo, config.rollout
         self.drops = g.drop_without_signal and check_loss_options(config).learns_by_advantage_alone
         put_adapters(policy.model, config, stage)
@@ -86,9 +96,10 @@ class PolicyUpdate(Trainer):
         self.sampling = SamplingParams(
             r.temperature, r.top_p, r.top_k, r.max_completion_tokens, min_p=r.min_p
         )
-        self.engine = Engine.of(policy, r, part=self.timer.part)
+        self.engine = make_engine(policy, r, part=self.timer.part)
         self.max_mismatch = g.max_logprob_mismatch or MAX_MISMATCH[policy.model.head_weight.dtype]
         self.is_invariant = r.batch_invariant  # the loss takes the engine's log-probabilities
+        self.corrects = g.rollout_correction != "none"  # for a sampler that is another engine
 
     def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
         return {} if self.reference is None else {"reference": self.reference.tensors()}
@@ -122,6 +133,9 @@ class PolicyUpdate(Trainer):
         sums = self._counts(groups) | dict.fromkeys(("loss", "forwarded", "num_tokens"), 0.0)
         norms, lr, mismatch, replaced = [], 0.0, {}, False
         num_parts = g.num_mini_batches * g.num_iterations
+        if self.corrects:
+            with self.timer("train"), stoppable():
+                sums["forwarded"] += self._take_apart(own, num_parts)
         for iteration in range(g.num_iterations):
             for part in plan.mini_batches(f"{split}{iteration}"):
                 if not part.live:  # on any rank: no gradient, so no step of AdamW
@@ -133,7 +147,8 @@ class PolicyUpdate(Trainer):
                         mini, diffs = self.token_budget.fitting(backward)
                     if not norms:  # the weights are those that sampled
                         mismatch = self._mismatch(diffs)
-                        replaced = mismatch.get("logprob_mismatch/mean", 0.0) > self.max_mismatch
+                        mean = mismatch.get("logprob_mismatch/mean", 0.0)
+                        replaced = mean > self.max_mismatch and not self.corrects
                         if replaced:
                             sums["forwarded"] += mini["forwarded"] + self._replace_old(own)
                             mini, _ = self.token_budget.fitting(backward)
@@ -303,6 +318,17 @@ class PolicyUpdate(Trainer):
             s.old_logprobs = values
         return 0 if self.is_invariant else sum(b.num_tokens for b in self._pack(sequences))
 
+    def _take_apart(self, sequences: list[Sequence], num_parts: int) -> int:
+        """The sampler's log-probabilities are no old ones: the trainer's are, by a forward where there is
+        more than one optimizer step, else by that of the loss itself. Returns the tokens forwarded."""
+        for s in sequences:
+            s.rollout_logprobs, s.old_logprobs = s.old_logprobs, None
+        if num_parts == 1:
+            return 0
+        for s, values in zip(sequences, self._logprobs(sequences), strict=True):
+            s.old_logprobs = values
+        return sum(b.num_tokens for b in self._pack(sequences))
+
     def _logprobs(self, sequences: list[Sequence]) -> list[list[float]]:
         """Of every sequence's completion, as the loss takes them."""
         temperature = self.sampling.temperature
@@ -324,7 +350,7 @@ class PolicyUpdate(Trainer):
     ) -> tuple[dict[str, float], list[float]]:
         """Gradients of this rank's share of a mini-batch.
 
-        Returns sums over tokens, and what `_mismatch` takes: of |what the loss takes - old logprob|
+        Returns sums over tokens, and what `_mismatch` takes: of |what the loss takes - sampler's logprob|
         the sum and the largest, the largest |graph - what the loss takes|, the number of tokens.
         """
         g = self.config.grpo
@@ -370,7 +396,7 @@ class PolicyUpdate(Trainer):
             logprobs = sums.pop("logprobs")
             self.on_logprobs(owned, batch, logprobs)
             taken = logprobs if batch.policy_logprobs is None else batch.policy_logprobs
-            off = (taken - batch.old_logprobs).abs()
+            off = (taken - batch.sampler_logprobs).abs()
             diffs[0] += off.sum(dtype=torch.float64)
             diffs[1] = diffs[1].maximum(off.max())
             diffs[2] = diffs[2].maximum((logprobs - taken).abs().max())

@@ -26,6 +26,7 @@ from r1fast.rewards.graders import GRADED_BY
 from r1fast.rewards.score import RewardScorer, judge_row
 from r1fast.rollout.result import EngineStats
 from r1fast.rollout.sampler import sample_seed
+from r1fast.rollout.vllm.engine import VllmEngine, joined
 from r1fast.rollout_metrics import finish_rollout_metrics, rollout_extremes, rollout_sums
 from r1fast.templates import encode_prompts
 from r1fast.training_state import digest
@@ -124,8 +125,17 @@ class GRPOTrainer(PolicyUpdate):
         problems[:] = [problems[i] for i in kept]
         return ids
 
+    def run(self) -> None:
+        try:
+            super().run()
+        finally:
+            self.engine.close()
+
     def train_step(self, step: int) -> dict[str, float]:
         before = self.engine.stats
+        if isinstance(self.engine, VllmEngine):
+            with self.timer("sync"), stoppable():
+                self.engine.sync()
         if self.config.grpo.dynamic_sampling == "off":
             with self.timer("rollout"), stoppable():
                 groups = self.rollout(step)
@@ -135,6 +145,8 @@ class GRPOTrainer(PolicyUpdate):
         else:
             drawn = self._draw(step)
         row = self._rollout_row(drawn.sampled) | self._engine_row(before) | drawn.metrics
+        if isinstance(self.engine, VllmEngine):
+            self.engine.sleep()
         row |= self._sandbox_row()
         with recorded(self, drawn.kept, step) as trained:
             trained |= self.update(drawn.kept, step)
@@ -217,6 +229,8 @@ class GRPOTrainer(PolicyUpdate):
 
     def _engine_row(self, before: EngineStats) -> dict[str, float]:
         """What the engines of all ranks did in this step."""
+        if isinstance(self.engine, VllmEngine):
+            return joined(distributed.gather_objects(self.engine.take_metrics()))
         stats = self.engine.stats
         held = stats.peak_blocks * stats.block_bytes
         sums = distributed.sum_dict(stats.since(before) | {"held": float(held)})

@@ -286,6 +286,7 @@ class TrainingState:
         for key in ("eval", "max_eval_problems"):
             del config["data"][key]
         del config["model"]["activation_checkpointing"]  # the same gradient
+        del config["rollout"]["vllm"]  # where servers are, how long they are waited for
         return json.loads(json.dumps(config))
 
     def own_measure(self) -> str:

@@ -44,6 +44,8 @@ class Completion:
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)  # when asked for
     stop_reason: str | int | None = None  # the stop string or the token id that ended it
     error: str = ""  # what went wrong where finish_reason is "error"
+    # of the weights that sampled it, first and last: of servers, which may get others meanwhile
+    weight_versions: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -64,6 +66,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None  # None: more will come
     stop_reason: str | int | None = None
     error: str = ""
+    weight_versions: tuple[int, int] | None = None  # as in Completion
 
 
 @dataclass(slots=True)
@@ -97,6 +100,9 @@ class Sequence:
     old_logprobs: list[float] | None = None  # len(completion_ids)
     ref_logprobs: list[float] | None = None  # len(completion_ids)
     advantage: float = 0.0
+    # len(completion_ids): the sampler's, where the loss corrects for it; then old ones are the trainer's,
+    # and None where the weights are still those of the forward to come
+    rollout_logprobs: list[float] | None = None
     # len(completion_ids): what the loss takes instead of the training forward's own
     policy_logprobs: list[float] | None = None
 
@@ -122,12 +128,18 @@ class PackedBatch:
     cu_seqlens: Tensor  # (S + 1,) int32: the targets of each sequence
     token_weights: Tensor  # (N,) float32: one over the global denominator of the loss
     advantages: Tensor  # (N,) float32
-    old_logprobs: Tensor  # (N,) float32
+    old_logprobs: Tensor | None  # (N,) float32; None: those that the forward is to give
     ref_logprobs: Tensor  # (N,) float32
     sequence_index: list[int]  # (S,) where each sequence stood before packing
     policy_logprobs: Tensor | None = None  # (N,) float32, where the sequences have them
+    rollout_logprobs: Tensor | None = None  # (N,) float32, likewise
 
     @property
     def num_tokens(self) -> int:
         """T, what is forwarded."""
         return self.bounds[-1]
+
+    @property
+    def sampler_logprobs(self) -> Tensor:  # (N,)
+        """As the tokens were drawn."""
+        return self.old_logprobs if self.rollout_logprobs is None else self.rollout_logprobs

@@ -7,16 +7,17 @@ need not be drawn again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import blake2b
 
 from r1fast import distributed
 from r1fast.config import Config
-from r1fast.interrupt import boundary, stoppable
+from r1fast.interrupt import any_rank, boundary, stoppable
 from r1fast.metrics import warn
 from r1fast.policy import Policy
 from r1fast.progress import progress
-from r1fast.rollout.engine import Engine
+from r1fast.rollout.make_engine import make_engine
 from r1fast.rollout.result import completion_of
 from r1fast.rollout.sampler import SamplingParams, sample_seed
 from r1fast.templates import encode_prompts
@@ -104,15 +105,19 @@ def sample_missing(
     ]
     total = sum(len(ask.seeds) for ask in asks)
     num_missing = sum(map(len, missing))
-    if not num_missing:
+    is_needed = num_missing > 0
+    if config.rollout.engine == "vllm":  # all ranks together bring servers up to date
+        is_needed = any_rank(is_needed)
+    if not is_needed:
         return
-    engine = Engine.of(policy, config.rollout)
     failed: list[str] = []
     start = total - num_missing
     with (
+        closing(make_engine(policy, config.rollout)) as engine,
         progress(title, total=total, unit="sample", start=start, enabled=bool(title)) as bar,
         stoppable(),
     ):
+        engine.sync()
         places: dict[int, int] = {}
         for i, (ask, own) in enumerate(zip(asks, missing, strict=True)):
             if own:

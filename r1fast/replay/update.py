@@ -52,7 +52,7 @@ class ReplayedUpdate(PolicyUpdate):
             return
         taken = logprobs if batch.policy_logprobs is None else batch.policy_logprobs
         coefficients = token_coefficients(logprobs, batch, self.config.grpo).cpu()
-        ratios = (taken - batch.old_logprobs).exp().cpu()
+        ratios = (taken - batch.sampler_logprobs).exp().cpu()
         bounds = batch.cu_seqlens.tolist()
         iteration = (self.optimizer_step - self.began) // self.config.grpo.num_mini_batches
         for i, a, b in zip(batch.sequence_index, bounds, bounds[1:], strict=False):

@@ -245,6 +245,12 @@ class Engine(Loops, Decoding):
         if self.scheduler is not None:
             self.scheduler.allocator.reset()
 
+    def sync(self) -> None:
+        """Nothing: the weights are read where they are. Servers (vllm/engine.py) have to be sent them."""
+
+    def close(self) -> None:
+        """Nothing either."""
+
     @property
     def has_work(self) -> bool:
         return bool(self._requests or self._ended)

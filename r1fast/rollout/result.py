@@ -126,4 +126,5 @@ def completion_of(events: Sequence[TokenEvent]) -> Completion:
         [x for e in events for x in e.top_logprobs or ()],
         last.stop_reason,
         last.error,
+        last.weight_versions,
     )
