@@ -11,16 +11,26 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 TORCH := $(shell grep '^torch==' constraints.txt)
 SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py
 
-.PHONY: help demo test lint sandbox faults soak bench build format clean
+# vLLM's CPU build, 3 GB, in an environment of its own
+VLLM_VENV ?= $(HOME)/.cache/r1fast/vllm
+
+.PHONY: help demo test test-vllm lint sandbox faults soak bench build format clean
 
 help:      ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
 
 demo: build   ## set up, then run the whole R1 recipe small, on the CPU: a table and a report
 	@$(BIN)/r1fast pipeline configs/demo.toml
 
 test: lint sandbox ## set up, lint, every test; without a GPU the kernels run under the Triton interpreter
 	@$(BIN)/pytest $(ARGS)
+
+test-vllm: build ## test the vLLM engine against a real vLLM, which is installed first (VLLM_VENV)
+	@$(BIN)/python benchmarks/vllm_build.py "$(VLLM_VENV)" && code=0 || code=$$?; \
+	if [ $$code = 3 ] && [ -n "$(VLLM_OPTIONAL)" ]; then \
+		echo "SKIPPED: the vLLM engine was not tested, as its vLLM could not be installed (see above)"; \
+	elif [ $$code != 0 ]; then exit $$code; \
+	else R1FAST_VLLM_PYTHON="$(VLLM_VENV)/bin/python" $(BIN)/pytest tests/test_vllm.py $(ARGS); fi
 
 sandbox:   ## install bubblewrap, in which code rewards run programs, where that is possible
 	@command -v bwrap > /dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \

@@ -37,8 +37,9 @@ of RL for replay; --profile N traces N steps of each training stage. On several 
   torchrun --nproc-per-node 2 -m r1fast grpo CONFIG.toml
 A run that was stopped continues from its newest checkpoint with the same command. Ctrl-C, SIGTERM
 and SIGUSR1 save one within checkpoint.deadline_seconds. Exit codes: 0 done, 1 failed, 2 wrong
-input, 3 not finite, 4 out of memory, 69 no vLLM server left, 75 hung (log.watchdog_abort), 130 stopped, 141 nobody reads
-what generate or replay prints; docs/reliability.md says what to do about each.
+input, 3 not finite, 4 out of memory, 69 no vLLM server left, 75 hung (log.watchdog_abort), 130
+stopped, 141 nobody reads what generate or replay prints; docs/reliability.md says what to do about
+each.
 """
 
 import os

@@ -114,6 +114,12 @@ class RolloutConfig:
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
 
+RolloutCorrection = Literal[
+    "auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask",
+    "geometric_truncate", "geometric_mask",
+]  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class GRPOConfig:
     num_steps: int = 200  # rollouts
@@ -141,12 +147,9 @@ class GRPOConfig:
     off_policy_mask_threshold: float = (
         0.0  # mean KL in nats that drops a negative sequence; 0 = off
     )
-    # weighs a token by old / sampler's probability, and then the old one is the trainer's own: token_
-    # or sequence_ or geometric_truncate or _mask; auto: token_truncate (TIS) with rollout.engine = vllm
-    rollout_correction: Literal[
-        "auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask",
-        "geometric_truncate", "geometric_mask",
-    ] = "auto"  # fmt: skip
+    # weighs a token by old / sampler's probability, where the old one is then the trainer's own; auto:
+    # token_truncate (TIS) with rollout.engine = vllm, else none
+    rollout_correction: RolloutCorrection = "auto"
     rollout_clip_min: float = 0.0  # bounds of that weight
     rollout_clip_max: float = 2.0
     entropy_coef: float = 0.0  # of the mean entropy, in nats, added to the objective

@@ -211,8 +211,17 @@ def _check_vllm(c: Config, need: Callable) -> None:
     need(v.max_canary >= 0, f"{key}.max_canary", v.max_canary, "at least 0 (0 is by dtype)")
     if r.engine != "vllm":
         return
-    need(bool(v.servers) != bool(v.start), f"{key}.servers", v.servers,
-         f"the addresses of servers where {key}.start, which starts some, is empty, and else empty")  # fmt: skip
+    if v.start:
+        need(not v.servers, f"{key}.servers", v.servers, f"empty where {key}.start starts some")
+    else:
+        need(bool(v.servers), f"{key}.servers", v.servers,
+             f"the addresses of servers, such as http://127.0.0.1:8000 (or set {key}.start)")  # fmt: skip
+    need(
+        r.temperature <= 2,
+        "rollout.temperature",
+        r.temperature,
+        "at most 2, which is vLLM's own bound",
+    )
     need(not (v.start and v.weight_transfer == "nccl"), f"{key}.weight_transfer", "nccl",
          f"auto or file with {key}.start: NCCL has no two processes on one GPU")  # fmt: skip
     need(not r.batch_invariant, "rollout.batch_invariant", True,

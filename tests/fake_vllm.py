@@ -1,6 +1,7 @@
 """A server that speaks as much of vLLM's HTTP API as r1fast uses, over an engine of ours: for its failures."""
 
 import json
+import sys
 import threading
 import time
 from collections import Counter
@@ -174,3 +175,18 @@ class FakeVllm:
                 "token_ids": c.token_ids, "logprobs": {"token_logprobs": logprobs},
             }]
         }  # fmt: skip
+
+
+def main(words: list[str]) -> None:
+    """As vLLM's own server is started: of what comes, --model and --port are read."""
+    from r1fast.policy import load_policy
+
+    def value(name: str) -> str:
+        return words[words.index(name) + 1]
+
+    FakeVllm(load_policy(value("--model"), device="cpu"), port=int(value("--port")))
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main(sys.argv)

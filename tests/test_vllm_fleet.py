@@ -416,6 +416,8 @@ def test_sampling_that_is_not_sent_is_refused(fleet, sampling, field):
     with pytest.raises(RefusedRequest, match=f"has {field} = .*which is not sent to vLLM") as error:
         engine.generate(PROMPTS, 1, sampling)
     assert error.value.field == field
+    with pytest.raises(RefusedRequest, match=r"temperature = 2.5: vLLM takes up to 2"):
+        engine.generate(PROMPTS, 1, SamplingParams(temperature=2.5))
     with pytest.raises(RefusedRequest, match="entropies"):
         engine.generate(PROMPTS, 1, SAMPLING, return_entropy=True)
 
@@ -492,3 +494,26 @@ def test_the_exit_code(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(commands, "run", lost)
     assert cli.main(["grpo", "configs/demo.toml"]) == cli.EXIT_NO_SERVERS == 69
     assert "no vLLM server for 120 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), r"rollout.vllm.servers must be the addresses of servers, .*or set rollout.vllm.start"),
+        (("servers=['http://h:1']", "start=python"), r"must be empty where rollout.vllm.start"),
+        (("servers=['http://h:1', 'http://h:1']",), "must be different addresses"),
+        (("start=python", "weight_transfer=nccl"), r"weight_transfer must be auto or file"),
+        (("start=python", "num_servers=0"), "num_servers must be at least 1"),
+        (("start=python", "request_timeout=0"), "request_timeout must be above 0"),
+        (("start=python", "max_canary=-1"), "max_canary must be at least 0"),
+        (("start=python", "num_retries=-1"), "num_retries must be at least 0"),
+        (("start=python", "options=[7]"), "options must be a list of strings"),
+    ],
+)
+def test_configs_that_cannot_be(words, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config("--rollout.engine=vllm", *[f"--rollout.vllm.{word}" for word in words])
+    if not words:
+        for word in ("--rollout.batch_invariant=true", "--rollout.temperature=2.5"):
+            with pytest.raises(ValueError, match=word[2:].partition("=")[0] + " must be"):
+                tiny_config("--rollout.engine=vllm", "--rollout.vllm.start=python", word)

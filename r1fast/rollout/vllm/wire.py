@@ -16,6 +16,7 @@ from r1fast.types import TokenEvent
 _SENT = ("temperature", "top_p", "top_k", "min_p", "min_tokens", "ignore_eos", "max_tokens",
          "stop_token_ids")  # fmt: skip
 _DEFAULTS = SamplingParams()
+MAX_TEMPERATURE = 2  # vLLM's own
 
 
 def sampling_body(
@@ -30,6 +31,11 @@ def sampling_body(
                 f"what can be set is {', '.join(_SENT)}",
                 f.name,
             )
+    if sampling.temperature > MAX_TEMPERATURE:
+        raise RefusedRequest(
+            f"{name} has temperature = {sampling.temperature:g}: vLLM takes up to {MAX_TEMPERATURE}",
+            "temperature",
+        )
     stops = list(sampling.stop_token_ids)
     if not sampling.ignore_eos:  # a server knows its own config's alone
         stops += [t for t in eos_ids if t not in stops]
