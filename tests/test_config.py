@@ -215,12 +215,19 @@ def test_help_names_every_key_with_its_default_and_comment(capsys):
     assert main(["grpo", "--help"]) == 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 100
-    config = Config()
+
+    def check(name, values):
+        block = shown.partition(f"\n[{name}]\n")[2].partition("\n\n")[0]
+        named = re.findall(r"^  (\w+) =", block, flags=re.MULTILINE)
+        tables = {f.name for f in fields(values) if is_dataclass(getattr(values, f.name))}
+        assert named == [f.name for f in fields(values) if f.name not in tables]
+        for table in tables:
+            check(f"{name}.{table}", getattr(values, table))
+
     for section in fields(Config):
-        if is_dataclass(value := getattr(config, section.name)):
-            block = shown.partition(f"\n[{section.name}]\n")[2].partition("\n\n")[0]
-            named = re.findall(r"^  (\w+) =", block, flags=re.MULTILINE)
-            assert named == [f.name for f in fields(value)]
+        if is_dataclass(value := getattr(Config(), section.name)):
+            check(section.name, value)
+    assert "[rollout.vllm]" in shown
     text = " ".join(shown.split())
     assert 'task = "" "" | running_sum; an embedded task that makes its own data' in text
     assert 'token_budget = "auto" auto | a whole number; tokens forwarded in one' in text

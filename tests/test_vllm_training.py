@@ -1,4 +1,13 @@
-"""GRPO over servers: the correction for a sampler that is another engine, metrics, and what is saved when all are lost."""
+"""GRPO over servers: the correction for a sampler that is another engine, metrics, what is saved when all are lost.
+
+This file is also the program that torchrun starts: `torchrun --nproc-per-node 2 THIS OUT URL OVERRIDES...`, URL being of a server that fails.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,8 +16,9 @@ from test_vllm_fleet import _fast, at, none  # noqa: F401
 from tiny import TokenScorer, tiny_checkpoint, tiny_config, tiny_policy, tiny_problems
 
 from r1fast import __main__ as cli
+from r1fast import distributed
 from r1fast.grpo import token_coefficients
-from r1fast.interrupt import ServersLost
+from r1fast.interrupt import ServersLost, Stopped
 from r1fast.metrics import METRIC_HELP, metric_help, read_metrics
 from r1fast.policy_update import settled_correction
 from r1fast.trainer import GRPOTrainer
@@ -162,6 +172,38 @@ def test_a_run_whose_servers_are_all_lost_saves_and_goes_on_later(tmp_path, serv
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
+RANKS = ("--grpo.num_steps=2", "--grpo.prompts_per_step=3", "--optim.eps=0.001")
+
+
+def test_two_ranks_over_two_servers(tmp_path, servers):
+    """Rank 0 gives the weights, both sample; where all servers are lost, both end and one saves."""
+    made = servers(none, none)
+    lost = FakeVllm(tiny_policy(), fault=at("/v1/completions", *range(9, 999), what="reset"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr",
+        "127.0.0.1", "--master-port", str(port), __file__, str(tmp_path), lost.url,
+        *words(made, *RANKS),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with lost:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [len(s.updates) for s in made] == [2, 2]
+    make_trainer(tmp_path / "one", servers(none)[-1:], *RANKS).run()
+    for row, other in zip(
+        read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True
+    ):
+        for name in ("loss", "reward", "grad_norm", "num_tokens", "rollout_correction/weight"):
+            assert row[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
+        assert row["vllm/servers"] == 2
+    ends = [(tmp_path / f"lost-{rank}.txt").read_text() for rank in (0, 1)]
+    assert any("no vLLM server for 1 s" in end for end in ends)
+    assert "step 1 was given up to stop in time" in done.stdout
+
+
 def test_commands_over_servers(tmp_path, servers, capsys):
     """grpo with evaluations, and sample: by the command line, whose exit code says that servers are gone."""
     path = tiny_checkpoint(tmp_path / "model")
@@ -194,3 +236,23 @@ def test_a_pipeline_refuses_servers(tmp_path):
         '[stages.rl_1.rollout]\nengine = "vllm"\nvllm.servers = ["http://h:1"]\n'
     )
     assert cli.main(["pipeline", f"{tmp_path}/c.toml"]) == cli.EXIT_USAGE
+
+
+def main(out: Path, lost: str, given: list[str]) -> None:
+    distributed.start()
+    for folder in ("two", "lost"):
+        if distributed.is_main():
+            (out / folder).mkdir()
+        distributed.barrier()
+        config = tiny_config(*given)
+        trainer = GRPOTrainer(tiny_policy(), config, out / folder, tiny_problems(), TokenScorer())
+        try:
+            trainer.run()
+        except Stopped as error:
+            (out / f"lost-{distributed.rank()}.txt").write_text(str(error))
+        given = [*given, f"--rollout.vllm.servers=['{lost}']"]
+    distributed.leave(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

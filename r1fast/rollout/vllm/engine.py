@@ -17,7 +17,7 @@ import torch
 
 from r1fast import distributed
 from r1fast.config import RolloutConfig
-from r1fast.interrupt import ServersLost, boundary
+from r1fast.interrupt import ServersLost, Stopped, boundary
 from r1fast.policy import Policy
 from r1fast.rollout.loops import Loops
 from r1fast.rollout.request import RefusedRequest, check_request, token_ids
@@ -94,21 +94,22 @@ class VllmEngine(Loops):
                 self.weights.take()
                 self._update([s for s in self.fleet.servers if s.state != "lost"])
                 self._wait_for_one(updated=True)
-            except (ServersLost, CanaryError, ValueError, OSError) as error:
+            except (Stopped, CanaryError, ValueError, OSError) as error:
                 failed = error
             up = [i for i, s in enumerate(self.fleet.servers) if s.state == "up"]
-            is_lost = isinstance(failed, ServersLost)
-            message = [self.weights.version, self.weights.digest, up, str(failed or ""), is_lost]
-        version, digest, up, error, is_lost = distributed.gather_objects(message)[0]
+            ending = "" if failed is None else f"rank 0: {failed}"
+            message = [self.weights.version, self.weights.digest, up, ending,
+                       isinstance(failed, Stopped)]  # fmt: skip
+        version, digest, up, ending, is_stopped = distributed.gather_objects(message)[0]
         if failed is not None:
             raise failed
-        if error:  # ranks end together
-            raise (ServersLost if is_lost else RuntimeError)(f"rank 0: {error}")
+        if ending:  # ranks end together
+            raise (ServersLost if is_stopped else RuntimeError)(ending)
         if not distributed.is_main():
             self.weights.follow(version, digest)
             for i in up:
                 server = self.fleet.servers[i]
-                with suppress(ServerError):
+                with suppress(ServerError, RequestError):
                     self._introduce(server)
                     self.fleet.take_up(server, version)
 
@@ -189,7 +190,7 @@ class VllmEngine(Loops):
                 self._introduce(server)
                 if self.weights.has_them(server):
                     self.fleet.take_up(server, self.weights.version)
-            except ServerError as error:
+            except (ServerError, RequestError) as error:
                 self.fleet.lose(server, str(error))
 
     def _servers_lost(self) -> ServersLost:
