@@ -1,17 +1,15 @@
 """GRPO over servers: the correction for a sampler that is another engine, metrics, what is saved when all are lost.
 
-This file is also the program that torchrun starts: `torchrun --nproc-per-node 2 THIS OUT URL OVERRIDES...`, URL being of a server that fails.
+This file is also the program of each rank of two: THIS OUT URL OVERRIDES..., URL being of a server that fails.
 """
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from fake_vllm import FakeVllm
+from ranks import Ranks
 from test_vllm_fleet import _fast, at, none  # noqa: F401
 from tiny import TokenScorer, tiny_checkpoint, tiny_config, tiny_policy, tiny_problems
 
@@ -19,7 +17,8 @@ from r1fast import __main__ as cli
 from r1fast import distributed
 from r1fast.grpo import token_coefficients
 from r1fast.interrupt import ServersLost, Stopped
-from r1fast.metrics import METRIC_HELP, metric_help, read_metrics
+from r1fast.metric_help import METRIC_HELP, metric_help
+from r1fast.metrics import read_metrics
 from r1fast.policy_update import settled_correction
 from r1fast.trainer import GRPOTrainer
 
@@ -179,18 +178,9 @@ def test_two_ranks_over_two_servers(tmp_path, servers):
     """Rank 0 gives the weights, both sample; where all servers are lost, both end and one saves."""
     made = servers(none, none)
     lost = FakeVllm(tiny_policy(), fault=at("/v1/completions", *range(9, 999), what="reset"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr",
-        "127.0.0.1", "--master-port", str(port), __file__, str(tmp_path), lost.url,
-        *words(made, *RANKS),
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with lost:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+        ended = Ranks(__file__, tmp_path, lost.url, *words(made, *RANKS)).wait()
+    assert [code for code, _, _ in ended] == [0, 0], ended
     assert [len(s.updates) for s in made] == [2, 2]
     make_trainer(tmp_path / "one", servers(none)[-1:], *RANKS).run()
     for row, other in zip(
@@ -201,7 +191,7 @@ def test_two_ranks_over_two_servers(tmp_path, servers):
         assert row["vllm/servers"] == 2
     ends = [(tmp_path / f"lost-{rank}.txt").read_text() for rank in (0, 1)]
     assert any("no vLLM server for 1 s" in end for end in ends)
-    assert "step 1 was given up to stop in time" in done.stdout
+    assert "step 1 was given up to stop in time" in ended[0][1]
 
 
 def test_commands_over_servers(tmp_path, servers, capsys):
