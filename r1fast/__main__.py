@@ -13,8 +13,8 @@ commands
   preferences   pairs for data.preference, by a judge, of prompts in data.general
   plan       memory, token budget, FLOPs and seconds of a step, from config.json alone
              [--stage NAME] [--gpu a100|l40s|h100|h200] [--ranks N] [--completion-tokens N]
-             --gpus 8,64,512: clusters on paper, also of mixtures of experts, layouts that r1fast does
-             not run included [--per-node 8] [--network 400: Gbit/s of a GPU]
+             --gpus 8,64,512: clusters on paper, also of mixtures of experts, layouts that r1fast
+             does not run included [--per-node 8] [--network 400: Gbit/s of a GPU]
   report     RUN: one self-contained HTML page of a run folder
   replay     RUN --step N [--json] [--section.key=value ...]: a recorded update again, to the
              last bit; with other values of grpo, optim: both losses on the same rollouts
