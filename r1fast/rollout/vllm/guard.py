@@ -27,13 +27,13 @@ def main(words: list[str]) -> int:
         words, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_me
     )
 
-    def end(*_: object) -> None:
-        for number, seconds in ((signal.SIGTERM, PATIENCE), (signal.SIGKILL, None)):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(seconds)
-                break
+    def end() -> None:
+        child.terminate()  # it alone, so that it can tidy up after its own: shared memory, sockets
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(PATIENCE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
     def watch() -> None:
         with contextlib.suppress(OSError):
@@ -53,8 +53,6 @@ def main(words: list[str]) -> int:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         end()
-        with contextlib.suppress(ProcessLookupError):  # children that outlived their server
-            os.killpg(child.pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
