@@ -237,8 +237,7 @@ def _sample(
         memory["training's"] = waiting
     # what the cache cannot hold waits for its turn
     turns = max(1.0, cached / room) if room > 0 else math.inf
-    if room > 0:
-        memory["cache"] = min(cached, room)
+    memory["cache"] = min(cached, max(room, 0.0))
     plan.memory["rollout"] = memory
     bandwidth, peak = BANDWIDTH * gpu.bandwidth * k, PRODUCTS * gpu.bf16_flops * k
     batch, running = batch / turns, running / turns

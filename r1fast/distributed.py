@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import NoReturn, TypeVar
 
@@ -13,6 +14,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(hours=2)  # of what ranks wait for each other
+MEETING = datetime.timedelta(minutes=10)  # of ranks that start
+ATTEMPT = datetime.timedelta(seconds=2)  # to reach rank 0 where it may no longer be
+PORT_KEY = "r1fast/port of rank 0"
 _beside: dict[dist.ProcessGroup, dist.ProcessGroup] = {}  # of the process's own group
 
 
@@ -27,8 +31,42 @@ def start() -> tuple[int, int]:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        where = {}
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            own = int(os.environ["RANK"])
+            where = {"store": _own_store(own), "rank": own, "world_size": world_size}
+        dist.init_process_group(backend, timeout=TIMEOUT, **where)
     return rank(), world_size
+
+
+def _own_store(own_rank: int) -> dist.Store:
+    """A store that lives in rank 0, found through the agent's.
+
+    The agent's own outlives the workers, and PyTorch 2.13 puts every attempt into it under the same keys: after a
+    restart ranks would look for each other at the addresses of those that are gone. Here what is left of
+    an earlier attempt is an address where nobody listens any more.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent = dist.TCPStore(host, port, is_master=False, timeout=MEETING)
+    if own_rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+        agent.set(PORT_KEY, str(store.port))
+        return store
+    end = time.monotonic() + MEETING.total_seconds()
+    while True:
+        found = int(agent.get(PORT_KEY))  # waits for the first one
+        try:
+            store = dist.TCPStore(host, found, is_master=False, timeout=ATTEMPT)
+        except RuntimeError as error:
+            if time.monotonic() > end:
+                raise RuntimeError(
+                    f"rank {own_rank} has not found rank 0 at {host}:{found} in "
+                    f"{MEETING.total_seconds():.0f} s: {error}"
+                ) from error
+            time.sleep(0.2)
+        else:
+            store.set_timeout(TIMEOUT)
+            return store
 
 
 def stop() -> None:
