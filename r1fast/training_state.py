@@ -123,6 +123,8 @@ class TrainingState:
         self.num_steps, self.num_optimizer_steps = num_steps, num_optimizer_steps
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.group = distributed.beside()  # of the threads that write checkpoints
+        # now, as it takes half a second for a large vocabulary: a save would keep a step waiting
+        self.tokenizer = tokenizer_facts(policy, config) if resume else {}
         # the frozen base is not in the checkpoints, so they name it
         self.base = base_digest(self.model) if config.lora.rank else ""
         self.optimizer = Optimizer(self.model.named_parameters(), config.optim)
@@ -292,10 +294,6 @@ class TrainingState:
     def own_measure(self) -> str:
         """What checkpoint.keep_best = "auto" is, of this stage as it is configured."""
         return ""
-
-    @cached_property
-    def tokenizer(self) -> dict:
-        return tokenizer_facts(self.policy, self.config)
 
     @cached_property
     def checkpoints(self) -> CheckpointWriter:
