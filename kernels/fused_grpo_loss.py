@@ -101,7 +101,7 @@ class FusedLossFunction(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         if ctx.in_triton:  # asking for the factor would stall a CUDA stream: the kernel looks at it
-            from r1fast.kernels.triton_head import scale_
+            from r1fast.kernels.triton_rows import scale_
         elif dloss.is_cuda or dloss != 1:
             scale_ = Tensor.mul_
         else:

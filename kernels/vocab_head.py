@@ -105,7 +105,7 @@ class VocabHead:
             self.bias = bias.detach()
         self.temperature, self.softcap, self.group = temperature, softcap, process_group
         self.module = head_module(hidden, backend)
-        self.in_triton = hasattr(self.module, "store_dhidden")
+        self.in_triton = use_triton(hidden, backend) and self.module is not torch_head.EXACT
         if self.module is cpu_head:  # the C++ reads whole rows
             self.hidden, self.weight = (
                 x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
@@ -347,8 +347,7 @@ class VocabHead:
             first = self.dweight is None
             if first:
                 self.dweight = self._empty(self.weight.shape, self.wide)
-            scaled = self.module.scaled_rows(x, v) if self.in_triton else x * v[:, None]
-            E.dweight_(scaled, self.dweight, accumulate=not first)
+            E.dweight_(self._scaled(x, v), self.dweight, accumulate=not first)
             _add_rows(self.dweight, at, x.to(self.wide) * mine[:, None])
         if self.need_bias:
             first = self.dbias is None
@@ -357,11 +356,19 @@ class VocabHead:
             E.dbias_(v, self.dbias, accumulate=not first)
             _add_rows(self.dbias, at, mine)
 
+    def _scaled(self, x: Tensor, v: Tensor) -> Tensor:  # (R, D), (R,)
+        if not self.in_triton:
+            return x * v[:, None]
+        from r1fast.kernels.triton_rows import scaled_rows
+
+        return scaled_rows(x, v)
+
     def _store_dhidden(self, out, v, at, mine, rows, index) -> None:
         """out v + W_at mine, into the rows of dhidden."""
         if self.in_triton:
-            to = self.dhidden[rows]
-            self.module.store_dhidden(out, v, self.weight, at, mine, to, index)
+            from r1fast.kernels.triton_rows import store_dhidden
+
+            store_dhidden(out, v, self.weight, at, mine, self.dhidden[rows], index)
             return
         out = out.mul_(v[:, None]).addcmul_(self.weight[at].to(self.wide), mine[:, None])
         if index is None:

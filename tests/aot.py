@@ -103,17 +103,17 @@ def head_helper_cases() -> list[Case]:
     for dtype in ("bf16", "fp32"):
         x = f"*{dtype}"
         found += on_every_chip(
-            "triton_head", "_scaled_rows_kernel", dtype,
+            "triton_rows", "_scaled_rows_kernel", dtype,
             {"x_ptr": x, "v_ptr": "*fp32", "out_ptr": x}, {"BLOCK_D": 1024}, ("stride_x", "D"),
         )  # fmt: skip
         found += on_every_chip(
-            "triton_head", "_store_dhidden_kernel", dtype,
+            "triton_rows", "_store_dhidden_kernel", dtype,
             {"out_ptr": "*fp32", "v_ptr": "*fp32", "weight_ptr": x, "at_ptr": "*i64",
              "mine_ptr": "*fp32", "index_ptr": "*i64", "dhidden_ptr": x},
             {"HAS_INDEX": True, "BLOCK_D": 1024}, ("stride_w", "stride_d", "D"),
         )  # fmt: skip
         found += on_every_chip(
-            "triton_head", "_scale_kernel", dtype, {"x_ptr": x, "factor_ptr": "*fp32"},
+            "triton_rows", "_scale_kernel", dtype, {"x_ptr": x, "factor_ptr": "*fp32"},
             {"BLOCK": 8192}, options={"num_warps": 8},
         )  # fmt: skip
         found += on_every_chip(

@@ -307,7 +307,7 @@ def test_an_error_is_found_without_waiting_for_it(backend, dtype, deferred):
 @pytest.mark.parametrize("factor", [1.0, -0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scaled_by_a_factor_on_the_device(factor, dtype, device):
-    from r1fast.kernels.triton_head import scale_
+    from r1fast.kernels.triton_rows import scale_
 
     x = torch.randn(3, 5000, device=device).to(dtype)
     expected = (x.double() * factor).to(dtype)
