@@ -63,12 +63,18 @@ def agent(out: Path, *words: str, **variables: str):
     try:
         yield process
     finally:
+        kill(process)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """An agent and its workers, which are in groups of their own."""
+    workers = workers_of(process.pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for pid in workers:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for pid in workers_of(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def workers_of(agent_pid: int) -> dict[int, int]:
@@ -165,10 +171,7 @@ def test_a_node_is_lost_and_another_takes_its_place(undisturbed, tmp_path):
     with agent(out, *host, **own) as first:
         with agent(out, *other, **own) as second:
             wait_for_step(out, SEEN, first, second)
-            for pid in workers_of(second.pid):
-                os.kill(pid, signal.SIGKILL)
-            os.killpg(second.pid, signal.SIGKILL)
-            second.wait()
+            kill(second)
         with agent(out, *other, **own) as third:
             finish(out, first, third)
     assert_as_if_nothing_had_been(out, undisturbed)
