@@ -87,6 +87,7 @@ PYBIND11_MODULE(_C, m) {
   r1fast::bind_head(m);
   r1fast::bind_attention(m);
   r1fast::bind_rollout(m);
+  r1fast::bind_decoder(m);
   r1fast::bind_training(m);
 
   m.def(

@@ -1,10 +1,6 @@
-#include <pybind11/numpy.h>
-#include <pybind11/stl.h>
-
-#include "bindings.hpp"
+// The cache's bookkeeping, decode attention and sampling.
+#include "bindings_arrays.hpp"
 #include "block_allocator.hpp"
-#include "decode_attention.hpp"
-#include "decode_loop.hpp"
 #include "sampling.hpp"
 #include "tails.hpp"
 
@@ -12,11 +8,35 @@ namespace r1fast {
 
 namespace {
 
-using Int32Array = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+// A 1-d array of integers that fit in 32 bits, or what numpy makes one of; nothing is rounded or wrapped around.
+class Int32s {
+ public:
+  explicit Int32s(const py::object& values) {
+    const py::array array = py::array::ensure(values);
+    if (!array) throw py::type_error("blocks and tokens must be 1-d arrays of integers");
+    const char kind = array.dtype().kind();
+    if (array.ndim() != 1 || (kind != 'i' && kind != 'u' && array.size() > 0)) {
+      throw py::type_error("blocks and tokens must be 1-d arrays of integers, got " +
+                           std::string(py::str(array.dtype())) + " with " + std::to_string(array.ndim()) +
+                           " dimension(s)");
+    }
+    values_.resize(static_cast<size_t>(array.size()));
+    if (py::isinstance<py::array_t<int32_t>>(array)) {
+      const Exactly<int32_t> exact(array);
+      std::copy_n(exact.data(), values_.size(), values_.begin());
+      return;
+    }
+    const py::array_t<int64_t, py::array::c_style | py::array::forcecast> wide(array);
+    check_each("blocks and tokens", wide.data(), wide.size(), kind == 'u' ? 0 : INT32_MIN, INT32_MAX);
+    std::copy_n(wide.data(), values_.size(), values_.begin());
+  }
 
-// An array as it lies, of just this type: it may be written.
-template <class T>
-using Exactly = py::array_t<T, py::array::c_style>;
+  const int32_t* data() const { return values_.data(); }
+  int64_t size() const { return static_cast<int64_t>(values_.size()); }
+
+ private:
+  std::vector<int32_t> values_;
+};
 
 // Its calls are short and belong to one thread: they keep the GIL.
 void bind_block_allocator(py::module_& m) {
@@ -39,14 +59,23 @@ void bind_block_allocator(py::module_& m) {
           },
           py::arg("count"))
       .def(
-          "share", [](BlockAllocator& self, const Int32Array& blocks) { self.share(blocks.data(), blocks.size()); },
+          "share",
+          [](BlockAllocator& self, const py::object& values) {
+            const Int32s blocks(values);
+            self.share(blocks.data(), blocks.size());
+          },
           py::arg("blocks"))
       .def(
-          "free", [](BlockAllocator& self, const Int32Array& blocks) { self.free(blocks.data(), blocks.size()); },
+          "free",
+          [](BlockAllocator& self, const py::object& values) {
+            const Int32s blocks(values);
+            self.free(blocks.data(), blocks.size());
+          },
           py::arg("blocks"))
       .def(
           "lookup",
-          [](BlockAllocator& self, const Int32Array& tokens) {
+          [](BlockAllocator& self, const py::object& values) {
+            const Int32s tokens(values);
             std::vector<int32_t> found(static_cast<size_t>(tokens.size() / self.block_size()));
             const int64_t count = self.lookup(tokens.data(), tokens.size(), found.data());
             return py::array_t<int32_t>(count, found.data());
@@ -54,7 +83,8 @@ void bind_block_allocator(py::module_& m) {
           py::arg("tokens"))
       .def(
           "insert",
-          [](BlockAllocator& self, const Int32Array& tokens, const Int32Array& blocks) {
+          [](BlockAllocator& self, const py::object& token_values, const py::object& block_values) {
+            const Int32s tokens(token_values), blocks(block_values);
             self.insert(tokens.data(), tokens.size(), blocks.data(), blocks.size());
           },
           py::arg("tokens"), py::arg("blocks"))
@@ -80,41 +110,47 @@ void bind_tails(py::module_& m) {
       .def(
           "missing",
           [](const Tails& self, const Exactly<int64_t>& slots, const Exactly<int64_t>& length,
-             Exactly<int64_t> num_blocks) {
-            return self.missing({slots.data(), slots.size(), length.data(), nullptr, 0, num_blocks.mutable_data()});
+             const Exactly<int64_t>& num_blocks) {
+            check_shape("slots", slots, {-1});
+            check_shape("length", length, {-1});
+            check_shape("num_blocks", num_blocks, {length.size()});
+            // is only read
+            const Tails::Running running{slots.data(), slots.size(), length.data(), nullptr, INT32_MAX,
+                                         const_cast<int64_t*>(num_blocks.data())};
+            self.check(running, length.size());
+            return self.missing(running);
           },
           exactly("slots"), exactly("length"), exactly("num_blocks"))
       .def(
           "grow",
           [](Tails& self, const Exactly<int64_t>& slots, const Exactly<int64_t>& length, Exactly<int32_t> blocks,
              Exactly<int64_t> num_blocks) {
-            return self.grow({slots.data(), slots.size(), length.data(), blocks.mutable_data(), blocks.shape(1),
-                              num_blocks.mutable_data()});
+            check_shape("slots", slots, {-1});
+            check_shape("length", length, {-1});
+            check_shape("blocks", blocks, {length.size(), -1});
+            check_shape("num_blocks", num_blocks, {length.size()});
+            const Tails::Running running{slots.data(), slots.size(), length.data(), blocks.mutable_data(), blocks.shape(1),
+                                         num_blocks.mutable_data()};
+            self.check(running, length.size());
+            return self.grow(running);
           },
           exactly("slots"), exactly("length"), exactly("blocks"), exactly("num_blocks"))
       .def("adopt", &Tails::adopt, py::arg("slot"), py::arg("block"), py::arg("num_positions"))
       .def("release", &Tails::release, py::arg("slot"));
 }
 
-// The plan of kernels/paged_attention.py, without queries.
-template <class T>
-DecodeProblem<T> who_sees_what(uintptr_t block_table, int64_t max_blocks, uintptr_t tails, int64_t block_size,
-                               uintptr_t context_lens, uintptr_t query_starts, uintptr_t group_starts,
-                               uintptr_t shared_blocks, int64_t num_groups) {
-  DecodeProblem<T> problem{};
-  problem.block_table = at<const int32_t>(block_table);
-  problem.max_blocks = max_blocks;
-  problem.tails = at<const int32_t>(tails);
-  problem.tiles_per_block = block_size / kTile;
-  problem.context_lens = at<const int32_t>(context_lens);
-  problem.query_starts = at<const int32_t>(query_starts);
-  problem.group_starts = at<const int32_t>(group_starts);
-  problem.shared_blocks = at<const int32_t>(shared_blocks);
-  problem.num_groups = num_groups;
-  return problem;
+// Returns the elements of a token's keys.
+int64_t check_heads(int64_t num_heads, int64_t num_kv_heads, int64_t head_dim) {
+  check_range("num_heads", num_heads, 1, 1 << 20);
+  check_range("num_kv_heads", num_kv_heads, 1, num_heads);
+  check_range("head_dim", head_dim, 2, 1 << 20);
+  if (num_heads % num_kv_heads != 0 || head_dim % 2 != 0) {
+    throw std::invalid_argument("num_heads must be a multiple of num_kv_heads, and head_dim even");
+  }
+  return num_kv_heads * head_dim;
 }
 
-// The paged cache and decode attention. The caller, kernels/paged_*.py, has checked dtypes, shapes and strides.
+// The paged cache and decode attention, called by kernels/paged_*.py.
 void bind_decode(py::module_& m) {
   using Address = uintptr_t;
 
@@ -122,6 +158,16 @@ void bind_decode(py::module_& m) {
       "write_kv",
       [](Address keys, Address values, int64_t num_kv_heads, int64_t head_dim, bool bf16, Address k, int64_t ld_k,
          Address v, int64_t ld_v, Address slots, int64_t num_tokens, int64_t num_threads) {
+        const int64_t bytes = element_bytes(bf16), width = check_heads(num_kv_heads, num_kv_heads, head_dim);
+        check_range("num_tokens", num_tokens, 0);
+        check_threads(num_threads);
+        check_rows("k", k, num_tokens, width, ld_k, bytes);
+        check_rows("v", v, num_tokens, width, ld_v, bytes);
+        check_array("slots", slots, num_tokens, kInt64);
+        if (num_tokens > 0) {
+          check_array("keys", keys, width * kTile, bytes);
+          check_array("values", values, width * kTile, bytes);
+        }
         with_dtype(bf16, [&](auto kind) {
           using T = decltype(kind);
           const PagedCache<T> cache{at<T>(keys), at<T>(values), num_kv_heads, head_dim};
@@ -142,6 +188,8 @@ void bind_decode(py::module_& m) {
              int64_t max_blocks, Address tails, int64_t block_size, Address context_lens, Address query_starts,
              Address group_starts, Address shared_blocks, int64_t num_groups, const std::string& level,
              int64_t num_threads) {
+            const int64_t bytes = element_bytes(bf16), width = check_heads(num_heads, num_kv_heads, head_dim);
+            check_threads(num_threads);
             with_dtype(bf16, [&](auto kind) {
               using T = decltype(kind);
               DecodeProblem<T> problem = who_sees_what<T>(block_table, max_blocks, tails, block_size, context_lens,
@@ -150,6 +198,13 @@ void bind_decode(py::module_& m) {
               problem.out = at<T>(out);
               problem.num_heads = num_heads;
               problem.scale = scale;
+              if (const int64_t num_queries = problem.check(); num_queries > 0) {
+                const int64_t size = check_product("q", num_queries, num_heads, head_dim);
+                check_array("q", q, size, bytes);
+                check_array("out", out, size, bytes);
+                check_array("keys", keys, width * kTile, bytes);
+                check_array("values", values, width * kTile, bytes);
+              }
               const PagedCache<T> cache{at<T>(keys), at<T>(values), num_kv_heads, head_dim};
               self.run(problem, cache, level, num_threads);
             });
@@ -162,179 +217,7 @@ void bind_decode(py::module_& m) {
           py::arg("num_threads"), "out (Nq, H, Dh): attention of q over the tiled cache.");
 }
 
-#if defined(__x86_64__)
-template <class T, class Tiles>
-void bind_decoder_of(py::module_& m, const char* name) {
-  using Address = uintptr_t;
-  using Native = Decoder<T, Tiles>;
-  using Linear = typename Native::Linear;
-  py::class_<Native>(m, name, "The decoder's forward over packed weights and a tiled cache.")
-      .def(py::init([](int64_t width, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t mlp_width,
-                       float eps, Address embedding, int64_t ld_embedding, Address norm) {
-             return std::make_unique<Native>(
-                 DecoderShape{width, num_heads, num_kv_heads, head_dim, mlp_width, eps},
-                 at<const T>(embedding), ld_embedding, at<const T>(norm));
-           }),
-           py::arg("width"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
-           py::arg("mlp_width"), py::arg("eps"), py::arg("embedding"), py::arg("ld_embedding"), py::arg("norm"))
-      .def(
-          "add_layer",
-          [](Native& self, Address attn_norm, Address q_norm, Address k_norm, Address mlp_norm, const Linear& qkv,
-             const Linear& o, const Linear& gate_up, const Linear& down, Address keys, Address values,
-             const Linear* qkv_a, const Linear* o_a, const Linear* gate_up_a, const Linear* down_a) {
-            self.add_layer({at<const T>(attn_norm), at<const T>(q_norm), at<const T>(k_norm), at<const T>(mlp_norm),
-                            {&qkv, qkv_a}, {&o, o_a}, {&gate_up, gate_up_a}, {&down, down_a},
-                            at<T>(keys), at<T>(values)});
-          },
-          py::arg("attn_norm"), py::arg("q_norm"), py::arg("k_norm"), py::arg("mlp_norm"), py::arg("qkv"),
-          py::arg("o"), py::arg("gate_up"), py::arg("down"), py::arg("keys"), py::arg("values"),
-          py::arg("qkv_a") = nullptr, py::arg("o_a") = nullptr, py::arg("gate_up_a") = nullptr,
-          py::arg("down_a") = nullptr, py::keep_alive<1, 6>(), py::keep_alive<1, 7>(), py::keep_alive<1, 8>(),
-          py::keep_alive<1, 9>(), py::keep_alive<1, 12>(), py::keep_alive<1, 13>(), py::keep_alive<1, 14>(),
-          py::keep_alive<1, 15>())
-      .def(
-          "run",
-          [](Native& self, Address tokens, Address positions, Address slots, int64_t num_tokens, Address rotations,
-             Address block_table, int64_t max_blocks, Address tails, int64_t block_size, Address context_lens,
-             Address query_starts, Address group_starts, Address shared_blocks, int64_t num_groups, Address hidden,
-             int64_t ld_hidden, int64_t num_threads) {
-            py::gil_scoped_release release;
-            const typename Native::Step step{
-                at<const int64_t>(tokens), at<const int64_t>(positions), at<const int64_t>(slots), num_tokens,
-                at<const float>(rotations),
-                who_sees_what<T>(block_table, max_blocks, tails, block_size, context_lens, query_starts, group_starts,
-                                 shared_blocks, num_groups)};
-            self.run(step, at<T>(hidden), ld_hidden, num_threads);
-          },
-          py::arg("tokens"), py::arg("positions"), py::arg("slots"), py::arg("num_tokens"), py::arg("rotations"),
-          py::arg("block_table"), py::arg("max_blocks"), py::arg("tails"), py::arg("block_size"),
-          py::arg("context_lens"), py::arg("query_starts"), py::arg("group_starts"), py::arg("shared_blocks"),
-          py::arg("num_groups"), py::arg("hidden"), py::arg("ld_hidden"), py::arg("num_threads"));
-}
-
-template <class T, class Tiles>
-void bind_decode_loop_of(py::module_& m, const char* name) {
-  using Loop = DecodeLoop<T, Tiles>;
-  const auto exactly = [](const char* arg) { return py::arg(arg).noconvert(); };
-  py::class_<Loop>(m, name, "Decode steps of all running rows: forward, head, draw, append.")
-      .def(py::init<typename Loop::Native&, const typename Loop::Linear&, int64_t>(), py::arg("decoder"),
-           py::arg("head"), py::arg("vocab_size"), py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
-      .def(
-          "run",
-          [](Loop& self, Exactly<int64_t> tokens, Exactly<float> logprobs, Exactly<float> truncated,
-             std::optional<Exactly<float>> entropies, Exactly<int32_t> blocks, Tails* tails, Exactly<int64_t> length,
-             Exactly<int64_t> num_blocks, const Exactly<int64_t>& prompt_length, const Exactly<int64_t>& limit,
-             const Exactly<int64_t>& seed, const Exactly<float>& temperature, const Exactly<int64_t>& top_k,
-             const Exactly<float>& top_p, const Exactly<float>& min_p, const Exactly<bool>& ignore_eos,
-             const Exactly<int64_t>& stop_ids, const Exactly<bool>& is_eos, const Exactly<int64_t>& slots,
-             const Exactly<int32_t>& group_starts, const Exactly<int32_t>& shared_blocks, BlockAllocator& allocator,
-             uintptr_t rotations, int64_t max_steps, double max_seconds, int64_t num_threads) {
-            const LoopRows rows{tokens.mutable_data(),
-                                logprobs.mutable_data(),
-                                truncated.mutable_data(),
-                                entropies ? entropies->mutable_data() : nullptr,
-                                tokens.shape(1),
-                                blocks.mutable_data(),
-                                blocks.shape(1),
-                                tails,
-                                length.mutable_data(),
-                                num_blocks.mutable_data(),
-                                prompt_length.data(),
-                                limit.data(),
-                                seed.data(),
-                                temperature.data(),
-                                top_k.data(),
-                                top_p.data(),
-                                min_p.data(),
-                                ignore_eos.data(),
-                                stop_ids.data(),
-                                stop_ids.shape(1),
-                                is_eos.data(),
-                                slots.data(),
-                                slots.size(),
-                                group_starts.data(),
-                                shared_blocks.data(),
-                                shared_blocks.size()};
-            py::array_t<uint8_t> outcomes(slots.size());
-            auto* const written = reinterpret_cast<Outcome*>(outcomes.mutable_data());
-            int64_t num_steps = 0;
-            {
-              py::gil_scoped_release release;
-              num_steps = self.run(rows, allocator, max_steps, max_seconds, at<const float>(rotations), num_threads,
-                                   written);
-            }
-            return py::make_tuple(num_steps, outcomes);
-          },
-          exactly("tokens"), exactly("logprobs"), exactly("truncated"), exactly("entropies"), exactly("blocks"),
-          py::arg("tails").none(true), exactly("length"), exactly("num_blocks"), exactly("prompt_length"), exactly("limit"), exactly("seed"),
-          exactly("temperature"), exactly("top_k"), exactly("top_p"), exactly("min_p"), exactly("ignore_eos"),
-          exactly("stop_ids"), exactly("is_eos"), exactly("slots"), exactly("group_starts"), exactly("shared_blocks"),
-          py::arg("allocator"), py::arg("rotations"), py::arg("max_steps"), py::arg("max_seconds"),
-          py::arg("num_threads"));
-}
-#endif
-
-// The decoder's own products and what stands between them. The caller, rollout/native.py, has checked shapes and strides.
-void bind_decoder(py::module_& m) {
-  using Address = uintptr_t;
-#if defined(__x86_64__)
-  py::enum_<After>(m, "After").value("store", After::kStore).value("add", After::kAdd).value("silu", After::kSilu);
-
-  const auto bind_linear = [&m](auto kind, auto tiles, const char* name) {
-    using T = decltype(kind);
-    using Linear = PackedLinear<T, decltype(tiles)>;
-    py::class_<Linear>(m, name, "A weight (N, D) packed for x W^T.")
-        .def(py::init([](Address weight, int64_t ld, Address bias, int64_t num_out, int64_t num_in, bool halved,
-                         int64_t num_threads) {
-               py::gil_scoped_release release;
-               return std::make_unique<Linear>(at<const T>(weight), ld, at<const T>(bias), num_out, num_in, halved,
-                                               num_threads);
-             }),
-             py::arg("weight"), py::arg("ld"), py::arg("bias"), py::arg("num_out"), py::arg("num_in"),
-             py::arg("halved"), py::arg("num_threads"))
-        .def_property_readonly("num_bytes", &Linear::num_bytes)
-        .def_property_readonly("words_read", &Linear::words_read)
-        .def(
-            "run",
-            [](const Linear& self, Address x, int64_t ld_x, int64_t num_rows, Address y, int64_t ld_y, After after,
-               bool to_float32, int64_t num_threads) {
-              py::gil_scoped_release release;
-              const Alone each{worthwhile_threads(num_threads, self.steps(num_rows))};
-              if (to_float32) {
-                self.run(at<const T>(x), ld_x, num_rows, at<float>(y), ld_y, after, each);
-              } else {
-                self.run(at<const T>(x), ld_x, num_rows, at<T>(y), ld_y, after, each);
-              }
-            },
-            py::arg("x"), py::arg("ld_x"), py::arg("num_rows"), py::arg("y"), py::arg("ld_y"), py::arg("after"),
-            py::arg("to_float32"), py::arg("num_threads"));
-  };
-  bind_linear(0.0f, Avx512Tiles{}, "PackedLinearF32");
-  bind_linear(Bf16{}, Avx512Tiles{}, "PackedLinearBF16");
-  bind_linear(Bf16{}, AmxTiles{}, "PackedLinearAMX");
-  bind_linear(0.0f, Avx2Tiles{}, "PackedLinearF32AVX2");
-  bind_linear(Bf16{}, Avx2Tiles{}, "PackedLinearBF16AVX2");
-
-  bind_decoder_of<float, Avx512Tiles>(m, "DecoderF32");
-  bind_decoder_of<Bf16, Avx512Tiles>(m, "DecoderBF16");
-  bind_decoder_of<Bf16, AmxTiles>(m, "DecoderAMX");
-  bind_decoder_of<float, Avx2Tiles>(m, "DecoderF32AVX2");
-  bind_decoder_of<Bf16, Avx2Tiles>(m, "DecoderBF16AVX2");
-
-  py::enum_<Outcome>(m, "Outcome")
-      .value("going", Outcome::kGoing)
-      .value("stopped", Outcome::kStopped)
-      .value("full", Outcome::kFull)
-      .value("bad", Outcome::kBad);
-  bind_decode_loop_of<float, Avx512Tiles>(m, "DecodeLoopF32");
-  bind_decode_loop_of<Bf16, Avx512Tiles>(m, "DecodeLoopBF16");
-  bind_decode_loop_of<Bf16, AmxTiles>(m, "DecodeLoopAMX");
-  bind_decode_loop_of<float, Avx2Tiles>(m, "DecodeLoopF32AVX2");
-  bind_decode_loop_of<Bf16, Avx2Tiles>(m, "DecodeLoopBF16AVX2");
-#endif
-}
-
-// The caller, kernels/sample.py, has checked dtypes and shapes; 0 is the address of what is absent.
+// Called by kernels/sample.py; 0 is the address of what is absent.
 void bind_sample(py::module_& m) {
   using Address = uintptr_t;
 
@@ -345,6 +228,31 @@ void bind_sample(py::module_& m) {
          Address is_bad, Address row_starts, Address ids, Address penalty, Address bias, Address given,
          Address entropies, int64_t num_top, Address top_ids, Address top_logprobs, const std::string& level,
          int64_t num_threads) {
+        check_range("num_rows", num_rows, 0, INT32_MAX);
+        check_range("vocab_size", vocab_size, 1, INT32_MAX);
+        check_range("num_top", num_top, 0, vocab_size);
+        check_threads(num_threads);
+        check_rows("logits", logits, num_rows, vocab_size, ld, element_bytes(bf16));
+        check_array("u", u, num_rows, sizeof(double));
+        for (const Address x : {temperature, top_p, min_p, logprobs, truncated_logprobs}) {
+          check_array("a row's parameters and results", x, num_rows, kFloat);
+        }
+        check_array("top_k", top_k, num_rows, kInt64);
+        check_array("tokens", tokens, num_rows, kInt64);
+        check_array("is_bad", is_bad, num_rows, sizeof(bool));
+        check_optional("given", given, num_rows, kInt64);
+        check_optional("entropies", entropies, num_rows, kFloat);
+        check_array("top_ids", top_ids, check_product("top_ids", num_rows, num_top), kInt64);
+        check_array("top_logprobs", top_logprobs, num_rows * num_top, kFloat);
+        if (given != 0) check_each("given", at<const int64_t>(given), num_rows, 0, vocab_size - 1);
+        if (row_starts != 0) {
+          check_array("row_starts", row_starts, num_rows + 1, kInt64);
+          const int64_t num_changes = check_starts("row_starts", at<const int64_t>(row_starts), num_rows);
+          check_array("ids", ids, num_changes, kInt64);
+          check_each("ids", at<const int64_t>(ids), num_changes, 0, vocab_size - 1);
+          check_array("penalty", penalty, num_changes, kFloat);
+          check_array("bias", bias, num_changes, kFloat);
+        }
         with_dtype(bf16, [&](auto kind) {
           using T = decltype(kind);
           const SampleProblem<T> problem{at<const T>(logits),
@@ -385,7 +293,6 @@ void bind_sample(py::module_& m) {
 void bind_rollout(py::module_& m) {
   bind_block_allocator(m);
   bind_tails(m);
-  bind_decoder(m);
   bind_decode(m);
   bind_sample(m);
 }

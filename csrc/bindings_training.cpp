@@ -1,4 +1,4 @@
-// Bindings of what a decoder layer computes in training. The callers, in kernels/, have checked dtypes, shapes and strides.
+// Bindings of what a decoder layer computes in training.
 #include <pybind11/stl.h>
 
 #include "bindings.hpp"
@@ -11,17 +11,55 @@ namespace r1fast {
 
 namespace {
 
-void check_head_dim(int64_t head_dim) {
-  if (head_dim > kMaxHeadDim) throw std::invalid_argument("head_dim above 1024");
+using Address = uintptr_t;
+
+void check_sizes(int64_t num_rows, int64_t width, int64_t num_threads) {
+  check_range("num_rows", num_rows, 0);
+  check_range("width", width, 1, int64_t{1} << 31);
+  check_threads(num_threads);
+}
+
+// Returns the elements of a token in qkv.
+int64_t check_heads(int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, Address rotations,
+                    Address q_weight, Address k_weight, int64_t bytes, int64_t num_threads) {
+  check_range("num_tokens", num_tokens, 0);
+  check_range("num_heads", num_heads, 1, 1 << 20);
+  check_range("num_kv_heads", num_kv_heads, 1, num_heads);
+  check_range("head_dim", head_dim, 2, kMaxHeadDim);
+  if (head_dim % 2 != 0) throw std::invalid_argument("head_dim must be even");
+  check_threads(num_threads);
+  check_array("rotations", rotations, check_product("rotations", num_tokens, 2 * head_dim), kFloat);
+  check_optional("q_weight", q_weight, head_dim, bytes);
+  check_optional("k_weight", k_weight, head_dim, bytes);
+  if ((q_weight == 0) != (k_weight == 0)) throw std::invalid_argument("both of q and k have a norm, or neither");
+  return (num_heads + 2 * num_kv_heads) * head_dim;
+}
+
+void check_linear(Address a, int64_t ld_a, int64_t a_width, Address b, int64_t ld_b, int64_t num_b, int64_t b_width,
+                  int64_t num_tokens, int64_t num_out, int64_t num_in, int64_t bytes, int64_t num_threads) {
+  check_range("num_tokens", num_tokens, 0);
+  check_range("num_out", num_out, 1, int64_t{1} << 31);
+  check_range("num_in", num_in, 1, int64_t{1} << 31);
+  check_threads(num_threads);
+  check_rows("the first factor", a, num_tokens, a_width, ld_a, bytes);
+  check_rows("the second factor", b, num_b, b_width, ld_b, bytes);
 }
 
 void bind_blocks(py::module_& m) {
-  using Address = uintptr_t;
 
   m.def(
       "norm_forward",
       [](Address x, int64_t ld_x, Address delta, int64_t ld_delta, Address weight, float eps, int64_t num_rows,
          int64_t dim, bool bf16, Address sum, Address y, const std::string& level, int64_t num_threads) {
+        check_sizes(num_rows, dim, num_threads);
+        const int64_t bytes = element_bytes(bf16), size = check_product("y", num_rows, dim);
+        check_rows("x", x, num_rows, dim, ld_x, bytes);
+        if (delta != 0) {
+          check_rows("delta", delta, num_rows, dim, ld_delta, bytes);
+          check_array("sum", sum, size, bytes);
+        }
+        check_array("weight", weight, dim, bytes);
+        check_array("y", y, size, bytes);
         with_dtype(bf16, [&](auto kind) {
           using T = decltype(kind);
           const NormForward<T> call{at<const T>(x),      ld_x, at<const T>(delta), ld_delta,
@@ -38,6 +76,14 @@ void bind_blocks(py::module_& m) {
       [](Address dy, int64_t ld_dy, Address residual, int64_t ld_residual, Address x, int64_t ld_x, Address weight,
          float eps, int64_t num_rows, int64_t dim, bool bf16, Address dx, Address dweight, const std::string& level,
          int64_t num_threads) {
+        check_sizes(num_rows, dim, num_threads);
+        const int64_t bytes = element_bytes(bf16);
+        check_rows("dy", dy, num_rows, dim, ld_dy, bytes);
+        if (residual != 0) check_rows("residual", residual, num_rows, dim, ld_residual, bytes);
+        check_rows("x", x, num_rows, dim, ld_x, bytes);
+        check_array("weight", weight, dim, bytes);
+        check_rows("dx", dx, num_rows, dim, dim, bytes, true);
+        check_array("dweight", dweight, dim, bytes);
         with_dtype(bf16, [&](auto kind) {
           using T = decltype(kind);
           const NormBackward<T> call{at<const T>(dy), ld_dy, at<const T>(residual), ld_residual, at<const T>(x),
@@ -54,7 +100,12 @@ void bind_blocks(py::module_& m) {
       [](Address qkv, int64_t ld, Address rotations, Address q_weight, Address k_weight, float eps, int64_t num_tokens,
          int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, bool bf16, Address q, Address k,
          const std::string& level, int64_t num_threads) {
-        check_head_dim(head_dim);
+        const int64_t bytes = element_bytes(bf16);
+        const int64_t width =
+            check_heads(num_tokens, num_heads, num_kv_heads, head_dim, rotations, q_weight, k_weight, bytes, num_threads);
+        check_rows("qkv", qkv, num_tokens, width, ld, bytes);
+        check_array("q", q, check_product("q", num_tokens, num_heads, head_dim), bytes);
+        check_array("k", k, num_tokens * num_kv_heads * head_dim, bytes);
         with_dtype(bf16, [&](auto kind) {
           using T = decltype(kind);
           const RopeForward<T> call{at<const T>(qkv), ld,        at<const float>(rotations), at<const T>(q_weight),
@@ -73,7 +124,25 @@ void bind_blocks(py::module_& m) {
       [](const Strided& dq, const Strided& dk, const Strided& dv, Address qkv, int64_t ld, Address rotations,
          Address q_weight, Address k_weight, float eps, int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads,
          int64_t head_dim, bool bf16, Address dqkv, Address dweight, const std::string& level, int64_t num_threads) {
-        check_head_dim(head_dim);
+        const int64_t bytes = element_bytes(bf16);
+        const int64_t width =
+            check_heads(num_tokens, num_heads, num_kv_heads, head_dim, rotations, q_weight, k_weight, bytes, num_threads);
+        const auto check_strided = [&](const char* name, const Strided& x, int64_t heads) {
+          const auto& [address, per_token, per_head] = x;
+          check_range(name, per_token, 0);
+          check_range(name, per_head, 0);
+          if (num_tokens == 0) return;
+          check_array(name, address, check_product(name, num_tokens - 1, per_token) +
+                                         check_product(name, heads - 1, per_head) + head_dim, bytes);
+        };
+        check_strided("dq", dq, num_heads);
+        check_strided("dk", dk, num_kv_heads);
+        check_strided("dv", dv, num_kv_heads);
+        if (q_weight != 0) {
+          check_rows("qkv", qkv, num_tokens, width, ld, bytes);
+          check_array("dweight", dweight, 2 * head_dim, bytes);
+        }
+        check_rows("dqkv", dqkv, num_tokens, width, width, bytes, true);
         with_dtype(bf16, [&](auto kind) {
           using T = decltype(kind);
           const auto heads = [](const Strided& x) {
@@ -95,6 +164,9 @@ void bind_blocks(py::module_& m) {
       "swiglu_forward",
       [](Address gate_up, int64_t ld, int64_t num_rows, int64_t width, bool bf16, Address y, const std::string& level,
          int64_t num_threads) {
+        check_sizes(num_rows, width, num_threads);
+        check_rows("gate_up", gate_up, num_rows, 2 * width, ld, element_bytes(bf16));
+        check_rows("y", y, num_rows, width, width, element_bytes(bf16), true);
         with_dtype(bf16, [&](auto kind) {
           using T = decltype(kind);
           const SwigluForward<T> call{at<const T>(gate_up), ld, width, at<T>(y)};
@@ -108,6 +180,10 @@ void bind_blocks(py::module_& m) {
       "swiglu_backward",
       [](Address dy, int64_t ld_dy, Address gate_up, int64_t ld, int64_t num_rows, int64_t width, bool bf16,
          Address dgate_up, const std::string& level, int64_t num_threads) {
+        check_sizes(num_rows, width, num_threads);
+        check_rows("dy", dy, num_rows, width, ld_dy, element_bytes(bf16));
+        check_rows("gate_up", gate_up, num_rows, 2 * width, ld, element_bytes(bf16));
+        check_rows("dgate_up", dgate_up, num_rows, 2 * width, 2 * width, element_bytes(bf16), true);
         with_dtype(bf16, [&](auto kind) {
           using T = decltype(kind);
           const SwigluBackward<T> call{at<const T>(dy), ld_dy, at<const T>(gate_up), ld, width, at<T>(dgate_up)};
@@ -123,12 +199,14 @@ void bind_blocks(py::module_& m) {
 void bind_training(py::module_& m) {
   bind_blocks(m);
 #if defined(__x86_64__)
-  using Address = uintptr_t;
 
   m.def(
       "linear_forward",
       [](Address x, int64_t ld_x, int64_t num_tokens, Address weight, int64_t ld_weight, int64_t num_out,
          int64_t num_in, Address bias, Address y, const std::string& level, int64_t num_threads) {
+        check_linear(x, ld_x, num_in, weight, ld_weight, num_out, num_in, num_tokens, num_out, num_in, kFloat, num_threads);
+        check_optional("bias", bias, num_out, kFloat);
+        check_rows("y", y, num_tokens, num_out, num_out, kFloat, true);
         const py::gil_scoped_release release;
         with_tiles<float>(level, [&](auto tiles) {
           linear_forward<decltype(tiles)>(at<float>(x), ld_x, num_tokens, at<float>(weight), ld_weight, num_out, num_in,
@@ -143,6 +221,10 @@ void bind_training(py::module_& m) {
       "linear_forward_bf16",
       [](Address x, int64_t ld_x, int64_t num_tokens, Address weight, int64_t ld_weight, int64_t num_out,
          int64_t num_in, Address bias, Address y, const std::string& level, int64_t num_threads) {
+        check_linear(x, ld_x, num_in, weight, ld_weight, num_out, num_in, num_tokens, num_out, num_in, element_bytes(true), num_threads);
+        check_optional("bias", bias, num_out, element_bytes(true));
+        check_rows("y", y, num_tokens, num_out, num_out, element_bytes(true), true);
+        if (num_in % 2 != 0) throw std::invalid_argument("num_in must be even in bfloat16");
         const py::gil_scoped_release release;
         with_tiles<Bf16>(level, [&](auto tiles) {
           linear_once<Bf16, decltype(tiles)>(at<const Bf16>(x), ld_x, num_tokens, at<const Bf16>(weight), ld_weight,
@@ -157,6 +239,8 @@ void bind_training(py::module_& m) {
       "linear_dx",
       [](Address dy, int64_t ld_dy, int64_t num_tokens, Address weight, int64_t ld_weight, int64_t num_out,
          int64_t num_in, Address dx, const std::string& level, int64_t num_threads) {
+        check_linear(dy, ld_dy, num_out, weight, ld_weight, num_out, num_in, num_tokens, num_out, num_in, kFloat, num_threads);
+        check_rows("dx", dx, num_tokens, num_in, num_in, kFloat, true);
         const py::gil_scoped_release release;
         with_tiles<float>(level, [&](auto tiles) {
           linear_dx<decltype(tiles)>(at<float>(dy), ld_dy, num_tokens, at<float>(weight), ld_weight, num_out, num_in,
@@ -170,6 +254,8 @@ void bind_training(py::module_& m) {
       "linear_dweight",
       [](Address dy, int64_t ld_dy, int64_t num_tokens, Address x, int64_t ld_x, int64_t num_out, int64_t num_in,
          Address dweight, const std::string& level, int64_t num_threads) {
+        check_linear(dy, ld_dy, num_out, x, ld_x, num_tokens, num_in, num_tokens, num_out, num_in, kFloat, num_threads);
+        check_rows("dweight", dweight, num_out, num_in, num_in, kFloat, true);
         const py::gil_scoped_release release;
         with_tiles<float>(level, [&](auto tiles) {
           linear_dweight<decltype(tiles)>(at<float>(dy), ld_dy, num_tokens, at<float>(x), ld_x, num_out, num_in,

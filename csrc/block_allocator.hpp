@@ -25,7 +25,9 @@ class BlockAllocator {
     if (num_blocks < 1 || num_blocks > INT32_MAX) {
       throw std::invalid_argument("num_blocks must be in [1, 2^31), got " + std::to_string(num_blocks));
     }
-    if (block_size < 1) throw std::invalid_argument("block_size must be at least 1, got " + std::to_string(block_size));
+    if (block_size < 1 || block_size > kMaxBlockSize) {
+      throw std::invalid_argument("block_size must be at least 1 and at most 65536, got " + std::to_string(block_size));
+    }
     if (max_cached < -1) throw std::invalid_argument("max_cached must be at least -1, got " + std::to_string(max_cached));
     if (hash_bits < 0 || hash_bits > 64) throw std::invalid_argument("hash_bits must be in [0, 64]");
     hash_mask_ = hash_bits == 64 ? ~uint64_t{0} : (uint64_t{1} << hash_bits) - 1;
@@ -131,6 +133,8 @@ class BlockAllocator {
   }
 
  private:
+  static constexpr int64_t kMaxBlockSize = 1 << 16;  // positions: each takes memory for its token
+
   struct Block {
     int32_t holders = 0;
     int32_t before = -1, after = -1;  // neighbours among the cached blocks without a holder

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "checks.hpp"
 #include "decode_strip.hpp"
 #include "team.hpp"
 
@@ -45,12 +46,54 @@ struct DecodeProblem {
   int64_t limit(int64_t sequence, int64_t query) const {
     return context_lens[sequence] - (first_query(sequence + 1) - query) + 1;
   }
+  // Throws unless the arrays that say who sees what fit together; blocks are not looked at beyond their sign. Returns the
+  // number of queries.
+  int64_t check() const {
+    check_range("block_size", tiles_per_block, 1, 1 << 12);
+    check_range("num_groups", num_groups, 0, INT32_MAX);
+    check_range("max_blocks", max_blocks, 0, INT32_MAX);
+    check_array("group_starts", reinterpret_cast<uintptr_t>(group_starts), num_groups + 1, sizeof(int32_t));
+    check_array("shared_blocks", reinterpret_cast<uintptr_t>(shared_blocks), num_groups, sizeof(int32_t));
+    const int64_t num_sequences = check_starts("group_starts", group_starts, num_groups);
+    check_array("block_table", reinterpret_cast<uintptr_t>(block_table), num_sequences * max_blocks, sizeof(int32_t));
+    check_optional("tails", reinterpret_cast<uintptr_t>(tails), num_sequences * kTile, sizeof(int32_t));
+    check_array("context_lens", reinterpret_cast<uintptr_t>(context_lens), num_sequences, sizeof(int32_t));
+    int64_t num_queries = num_sequences;
+    if (query_starts != nullptr) {
+      check_array("query_starts", reinterpret_cast<uintptr_t>(query_starts), num_sequences + 1, sizeof(int32_t));
+      num_queries = check_starts("query_starts", query_starts, num_sequences);
+    }
+    const int64_t block_size = tiles_per_block * kTile;
+    check_each("context_lens", context_lens, num_sequences, 0, max_blocks * block_size);
+    for (int64_t group = 0; group < num_groups; ++group) {
+      check_range("shared_blocks", shared_blocks[group], 0, max_blocks);
+      for (int64_t b = group_starts[group]; b < group_starts[group + 1]; ++b) check_sequence(b, shared_blocks[group], block_size);
+    }
+    return num_queries;
+  }
+
   int64_t table_row(int64_t sequence) const { return table_rows == nullptr ? sequence : table_rows[sequence]; }
   int64_t tile(int64_t sequence, int64_t position) const {  // below 0: it is a tail
     const int64_t index = position / kTile;
     const int32_t* const row = block_table + table_row(sequence) * max_blocks;
     if (tiles_per_block == 1) return row[index];
     return row[index / tiles_per_block] * tiles_per_block + index % tiles_per_block;
+  }
+
+ private:
+  void check_sequence(int64_t sequence, int64_t shared, int64_t block_size) const {
+    const int64_t context = context_lens[sequence], begin = first_query(sequence), end = first_query(sequence + 1);
+    if (end > begin && shared * block_size > std::max<int64_t>(limit(sequence, begin), 0)) {
+      throw std::invalid_argument("shared_blocks of sequence " + std::to_string(sequence) + " reach beyond " +
+                                  "what its first query sees");
+    }
+    const int32_t* const row = block_table + table_row(sequence) * max_blocks;
+    const int64_t num_blocks = ceil_div(context, block_size);
+    for (int64_t i = 0; i < num_blocks; ++i) {
+      if (row[i] >= 0 || (tails != nullptr && tiles_per_block == 1 && i + 1 == num_blocks)) continue;
+      throw std::invalid_argument("block " + std::to_string(i) + " of sequence " + std::to_string(sequence) + " is " +
+                                  std::to_string(row[i]));
+    }
   }
 };
 

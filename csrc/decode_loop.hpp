@@ -18,7 +18,8 @@ struct LoopRows {
   float* logprobs;  // (S, L): of what was drawn
   float* truncated;
   float* entropies;  // or null
-  int64_t num_columns;
+  int64_t num_slots;    // S
+  int64_t num_columns;  // L
   int32_t* blocks;  // (S, M)
   int64_t max_blocks;
   Tails* tails;  // or null: every row has blocks for all its positions
@@ -60,7 +61,51 @@ class DecodeLoop {
   using Linear = PackedLinear<T, Tiles>;
 
   DecodeLoop(Native& decoder, const Linear& head, int64_t vocab_size)
-      : decoder_(decoder), head_(head), vocab_size_(vocab_size) {}
+      : decoder_(decoder), head_(head), vocab_size_(vocab_size) {
+    check_range("vocab_size", vocab_size, 1, INT32_MAX);
+    if (head.num_out() != vocab_size || head.num_in() != decoder.shape().width || head.num_halves() != 1) {
+      throw std::invalid_argument("the head must be a weight of " + std::to_string(vocab_size) + " x " +
+                                  std::to_string(decoder.shape().width));
+    }
+  }
+
+  int64_t vocab_size() const { return vocab_size_; }
+
+  // Throws unless the rows are slots of these arrays, each once, that have a token and room for `max_steps` more, and blocks
+  // of this allocator for the first step.
+  void check(const LoopRows& rows, const BlockAllocator& allocator, int64_t max_steps, int64_t num_threads) const {
+    const int64_t block_size = allocator.block_size();
+    check_threads(num_threads);
+    check_range("max_steps", max_steps, 1, rows.num_columns);
+    if (block_size % kTile != 0) throw std::invalid_argument("a decode loop needs blocks of whole tiles");
+    if (rows.tails != nullptr) check_range("the slots of tails", rows.tails->num_slots(), rows.num_slots, rows.num_slots);
+    const int64_t num_rows = check_starts("group_starts", rows.group_starts, rows.num_groups);
+    check_range("the rows of group_starts", num_rows, rows.num_rows, rows.num_rows);
+    std::vector<bool> is_taken(static_cast<size_t>(rows.num_slots));
+    for (int64_t r = 0; r < rows.num_rows; ++r) {
+      const int64_t slot = rows.slots[r];
+      check_range("slots", slot, 0, rows.num_slots - 1);
+      if (is_taken[static_cast<size_t>(slot)]) throw std::invalid_argument("slot " + std::to_string(slot) + " comes twice");
+      is_taken[static_cast<size_t>(slot)] = true;
+      const int64_t length = rows.length[slot], last = length - 1 + max_steps, num_blocks = rows.num_blocks[slot];
+      check_range("length", length, 1, rows.num_columns - max_steps);
+      check_range("prompt_length", rows.prompt_length[slot], 0, length);
+      check_range("num_blocks", num_blocks, 0, rows.max_blocks);
+      check_range("the blocks of the last step", ceil_div(last, block_size), 0, rows.max_blocks);
+      const bool has_room = rows.tails != nullptr ? rows.tails->has_room(slot, length, num_blocks)
+                                                  : num_blocks * block_size >= length;
+      if (!has_room) throw std::invalid_argument("slot " + std::to_string(slot) + " has no place for its last token");
+      check_each("blocks", rows.blocks + slot * rows.max_blocks, num_blocks, 0, allocator.num_blocks() - 1);
+      check_each("tokens", rows.tokens + slot * rows.num_columns + length - 1, 1, 0, vocab_size_ - 1);
+    }
+    for (int64_t g = 0; g < rows.num_groups; ++g) {
+      for (int64_t r = rows.group_starts[g]; r < rows.group_starts[g + 1]; ++r) {
+        const int64_t slot = rows.slots[r];
+        const int64_t full = std::min(rows.num_blocks[slot], rows.length[slot] / block_size);
+        check_range("shared_blocks", rows.shared_blocks[g], 0, full);
+      }
+    }
+  }
 
   // At most `max_steps` steps, and none is begun after `max_seconds`. There are blocks for the first one. `rotations`
   // reach as far as the last. Returns how many were made; outcomes (B) are the last one's.

@@ -83,11 +83,39 @@ class Decoder {
 
   Decoder(const DecoderShape& shape, const T* embedding, int64_t ld_embedding, const T* norm)
       : shape_(shape), embedding_(embedding), ld_embedding_(ld_embedding), norm_(norm) {
-    if (shape.head_dim > 1024) throw std::invalid_argument("head_dim above 1024");
+    check_range("width", shape.width, 1, INT32_MAX);
+    check_range("num_heads", shape.num_heads, 1, 1 << 20);
+    check_range("num_kv_heads", shape.num_kv_heads, 1, shape.num_heads);
+    check_range("head_dim", shape.head_dim, 2, 1024);
+    check_range("mlp_width", shape.mlp_width, 1, INT32_MAX);
+    if (shape.num_heads % shape.num_kv_heads != 0 || shape.head_dim % 2 != 0) {
+      throw std::invalid_argument("num_heads must be a multiple of num_kv_heads, and head_dim even");
+    }
+    check_range("ld_embedding", ld_embedding, shape.width);
+    check_array("embedding", reinterpret_cast<uintptr_t>(embedding), shape.width, sizeof(T));
+    check_array("norm", reinterpret_cast<uintptr_t>(norm), shape.width, sizeof(T));
   }
 
   const DecoderShape& shape() const { return shape_; }
   void add_layer(const Layer& layer) {
+    const DecoderShape& s = shape_;
+    const int64_t mixed_width = s.num_heads * s.head_dim;
+    check_product_of("qkv", layer.qkv, s.width, mixed_width + 2 * s.num_kv_heads * s.head_dim, 1);
+    check_product_of("o", layer.o, mixed_width, s.width, 1);
+    check_product_of("gate_up", layer.gate_up, s.width, s.mlp_width, 2);
+    check_product_of("down", layer.down, s.mlp_width, s.width, 1);
+    for (const T* weight : {layer.attn_norm, layer.mlp_norm}) {
+      check_array("a norm", reinterpret_cast<uintptr_t>(weight), s.width, sizeof(T));
+    }
+    for (const T* weight : {layer.q_norm, layer.k_norm}) {
+      check_optional("a norm", reinterpret_cast<uintptr_t>(weight), s.head_dim, sizeof(T));
+    }
+    if ((layer.q_norm == nullptr) != (layer.k_norm == nullptr)) {
+      throw std::invalid_argument("both of q and k have a norm, or neither");
+    }
+    for (const T* cache : {layer.keys, layer.values}) {
+      check_array("the cache", reinterpret_cast<uintptr_t>(cache), kTile * s.num_kv_heads * s.head_dim, sizeof(T));
+    }
     layers_.push_back(layer);
     h_tail_ = std::max({h_tail_, layer.qkv.tail(), layer.gate_up.tail()});
     mixed_tail_ = std::max(mixed_tail_, layer.o.tail());
@@ -145,6 +173,18 @@ class Decoder {
   }
 
  private:
+  // Throws unless the product takes rows of `num_in` elements, and those of its adapter behind them, and makes num_out.
+  static void check_product_of(const char* name, const Product& p, int64_t num_in, int64_t num_out, int64_t num_halves) {
+    const int64_t reads = with_tail(num_in, p.tail());
+    const bool is_of_shape = p.weight->num_out() == num_out && p.weight->num_halves() == num_halves &&
+                             p.weight->num_in() == reads;
+    if (!is_of_shape || (p.low_rank != nullptr && p.low_rank->num_in() != num_in)) {
+      throw std::invalid_argument(std::string(name) + " must be a weight of " + std::to_string(num_out * num_halves) +
+                                  " x " + std::to_string(reads) + (num_halves == 2 ? ", halved" : "") +
+                                  ", and its adapter of as many inputs as there are");
+    }
+  }
+
   // Where x A^T begins: behind what a product of x alone reads, so that the gap stays 0.
   static int64_t tail_start(int64_t width) { return round_up(width, kWholeTiles); }
   static int64_t with_tail(int64_t width, int64_t tail) { return tail == 0 ? width : tail_start(width) + tail; }

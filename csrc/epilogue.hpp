@@ -153,8 +153,9 @@ void epilogue(T* z, int64_t ld, int64_t num_rows, int64_t num_columns, const Log
   parallel_for(num_rows * num_blocks, worthwhile_threads(num_threads, 8.0 * num_rows * num_columns),
                [&](int64_t task, int64_t) {
                  const int64_t row = task / num_blocks, begin = task % num_blocks * kSumBlock;
+                 const int64_t target = std::max<int64_t>(map.target_ids[row], -1);
                  partial[task] = block(z + row * ld + begin, map.bias == nullptr ? nullptr : map.bias + begin,
-                                       std::min(kSumBlock, num_columns - begin), map.target_ids[row] - begin,
+                                       std::min(kSumBlock, num_columns - begin), target - begin,
                                        map.anchor[row], map.inv_temperature, map.softcap, sz != nullptr);
                });
   for (int64_t row = 0; row < num_rows; ++row) {

@@ -127,7 +127,8 @@ void head_forward(const T* hidden, int64_t ld_hidden, const T* weight, int64_t l
   const AlignedBuffer<int32_t> targets(padded_rows);
   for (int64_t t = 0; t < padded_rows; ++t) {
     anchor.data()[t] = t < num_rows ? map.anchor[t] : 0.0f;
-    targets.data()[t] = t < num_rows ? static_cast<int32_t>(map.target_ids[t]) : -1;
+    const int64_t target = t < num_rows ? map.target_ids[t] : -1;
+    targets.data()[t] = target >= 0 && target < e.vocab_size ? static_cast<int32_t>(target) : -1;
   }
   for (int64_t p = 0, n; p < padded_rows / kLanes; p += n) {
     n = Tiles::panel_vectors(padded_rows / kLanes - p);

@@ -33,6 +33,7 @@ class PackedLinear {
                int64_t num_threads)
       : bias_(bias),
         num_out_(halved ? num_out / 2 : num_out),
+        num_in_(num_in),
         num_k_(round_up(ceil_div(num_in, kPerWord), Tiles::kWordMultiple)),
         halves_(halved ? 2 : 1),
         packed_(num_bytes() / static_cast<int64_t>(sizeof(Word))) {
@@ -50,6 +51,8 @@ class PackedLinear {
   }
 
   int64_t num_out() const { return num_out_; }  // elements that `run` writes of a row
+  int64_t num_in() const { return num_in_; }
+  int64_t num_halves() const { return halves_; }
   int64_t num_bytes() const { return round_up(num_out_, kLanes) * halves_ * num_k_ * static_cast<int64_t>(sizeof(Word)); }
 
   // Words of x that are read of a row, and rows beyond num_rows that may be: all must be there, and finite.
@@ -109,7 +112,7 @@ class PackedLinear {
   }
 
   const T* bias_;
-  int64_t num_out_, num_k_, halves_;
+  int64_t num_out_, num_in_, num_k_, halves_;
   std::vector<Panel> panels_;
   AlignedBuffer<float> packed_;
 };

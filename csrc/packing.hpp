@@ -290,8 +290,12 @@ inline void spread_from(LoadedBins& loaded, const FlatBins& packed, const std::v
 // micro-batches are alike, so that no rank waits long for another.
 inline std::vector<Bins> pack_balanced(const std::vector<int64_t>& lengths, int64_t token_budget,
                                        int64_t num_ranks, const std::vector<double>& costs) {
+  constexpr int64_t kMaxRanks = 1 << 20;  // each has lists of its own
   if (num_ranks <= 0) {
     throw std::invalid_argument("num_ranks must be positive, got " + std::to_string(num_ranks));
+  }
+  if (num_ranks > kMaxRanks) {
+    throw std::invalid_argument("num_ranks must be at most 2**20, got " + std::to_string(num_ranks));
   }
   const FlatBins packed = pack(lengths, token_budget);
   if (costs.size() != lengths.size()) {

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "block_allocator.hpp"
+#include "checks.hpp"
 #include "paged_cache.hpp"
 
 namespace r1fast {
@@ -19,18 +20,20 @@ class Tails {
   Tails(BlockAllocator& allocator, int64_t num_slots, int64_t num_kv_heads, int64_t head_dim, int64_t element_bytes)
       : allocator_(allocator),
         num_kv_heads_(num_kv_heads),
-        head_words_(head_dim * element_bytes / kWordBytes),
+        head_words_(checked(num_slots, num_kv_heads, head_dim, element_bytes) / kWordBytes),
         counts_(static_cast<size_t>(num_slots)),
         indices_(static_cast<size_t>(num_slots * kTile)),
         table_(static_cast<size_t>(num_slots * kTile), -1) {
     if (allocator.block_size() != kTile || allocator.num_blocks() > INT32_MAX / kTile) {
       throw std::invalid_argument("tails need blocks of " + std::to_string(kTile) + " positions, fewer than 2^31 in all");
     }
-    if (head_dim * element_bytes % kWordBytes != 0) throw std::invalid_argument("tails need heads of whole words");
   }
 
   // A layer's tiled keys and values, which stay where they are.
   void add_layer(void* keys, void* values) {
+    const int64_t num_words = check_product("keys", allocator_.num_blocks(), kTile * row_words());
+    check_array("keys", reinterpret_cast<uintptr_t>(keys), num_words, kWordBytes);
+    check_array("values", reinterpret_cast<uintptr_t>(values), num_words, kWordBytes);
     memory_.push_back(static_cast<Words>(keys));
     memory_.push_back(static_cast<Words>(values));
     aside_.resize(memory_.size() * static_cast<size_t>(kTile * row_words()));
@@ -50,12 +53,27 @@ class Tails {
     int64_t* num_blocks;  // full ones
   };
 
+  // Whether there is room for position length - 1 of a slot.
+  bool has_room(int64_t slot, int64_t length, int64_t num_blocks) const {
+    return num_blocks * kTile + count(slot) >= length;
+  }
+
+  // Throws unless these are slots, among `num_rows` rows of the arrays, with a place for one block more.
+  void check(const Running& running, int64_t num_rows) const {
+    check_range("the rows of the arrays", num_rows, num_slots(), INT32_MAX);
+    for (int64_t i = 0; i < running.num_slots; ++i) {
+      check(running.slots[i]);
+      check_range("num_blocks", running.num_blocks[running.slots[i]], 0, running.max_blocks - 1);
+      check_range("length", running.length[running.slots[i]], 0, INT32_MAX);
+    }
+  }
+
   // Blocks that `grow` takes, less those that it gives back.
   int64_t missing(const Running& running) const {
     int64_t rows = num_positions(), tiles = 0;
     for (int64_t i = 0; i < running.num_slots; ++i) {
       const int64_t slot = running.slots[i];
-      if (has_room(running, slot)) continue;
+      if (has_room(slot, running.length[slot], running.num_blocks[slot])) continue;
       const bool is_full = count(slot) == kTile - 1;
       tiles += is_full;
       rows += is_full ? 1 - kTile : 1;
@@ -69,7 +87,7 @@ class Tails {
     for (const bool is_full : {true, false}) {  // tiles first: the rows that they leave are used again
       for (int64_t i = 0; i < running.num_slots; ++i) {
         const int64_t slot = running.slots[i];
-        if (has_room(running, slot) || (count(slot) == kTile - 1) != is_full) continue;
+        if (has_room(slot, running.length[slot], running.num_blocks[slot]) || (count(slot) == kTile - 1) != is_full) continue;
         int32_t& block = running.blocks[slot * running.max_blocks + running.num_blocks[slot]];
         if (is_full) {
           block = make_tile(slot);
@@ -118,12 +136,18 @@ class Tails {
   int64_t count(int64_t slot) const { return counts_[static_cast<size_t>(slot)]; }
   int64_t row_of(int64_t index) const { return blocks_[static_cast<size_t>(index / kTile)] * kTile + index % kTile; }
 
-  bool has_room(const Running& running, int64_t slot) const {
-    return running.num_blocks[slot] * kTile + count(slot) >= running.length[slot];
-  }
-
   void check(int64_t slot) const {
     if (slot < 0 || slot >= num_slots()) throw std::invalid_argument("slot " + std::to_string(slot) + " is not one");
+  }
+
+  // The bytes of a head, of sizes that can be.
+  static int64_t checked(int64_t num_slots, int64_t num_kv_heads, int64_t head_dim, int64_t element_bytes) {
+    check_range("num_slots", num_slots, 0, INT32_MAX / kTile);
+    check_range("num_kv_heads", num_kv_heads, 1, 1 << 20);
+    check_range("head_dim", head_dim, 1, 1 << 20);
+    check_range("element_bytes", element_bytes, 1, 16);
+    if (head_dim * element_bytes % kWordBytes != 0) throw std::invalid_argument("tails need heads of whole words");
+    return head_dim * element_bytes;
   }
 
   // Where a tile has a word of a head's key or value.

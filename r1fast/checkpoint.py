@@ -62,6 +62,7 @@ class Checkpoint:
 
     def tensors(self, name: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """The tensors saved under `name`, in their own dtypes."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         if name not in self.names():
@@ -71,7 +72,12 @@ class Checkpoint:
         found: dict[str, Tensor] = {}
         for path in sorted(self.path.glob("*.safetensors")):
             if set_of(path.stem) == name:
-                found |= load_file(path, device=str(device))
+                try:
+                    found |= load_file(path, device=str(device))
+                except SafetensorError as error:
+                    raise ValueError(
+                        f"{path} is not a readable safetensors file: {error}"
+                    ) from error
         return {key.removeprefix(prefix_of(name)): x for key, x in found.items()}
 
 
@@ -360,10 +366,12 @@ def _best(folder: Path, step: int, metric: str) -> Path | None:
             continue
         try:
             measure = json.loads((path / STATE).read_bytes()).get(MEASURE) or {}
-        except (OSError, ValueError, AttributeError):
+            metric, value = measure.get("metric"), measure.get("value", -math.inf)
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue  # damaged since: it will be found where it is loaded
-        if name and measure.get("metric") == name and other <= step:
-            values.append((sign * measure.get("value", -math.inf), other, path))
+        is_number = isinstance(value, int | float) and not math.isnan(value)
+        if name and metric == name and is_number and other <= step:
+            values.append((sign * value, other, path))
     return max(values)[2] if values else None
 
 
@@ -389,6 +397,7 @@ def _problem(
     of: Container[str] | None = None,  # the files whose content is looked at; None: all
 ) -> str:
     """What is wrong with a checkpoint; empty when it is whole."""
+    reading = MANIFEST
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         version, files = manifest["version"], manifest["files"]
@@ -397,6 +406,8 @@ def _problem(
         if manifest["step"] != step:
             return f"{MANIFEST} says step {manifest['step']!r}"
         present = {p.name for p in path.iterdir()} - {MANIFEST}
+        if not isinstance(files, dict):
+            return f"{MANIFEST} must hold an object of files, got {files!r:.80}"
         if STATE not in files or present != set(files):
             odd = sorted(present ^ {STATE, *files})
             return f"its files are not those of {MANIFEST}: {', '.join(odd)}"
@@ -409,13 +420,15 @@ def _problem(
                 continue
             if _sha256(path / name, stop, from_disk=from_disk) != entry["sha256"]:
                 return f"the content of {name} has changed (sha256)"
+        reading = STATE
+        state = json.loads((path / STATE).read_bytes())
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise  # says nothing of the checkpoint
         return f"cannot be read: {error}"
-    except (ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read: {error!r}"
-    return ""
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"{reading} cannot be read: {error!r:.200}"
+    return "" if isinstance(state, dict) else f"{STATE} must hold an object, got {state!r:.80}"
 
 
 def _sha256(path: Path, stop: Callable[[], bool], *, from_disk: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tomllib
 from collections.abc import Sequence
 from copy import deepcopy
@@ -13,6 +14,8 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from r1fast.config_check import PREFERENCE_REWARDS, REWARDS, STAGES, check
+
+MAX_BYTES = 1 << 24  # of a config file
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,22 +408,29 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     values: dict = {}
     if path is not None:
         path = Path(path)
-        if not path.is_file():
+        if not os.path.isfile(path):
             shipped = ", ".join(sorted(str(p) for p in Path("configs").glob("*.toml")))
             raise ValueError(
                 f"config file {str(path)!r} does not exist"
                 + (f"; here are {shipped}" * bool(shipped))
             )
         try:
+            if (size := path.stat().st_size) > MAX_BYTES:
+                raise ValueError(f"{path} has {size} bytes; a config has at most {MAX_BYTES}")
             values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not valid TOML: {error}") from None
+        except OSError as error:
+            raise ValueError(f"config file {str(path)!r} cannot be read: {error}") from None
     return config_of(values, overrides)
 
 
 def config_of(values: dict, overrides: Sequence[str] = ()) -> Config:
     """A Config of nested values, as TOML and `to_dict` give them, and overrides over it."""
-    values = deepcopy(values)
+    try:
+        values = deepcopy(values)
+    except RecursionError:
+        raise ValueError("a config's tables and lists must not be nested so deeply") from None
     for override in overrides:
         key, sep, text = override.removeprefix("--").partition("=")
         if not sep or not override.startswith("--"):
@@ -450,9 +460,10 @@ def to_dict(config: Config) -> dict:
 def _parse(text: str) -> Any:
     """A TOML value, or a bare string: 3, 1e-6, true, [1, 2], adamw."""
     try:
-        return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+        values = tomllib.loads(f"x = {text}")
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
+    return values["x"] if values.keys() == {"x"} else text  # text of several lines may define more
 
 
 def _build(default: Any, values: dict, prefix: str = "") -> Any:
@@ -473,6 +484,8 @@ def _build(default: Any, values: dict, prefix: str = "") -> Any:
             changes[name] = _build(old, value, key + ".")
             continue
         types, choices = _allowed(hints[name])
+        if type(value) is int and abs(value) >= 2**63:
+            raise ValueError(f"{key} must fit in 64 bits, got a number of {value.bit_length()}")
         value = float(value) if types == (float,) and type(value) is int else value
         is_other_word = type(value) is str and choices and value not in choices
         if type(value) not in types or is_other_word:

@@ -17,11 +17,18 @@ from typing import Any
 
 import torch
 
+from r1fast.chat_template import render_chat
 from r1fast.config import TemplateConfig
 from r1fast.hf_folder import read_json, read_tensors, resolve_model_path
 from r1fast.metrics import warn
 from r1fast.model import load_tokenizer
-from r1fast.reward_model import ARCHITECTURES, TRAINED_HERE, encode_response, load_reward_model
+from r1fast.reward_model import (
+    ARCHITECTURES,
+    TRAINED_HERE,
+    encode_response,
+    load_reward_model,
+    names_classifier,
+)
 from r1fast.templates import render_prompt
 
 ScoreFn = Callable[[list[tuple[str, str]]], list[float]]
@@ -58,9 +65,8 @@ def load_score_fn(
 
 def is_native(config: dict, folder: Path) -> bool:
     """Whether the packed trunk scores it: an architecture of ours with one label."""
-    named = config.get("architectures") or []
-    ours = config.get("model_type") in ARCHITECTURES
-    if not ours or not any("SequenceClass" in name for name in named):
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES or not names_classifier(config):
         return False
     shapes = {name: shape for name, _, shape in read_tensors(folder)}
     return shapes.get("score.weight", (0,))[0] == 1
@@ -96,7 +102,7 @@ class Encoder:
                 {"role": "user", "content": prompt},
                 {"role": "assistant", "content": response},
             ]
-            text = t.apply_chat_template(messages, tokenize=False)
+            text = render_chat(t, messages, add_generation_prompt=False)
             return dict(t(text, add_special_tokens=False))  # the template writes its own
         prompt_ids, response_ids = encode_response(
             prompt, response, t, lambda text: render_prompt(text, self.template, t)

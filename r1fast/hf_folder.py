@@ -13,6 +13,7 @@ from r1fast.partial import partial_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MAX_JSON = 1 << 28  # bytes; an index of a thousand shards has a few millions
 DOWNLOAD = [  # what a model needs; never pickles
     "config.json", "generation_config.json", "*.safetensors", INDEX, "adapter_config.json",
     "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
@@ -70,6 +71,8 @@ def read_json(path: Path, default: dict | None = None) -> dict:
         if default is None:
             raise ValueError(f"no {path.name} in the folder {str(path.parent)!r}")
         return default
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise ValueError(f"{path} has {size} bytes; at most {MAX_JSON} of JSON are read")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -86,7 +89,12 @@ def _shards(index: Path) -> list[str]:
         raise ValueError(
             f"{index}: 'weight_map' must be an object of file names, got {weight_map!r:.80}"
         )
-    return sorted(set(weight_map.values()))
+    files = sorted(set(weight_map.values()))
+    if bad := [f for f in files if not f.endswith(".safetensors") or set(f) & set("/\\\0")]:
+        raise ValueError(
+            f"{index}: 'weight_map' must name .safetensors files of its own folder, got {bad[0]!r:.80}"
+        )
+    return files
 
 
 def read_tensors(

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import IO
 
 from r1fast.partial import partial_of
+
+MAX_LINE = 1 << 28  # bytes of a line
+MAX_ARRAY = 1 << 31  # characters of a .json file, which is read as a whole
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
@@ -38,7 +44,13 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
     if path.suffix != ".json" or not next(lines, "").lstrip().startswith("["):
         yield from read_jsonl(path)
         return
-    text = "\n".join(text for _, text in read_lines(path))
+    parts, num_chars = [], 0
+    for _, part in read_lines(path):
+        parts.append(part)
+        num_chars += len(part)
+        if num_chars > MAX_ARRAY:
+            raise ValueError(f"{path}: an array of over {MAX_ARRAY >> 30} GiB; use JSON Lines")
+    text = "\n".join(parts)
     try:
         rows = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -53,13 +65,13 @@ def _no_constant(name: str) -> None:
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(line number, text) of each line that is not blank; only \\n ends a line."""
+    """(line number, text) of each line that is not blank; only \\n ends a line, of at most MAX_LINE bytes."""
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ValueError(f"data file {str(path)!r} {what}")
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for line, raw in enumerate(file, 1):
+        for line, raw in enumerate(_raw_lines(file, path), 1):
             if line == 1:
                 if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
                     raise ValueError(f"{path}:1: is UTF-16; save it as UTF-8")
@@ -74,6 +86,20 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
                 raise ValueError(f"{path}:{line}: holds a NUL byte")
             if text.strip():
                 yield line, text.rstrip("\r\n")
+
+
+def _raw_lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
+    """Lines of bounded length: a few kilobytes of gzip can be a line of gigabytes."""
+    for line in itertools.count(1):
+        try:
+            raw = file.readline(MAX_LINE + 1)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}:{line}: not a whole gzip file: {error}") from None
+        if not raw:
+            return
+        if len(raw) > MAX_LINE:
+            raise ValueError(f"{path}:{line}: a line of over {MAX_LINE >> 20} MiB; one row a line")
+        yield raw
 
 
 def write_jsonl(path: str | Path, rows: Iterable) -> int:

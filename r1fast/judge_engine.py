@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from r1fast.chat_template import render_chat
 from r1fast.config import Config, JudgeConfig, RolloutConfig
 from r1fast.policy import Policy, load_policy
 from r1fast.rewards.chat import RETRY_TEMPERATURE, ChatEndpoint, ChatModel, ChatRequest, Read
@@ -109,9 +110,7 @@ class EngineChat(ChatModel):
 
 
 def _encode(request: ChatRequest, policy: Policy) -> list[int]:
-    text = policy.tokenizer.apply_chat_template(
-        request.messages(), tokenize=False, add_generation_prompt=True
-    )
+    text = render_chat(policy.tokenizer, request.messages())
     return encode_text(text, policy.tokenizer, add_special_tokens=False)
 
 

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from r1fast.hf_folder import (
     fill_tensors,
     read_json,
+    read_tensors,
     resolve_model_path,
     write_folder,
     write_json,
@@ -96,7 +98,7 @@ class ModelSpec:
     def from_hf_config(cls, config: Mapping[str, Any]) -> "ModelSpec":
         """Parse a config.json. Raises ValueError for what this decoder does not compute."""
         model_type = config.get("model_type")
-        if model_type not in ARCHITECTURES:
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise ValueError(
                 f"unsupported model_type {model_type!r}; supported: {', '.join(ARCHITECTURES)}"
             )
@@ -176,15 +178,17 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
     value = config.get(key) or default if default else config.get(key)
     if value is None:
         raise ValueError(f"config.json has no {key!r}")
-    if type(value) is not int or value < 1:
-        raise ValueError(f"config.json: {key!r} must be a whole number above 0, got {value!r:.80}")
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise ValueError(
+            f"config.json: {key!r} must be a whole number above 0 and below 2**31, got {value!r:.80}"
+        )
     return value
 
 
 def _positive(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """A finite number above 0; ValueError where it is absent and there is no `default`."""
+    """A number above 0 that float32 can hold; ValueError where it is absent and there is no `default`."""
     value = config.get(key, default)
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    if type(value) not in (int, float) or not 0 < value <= torch.finfo(torch.float32).max:
         raise ValueError(f"config.json: {key!r} must be a number above 0, got {value!r:.80}")
     return value
 
@@ -193,8 +197,15 @@ def _uses_sliding_window(config: Mapping[str, Any], num_layers: int) -> bool:
     if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
         return False
     if layer_types := config.get("layer_types"):
+        if not isinstance(layer_types, list):
+            raise ValueError(f"config.json: 'layer_types' must be a list, got {layer_types!r:.80}")
         return "sliding_attention" in layer_types
-    return config.get("max_window_layers", 28) < num_layers
+    most = config.get("max_window_layers", 28)
+    if type(most) is not int:
+        raise ValueError(
+            f"config.json: 'max_window_layers' must be a whole number, got {most!r:.80}"
+        )
+    return most < num_layers
 
 
 def _read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
@@ -469,6 +480,21 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def check_size(spec: ModelSpec, folder: Path) -> None:
+    """ValueError where the weights of a folder cannot be those of `spec`, before any memory is taken for them."""
+    s, shapes = spec, [shape for _, _, shape in read_tensors(folder)]
+    attention = s.hidden_size * s.head_dim * 2 * (s.num_heads + s.num_kv_heads)
+    layer = attention + 3 * s.hidden_size * s.intermediate_size
+    needed = s.vocab_size * s.hidden_size + s.num_layers * layer
+    found = sum(math.prod(shape) for shape in shapes)
+    # a few that are missing are named by fill_tensors
+    if needed > 2 * found + (1 << 24) or s.num_layers > len(shapes):
+        raise ValueError(
+            f"the weights in {str(folder)!r} do not fit its config.json: {len(shapes)} tensors of "
+            f"{found} numbers in all, for {s.num_layers} layers and at least {needed} numbers"
+        )
+
+
 def load_model(
     path: str | os.PathLike,
     *,
@@ -485,6 +511,7 @@ def load_model(
         spec = ModelSpec.from_hf_config(config)
     except ValueError as error:
         raise ValueError(f"{str(folder)!r}: {error}") from None
+    check_size(spec, folder)
     model = Decoder(spec, dtype=dtype, device=device)
     # a tied head may be stored too; rotary buffers are of old files
     tied = ("lm_head.weight",) if model.spec.tie_word_embeddings else ()

@@ -106,6 +106,17 @@ class Optimizer:
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        for (name, p), master in zip(self.named, self.masters, strict=True):
+            first = f"master.{name}"
+            needed = {first} if p is not master else set()
+            if f"step.{name}" in tensors:
+                needed |= {f"exp_avg.{name}", f"exp_avg_sq.{name}"}
+            for key in needed:
+                if key not in tensors or tensors[key].shape != p.shape:
+                    found = tuple(tensors[key].shape) if key in tensors else "nothing"
+                    raise ValueError(
+                        f"the optimizer state has {found} for {key!r}, not {tuple(p.shape)}"
+                    )
         self.adamw.state.clear()
         for (name, p), master in zip(self.named, self.masters, strict=True):
             if p is not master:

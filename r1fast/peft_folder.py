@@ -142,15 +142,22 @@ def _check_targets(targets: str | list[str], found: set[str], model: nn.Module) 
 
 def _is_target(targets: str | list[str], name: str) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        import regex  # with a time-out: a pattern may take the age of the universe
+
+        try:
+            return regex.fullmatch(targets, name, timeout=1.0) is not None
+        except TimeoutError:
+            raise ValueError(f"'target_modules' takes over a second: {targets!r:.80}") from None
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def _check_names(targets: object, where: str) -> None:
     if isinstance(targets, str):
+        import regex
+
         try:
-            re.compile(targets)
-        except re.error as error:
+            regex.compile(targets)
+        except (regex.error, RecursionError, OverflowError, MemoryError) as error:
             raise ValueError(f"{where}: 'target_modules' is no pattern: {error}") from None
     elif not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
         raise ValueError(

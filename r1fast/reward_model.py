@@ -30,7 +30,7 @@ from r1fast.hf_folder import (
 from r1fast.jsonl import read_jsonl
 from r1fast.kernels.attention import PackedAttention
 from r1fast.metrics import warn
-from r1fast.model import Decoder, ModelSpec
+from r1fast.model import Decoder, ModelSpec, check_size
 from r1fast.templates import encode_text
 
 ARCHITECTURES = {
@@ -152,6 +152,14 @@ class RewardModel(nn.Module):
         return self.decoder.hf_tensors() | {"score.weight": self.score_weight.detach()}
 
 
+def names_classifier(config: dict) -> bool:
+    """Whether a config.json is of a sequence classifier. ValueError where its architectures are no list of names."""
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"config.json: 'architectures' must be a list of names, got {names!r:.80}")
+    return any("SequenceClass" in name for name in names)
+
+
 def load_reward_model(
     path: str | PathLike,
     dtype: str | torch.dtype = "float32",
@@ -167,8 +175,9 @@ def load_reward_model(
     folder = resolve_model_path(path)
     config = read_json(folder / "config.json")
     spec = ModelSpec.from_hf_config(config)
+    check_size(spec, folder)
     shapes = {name: shape for name, _, shape in read_tensors(folder)}
-    is_classifier = any("SequenceClass" in name for name in config.get("architectures") or [])
+    is_classifier = names_classifier(config)
     if is_classifier and shapes.get("score.weight") != (1, spec.hidden_size):
         found = shapes.get("score.weight", "none")
         raise ValueError(

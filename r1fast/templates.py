@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from r1fast.chat_template import render_chat
 from r1fast.config import TemplateConfig
 from r1fast.protocol import opens_think
 from r1fast.types import Problem
@@ -42,7 +43,7 @@ def render_prompt(problem_prompt: str, template: TemplateConfig, tokenizer=None)
         )
     messages = [{"role": "system", "content": template.system}] * bool(template.system)
     messages.append({"role": "user", "content": problem_prompt})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return render_chat(tokenizer, messages)
 
 
 def prompt_opens_think(template: TemplateConfig, tokenizer=None) -> bool:

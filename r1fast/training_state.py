@@ -191,6 +191,12 @@ class TrainingState:
                 f"{saved.state['base_path']!r}; "
                 f"those of {self.policy.path!r} are others: name that model, or take another output_dir"
             )
+        for name in ("optimizer_step", "num_tokens"):
+            if type(value := saved.state.get(name)) not in (int, float) or not value >= 0:
+                raise ValueError(
+                    f"the checkpoint in {self.folder} has no {name!r}, but {value!r:.80}: it was not "
+                    "written by r1fast"
+                )
         fill(trained, weights)
         self.optimizer.load_state_tensors(saved.tensors("optimizer"))
         self.load_extra(saved)

@@ -12,6 +12,7 @@ import io
 import json
 import random
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import zip_longest
@@ -27,6 +28,7 @@ from r1fast.rewards.instructions import check_instructions
 from r1fast.types import Problem
 
 Row = dict[str, Any]
+MAX_BYTES = 1 << 30  # of a set that is read as a whole
 
 
 def read_gsm8k(path: Path) -> list[Problem]:
@@ -333,9 +335,12 @@ def _parse(text: str, where: str) -> Any:
 
 def _read(path: Path) -> str:
     try:
-        raw = path.read_bytes()
-        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (UnicodeDecodeError, OSError, EOFError) as error:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise ValueError(f"{path} has over {MAX_BYTES >> 20} MiB, as which no set is read")
+        return raw.decode("utf-8-sig")
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 

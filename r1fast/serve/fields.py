@@ -142,5 +142,8 @@ def checked_unicode(text: str, name: str) -> str:
 
 def named(value: Any) -> str:
     """What came, short: a JSON text of at most 80 characters."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (RecursionError, ValueError):  # nested too deep; a number of thousands of digits
+        return f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:60]}... ({type(value).__name__})"

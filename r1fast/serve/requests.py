@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from r1fast.chat_template import render_chat
 from r1fast.policy import Policy
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.serve.fields import Fields, RequestError, checked_unicode, is_int, is_number, named
@@ -291,14 +292,9 @@ def _render(messages: list[dict], variables: Any, tokenizer: Any) -> str:
             "chat_template_kwargs",
         )
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **variables
-        )
-    except Exception as error:  # a template raises whatever it likes, jinja's own errors included
-        raise RequestError(
-            f"the model's chat template refuses these messages: {type(error).__name__}: {error}",
-            "messages",
-        ) from None
+        return render_chat(tokenizer, messages, variables=variables)
+    except ValueError as error:
+        raise RequestError(str(error), "messages") from None
 
 
 def _stop(value: Any) -> tuple[str, ...]:

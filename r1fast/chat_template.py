@@ -1,0 +1,174 @@
+"""Chat templates, rendered in a process of their own that ends when one takes too much time or memory.
+
+A template is a program, written by whoever made the model folder. Jinja's sandbox keeps it from attributes and files, not
+from a loop that never ends, `2 ** 9 ** 9` or a text of gigabytes: those end the process, which is replaced, and are a
+ValueError here. What is rendered is what `tokenizer.apply_chat_template` of transformers gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_WORKER = Path(__file__).with_name("chat_template_worker.py")
+_TIMEOUT = (
+    120.0  # seconds of the clock, of a machine that is busy: processor time is what ends a template
+)
+MAX_CHARS = 1 << 24  # of a rendered chat, and of a template
+KEPT = ("PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LANG", "LC_ALL", "TZ", "SYSTEMROOT")
+
+
+def render_chat(
+    tokenizer: Any,
+    messages: Sequence[Mapping],
+    *,
+    add_generation_prompt: bool = True,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
+    """`messages` by the tokenizer's chat template; `variables` are further ones of the template.
+
+    Raises ValueError for what the template refuses, and for one that is wrong, takes over two seconds of a core, or makes
+    over 16 Mi characters. A tokenizer that has its own way (not transformers') is asked itself.
+    """
+    if not hasattr(tokenizer, "get_chat_template"):
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **(variables or {}),
+        )
+    template = tokenizer.get_chat_template()
+    if not isinstance(template, str) or len(template) > MAX_CHARS:
+        raise ValueError(
+            f"a chat template must be a text of at most {MAX_CHARS} characters, got "
+            f"{type(template).__name__} of {len(template)}"
+        )
+    values = {
+        "tools": None,
+        "documents": None,
+        **tokenizer.special_tokens_map,
+        **(variables or {}),
+        "messages": [_plain(message) for message in messages],
+        "add_generation_prompt": add_generation_prompt,
+    }
+    try:
+        return _renderer().render(template, values)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"the variables of a chat template must be JSON values: {error}") from None
+
+
+def _plain(message: Mapping) -> dict:
+    """As transformers hands it to a template: without what is None, the reasoning under each of its names."""
+    plain = {key: value for key, value in message.items() if value is not None}
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((plain[name] for name in names if name in plain), None)
+    if reasoning is None:
+        return plain
+    return {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+@cache
+def _renderer() -> _Renderer:
+    return _Renderer()
+
+
+class _Renderer:
+    """The process, started when it is first needed and replaced when it has ended. Thread safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen | None = None
+        self._finalizer: weakref.finalize | None = None
+        self._last: str | None = None  # the template that this process has
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        """In a fork: the pipes are the parent's."""
+        self._lock, self._process = threading.Lock(), None
+        if self._finalizer is not None:
+            self._finalizer.detach()
+
+    def render(self, template: str, values: Mapping[str, Any]) -> str:
+        with self._lock:
+            process = self._running()
+            request = {"template": None if template == self._last else template, "values": values}
+            try:
+                reply = self._ask(process, json.dumps(request).encode() + b"\n")
+            except BaseException:  # a Ctrl-C too: its reply would be taken for the next one's
+                self._end()
+                raise
+            self._last = None if "error" in reply else template
+        if "error" in reply:
+            raise ValueError(f"the model's chat template refuses these messages: {reply['error']}")
+        return reply["text"]
+
+    def _running(self) -> subprocess.Popen:
+        if self._process is None or self._process.poll() is not None:
+            self._end()
+            # -P: the folder of the script stays off sys.path, where types.py would hide the stdlib's
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(_WORKER), str(MAX_CHARS)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={name: os.environ[name] for name in KEPT if name in os.environ},
+                start_new_session=True,  # a Ctrl-C in the terminal is for the caller
+            )
+            self._finalizer = weakref.finalize(self, _kill, self._process)
+        return self._process
+
+    def _ask(self, process: subprocess.Popen, request: bytes) -> dict:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        deadline, answer = time.monotonic() + _TIMEOUT, bytearray()
+        os.set_blocking(process.stdin.fileno(), False)
+        rest = memoryview(request)
+        while not answer.endswith(b"\n"):
+            left = deadline - time.monotonic()
+            wanted = [process.stdin] if rest else []
+            readable, writable, _ = select.select([process.stdout], wanted, [], max(0.0, left))
+            if left <= 0:
+                raise ValueError(f"the model's chat template took over {_TIMEOUT:g} s")
+            if writable:
+                with contextlib.suppress(BrokenPipeError, BlockingIOError):
+                    rest = rest[os.write(process.stdin.fileno(), rest[:65536]) :]
+            if readable:
+                chunk = os.read(process.stdout.fileno(), 1 << 20)
+                if not chunk:
+                    raise ValueError(_why(process.wait()))
+                answer += chunk
+        return json.loads(answer)
+
+    def _end(self) -> None:
+        if self._finalizer is not None:
+            self._finalizer()
+        self._process = self._last = None
+
+
+def _why(status: int) -> str:
+    """What a process that ended while it rendered has died of."""
+    if -status in (signal.SIGPROF, signal.SIGXCPU):
+        return "the model's chat template takes over two seconds of processor time"
+    name = signal.Signals(-status).name if status < 0 else f"exit code {status}"
+    return f"the model's chat template ended the process that rendered it ({name})"
+
+
+def _kill(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
