@@ -14,10 +14,10 @@ SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py
 # vLLM's CPU build, 3 GB, in an environment of its own
 VLLM_VENV ?= $(HOME)/.cache/r1fast/vllm
 
-.PHONY: help demo test test-vllm lint sandbox faults soak bench build format clean
+.PHONY: help demo test test-vllm test-sanitize lint sandbox faults soak bench build format clean
 
 help:      ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
 
 demo: build   ## set up, then run the whole R1 recipe small, on the CPU: a table and a report
 	@$(BIN)/r1fast pipeline configs/demo.toml
@@ -31,6 +31,9 @@ test-vllm: build ## test the vLLM engine against a real vLLM, which is installed
 		echo "SKIPPED: the vLLM engine was not tested, as its vLLM could not be installed (see above)"; \
 	elif [ $$code != 0 ]; then exit $$code; \
 	else R1FAST_VLLM_PYTHON="$(VLLM_VENV)/bin/python" $(BIN)/pytest tests/test_vllm.py $(ARGS); fi
+
+test-sanitize: build ## csrc/ under AddressSanitizer and UBSan: its tests and what fuzzes it, at each CPU level (half an hour)
+	@$(BIN)/python tests/sanitize.py $(ARGS)
 
 sandbox:   ## install bubblewrap, in which code rewards run programs, where that is possible
 	@command -v bwrap > /dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \

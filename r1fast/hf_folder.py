@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,8 +25,8 @@ DOWNLOAD = [  # what a model needs; never pickles
 def resolve_model_path(name_or_path: str | os.PathLike) -> Path:
     """The local folder of a model: itself if it is one, else its snapshot from the Hub.
 
-    Only a name such as `Qwen/Qwen3-0.6B` that is no local folder reaches the network, and not even
-    that with HF_HUB_OFFLINE=1. Raises ValueError when there is no such folder or model.
+    Only a model id such as `Qwen/Qwen3-0.6B`, where there is no folder `Qwen` here, reaches the network, and not
+    even that with HF_HUB_OFFLINE=1. Raises ValueError when there is no such folder or model.
     """
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
@@ -33,8 +34,8 @@ def resolve_model_path(name_or_path: str | os.PathLike) -> Path:
         return path
     if path.is_file():
         raise ValueError(f"a model is a folder with config.json, but {name!r} is a file")
-    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ValueError(f"no such model folder: {name!r}")
+    if not _is_hub_id(name):
+        raise ValueError(f"no such model folder: {name!r}, which is no model id (org/name) either")
     from huggingface_hub import snapshot_download
 
     try:
@@ -48,11 +49,18 @@ def resolve_model_path(name_or_path: str | os.PathLike) -> Path:
         ) from error
 
 
+def _is_hub_id(name: str) -> bool:
+    """org/name, unless the first of the two is a folder here: a path with a slip in it asks nobody."""
+    org, slash, model = name.partition("/")
+    words = all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}", word) for word in (org, model))
+    return bool(slash) and words and not Path(org).exists()
+
+
 def read_model_config(name_or_path: str | os.PathLike) -> dict:
     """The config.json of a model folder or, alone of its files, of a model on the Hub."""
     path = Path(name_or_path).expanduser()
     name = os.fspath(name_or_path)
-    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+    if path.exists() or not _is_hub_id(name):
         return read_json(resolve_model_path(name) / "config.json")
     from huggingface_hub import hf_hub_download
 

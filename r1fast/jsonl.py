@@ -67,8 +67,8 @@ def _no_constant(name: str) -> None:
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """(line number, text) of each line that is not blank; only \\n ends a line, of at most MAX_LINE bytes."""
     path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+    if not os.path.isfile(path):  # False, too, for a name that is too long
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
         raise ValueError(f"data file {str(path)!r} {what}")
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         for line, raw in enumerate(_raw_lines(file, path), 1):

@@ -178,9 +178,11 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
     value = config.get(key) or default if default else config.get(key)
     if value is None:
         raise ValueError(f"config.json has no {key!r}")
-    if type(value) is not int or not 1 <= value < 2**31:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"config.json: {key!r} must be a whole number above 0, got {value!r:.80}")
+    if value >= 2**31:
         raise ValueError(
-            f"config.json: {key!r} must be a whole number above 0 and below 2**31, got {value!r:.80}"
+            f"config.json: {key!r} must be a whole number below 2**31, got {value!r:.80}"
         )
     return value
 
@@ -557,7 +559,10 @@ GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # tokeniz
 
 
 def load_tokenizer(path: str | os.PathLike):
-    """The tokenizer of a model folder; no remote code is run and nothing else is fetched."""
+    """The tokenizer of a model folder; no remote code is run and nothing else is fetched.
+
+    Raises ValueError for files that make none.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = resolve_model_path(path)
@@ -565,4 +570,11 @@ def load_tokenizer(path: str | os.PathLike):
     # next to a Qwen2 or Llama config AutoTokenizer would take that model's own splitting rules
     is_generic = config.get("tokenizer_class") in GENERIC_TOKENIZERS
     loader = PreTrainedTokenizerFast if is_generic else AutoTokenizer
-    return loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    try:
+        return loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # of every kind: what is read is only looked at as it is used
+        raise ValueError(
+            f"the tokenizer in {str(folder)!r} cannot be read: {type(error).__name__}: {error!s:.500}"
+        ) from error

@@ -55,7 +55,7 @@ def read(reader, path):
 
 
 @pytest.mark.parametrize("name", READERS)
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(rows)
 def test_any_rows(tmp_path_factory, name, rows):
     path = tmp_path_factory.getbasetemp() / "rows.jsonl"
@@ -78,7 +78,7 @@ SOUND = [
 def test_mutated_files(tmp_path, name):
     rng, path = random.Random(name), tmp_path / "rows.jsonl"
     data = "\n".join(map(json.dumps, SOUND)).encode()
-    for _ in range(120):
+    for _ in range(60):
         bad = bytearray(data)
         for _ in range(rng.randint(1, 3)):
             at = rng.randrange(len(bad) - 9)
@@ -126,7 +126,7 @@ def test_bombs(tmp_path, text, suffix):
 def test_damaged_gzip(tmp_path):
     rng, path = random.Random(0), tmp_path / "rows.jsonl.gz"
     whole = gzip.compress("\n".join(map(json.dumps, SOUND * 20)).encode())
-    for i in range(150):
+    for i in range(60):
         bad = bytearray(whole)
         if i % 3:
             bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
@@ -179,7 +179,7 @@ def test_what_is_written_is_json_or_nothing(tmp_path_factory, rows):
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.name)
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(rows, st.sampled_from([".jsonl", ".json", ".csv", ".tsv"]), st.text(max_size=20))
 def test_evaluation_sets_of_any_rows(tmp_path_factory, preset, rows, suffix, text):
     path = tmp_path_factory.getbasetemp() / f"set{suffix}"

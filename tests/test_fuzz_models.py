@@ -70,8 +70,7 @@ def loads(load, folder) -> bool:
     """Whether it loads; a ValueError where it does not."""
     try:
         load(folder)
-    except ValueError as error:
-        assert str(error)
+    except ValueError:
         return False
     return True
 
@@ -79,7 +78,7 @@ def loads(load, folder) -> bool:
 # ---- config.json
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from([
     *SHAPE, "model_type", "head_dim", "hidden_act", "rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias",
     "tie_word_embeddings", "rms_norm_eps", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types",
@@ -314,7 +313,7 @@ def test_links_are_followed_to_files_and_to_nothing_else(model):
 # ---- adapters, tokenizers
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.sampled_from([
     "peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "bias", "task_type", "init_lora_weights", "rank_pattern",
     "modules_to_save", "unknown", "layers_to_transform",

@@ -300,7 +300,7 @@ def test_heads_that_do_not_divide(name, changes):
     good = CALLS[name](memory := Memory())
     if name == "rope_forward" and changes == {"num_kv_heads": 3}:
         changes = {"head_dim": 15}
-    with pytest.raises(ValueError, match="must be|cannot"):
+    with pytest.raises(ValueError, match=r"must be|cannot"):
         function(name)(**good | changes)
     assert memory.kept
 
@@ -474,7 +474,7 @@ def test_packed_weights_refuse_what_cannot_be():
         arguments = [weight.data_ptr(), D, 0, V, D, False, 1]
         for place, bad in changes.items():
             arguments[place] = bad
-        with pytest.raises(ValueError, match="must be|cannot|fit"):
+        with pytest.raises(ValueError, match=r"must be|cannot|fit"):
             make(*arguments)
     with pytest.raises(ValueError, match="even num_out"):
         make(weight.data_ptr(), D, 0, V - 1, D, True, 1)
@@ -485,7 +485,7 @@ def test_packed_weights_refuse_what_cannot_be():
                        (4, -1), (5, _C.After.silu), (7, 0)):  # fmt: skip
         arguments = list(good)
         arguments[place] = bad
-        with pytest.raises(ValueError, match="."):
+        with pytest.raises(ValueError, match=r"."):
             packed.run(*arguments)
 
 
@@ -516,7 +516,7 @@ def test_a_decoder_refuses_weights_that_do_not_fit():
     for place, bads in ((0, (0, -1, 2**62)), (1, (0, 3, 2**62)), (2, (0, 3, 8)), (3, (0, 15, 1026)),
                         (4, (0, -1)), (6, (0, 2)), (7, (D - 1, -1)), (8, (0, 3))):  # fmt: skip
         for bad in bads:
-            with pytest.raises(ValueError, match="."):
+            with pytest.raises(ValueError, match=r"."):
                 getattr(_C, kind)(*[bad if i == place else x for i, x in enumerate(good)])
     decoder = getattr(_C, kind)(*good)
     weights = [linear((H + 2 * K) * DH, D), linear(D, H * DH), linear(96, D, True), linear(D, 48)]
@@ -527,7 +527,7 @@ def test_a_decoder_refuses_weights_that_do_not_fit():
         with pytest.raises(ValueError, match="must be a weight of"):
             decoder.add_layer(*layer[:i], weight, *layer[i + 1 :])
     for i in (0, 1, 3, 8, 9):
-        with pytest.raises(ValueError, match="cannot lie|both of q and k"):
+        with pytest.raises(ValueError, match=r"cannot lie|both of q and k"):
             decoder.add_layer(*layer[:i], 0, *layer[i + 1 :])
     with pytest.raises(ValueError, match="the head must be"):
         loop = getattr(_C, kind.replace("Decoder", "DecodeLoop"))

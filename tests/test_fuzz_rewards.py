@@ -39,6 +39,13 @@ texts = st.one_of(
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _models_of_languages():
+    """lingua reads its own once, for seconds."""
+    language_consistency("Let us begin with a sentence.", "en")
+    is_language("Let us begin with a sentence.", "en")
+
+
 def bounded(call, *arguments, **options):
     start = time.process_time()
     found = call(*arguments, **options)
@@ -46,14 +53,14 @@ def bounded(call, *arguments, **options):
     return found
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(texts, texts, st.sampled_from(PROTOCOLS), st.booleans())
 def test_any_completion_gets_a_verdict(gold, text, protocol, opened):
     graded = MATH.grade(gold, text, protocol, prompt_opens_think=opened)
     assert graded.verdict in VERDICTS
     verdict, letter = grade_choice(text, "A", ["x", gold], protocol, prompt_opens_think=opened)
     assert verdict in ("correct", "wrong", "no_answer")
-    assert letter in (None, "A", "B")
+    assert letter is None or len(letter) == 1
     try:
         assert isinstance(parse_gold(gold), str)
     except ValueError:
@@ -65,7 +72,7 @@ def test_any_completion_gets_a_verdict(gold, text, protocol, opened):
         assert isinstance(whole_completion(text, protocol), str)
 
 
-@settings(max_examples=250)
+@settings(max_examples=120)
 @given(texts, st.sampled_from(PROTOCOLS), st.sampled_from(["python", "cpp"]))
 def test_any_completion_is_read(text, protocol, language):
     extract_code(text, language, protocol)
@@ -118,16 +125,17 @@ def test_a_bomb_takes_bounded_time(name):
     assert bounded(MATH.grade, "4", bomb, "think_answer").verdict in VERDICTS
     bounded(grade_choice, bomb, "A", ["x", "y"])
     bounded(split_completion, bomb, "cold_start")
-    bounded(answer_region, bomb, None)
+    bounded(answer_region, bomb, None, "|special_token|", bomb)
     bounded(extract_code, bomb)
-    for parse in (boxes, clean, read_object, read_verdict, read_grade, defused, is_balanced):
+    for parse in (boxes, read_object, read_verdict, read_grade, defused, is_balanced):
         bounded(parse, bomb)
     bounded(language_consistency, bomb, "en")
     bounded(is_language, bomb, "en")
-    try:
-        bounded(parse_gold, bomb)
-    except ValueError:
-        pass
+    for parse in (parse_gold, clean, tokenize):
+        try:
+            bounded(parse, bomb)
+        except ValueError:
+            pass
 
 
 def test_a_gold_that_is_a_bomb_is_named():
@@ -144,7 +152,7 @@ arguments = st.dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(st.sampled_from(sorted(INSTRUCTIONS)), arguments, texts)
 def test_any_instruction_is_checked_or_refused(name, own, text):
     try:
@@ -189,13 +197,13 @@ columns = st.dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(columns, st.text(max_size=5))
 def test_any_programming_problem_is_read_or_refused(row, prompt):
     try:
         read_code_problem(row, prompt)
-    except ValueError as error:
-        assert str(error)
+    except ValueError:
+        pass
 
 
 @settings(max_examples=150)

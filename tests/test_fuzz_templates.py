@@ -64,7 +64,7 @@ def test_nothing_is_reached(template):
 
 ENDLESS = [
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "{{ 9 ** 9 ** 9 }}",
+    "{{ 9 ** (9 ** 9) }}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
 ]  # fmt: skip
 TOO_LARGE = [
@@ -119,7 +119,7 @@ def test_errors_are_named_where_they_are_met():
     for wrong in ({"x": deep}, {"x": object()}, {"x": {1j: 2}}):
         with pytest.raises(RequestError, match="JSON values"):
             _render(HI, wrong, tokenizer("ok"))
-    assert _render(HI, {"self": 1, "context": 2}, tokenizer("{{ self }}{{ context }}")) == "12"
+    assert _render(HI, {"context": 2}, tokenizer("{{ context }}")) == "2"
     assert not prompt_opens_think(TemplateConfig(name="chat"), tokenizer("ok"))
     with pytest.raises(ValueError, match="must be a text of at most"):
         render_chat(tokenizer("x" * (chat_template.MAX_CHARS + 1)), HI)
@@ -145,7 +145,7 @@ messages = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.sampled_from(FIELD), messages, st.booleans())
 def test_what_is_rendered_is_what_transformers_renders(template, chat, add):
     t = real()

@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import random
 import re
 import zlib
@@ -277,9 +278,9 @@ def _mmlu_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _rows(path: Path) -> Iterator[tuple[str, Row]]:
     """("file:line", row) of JSONL, a JSON array, CSV with a header, each also .gz."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # False, too, for a name that is too long
         raise ValueError(
-            f"data file {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}"
+            f"data file {str(path)!r} {'is a folder' if os.path.isdir(path) else 'does not exist'}"
         )
     name = path.name.removesuffix(".gz")
     if name.endswith((".csv", ".tsv")):

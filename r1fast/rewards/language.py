@@ -22,6 +22,7 @@ from r1fast.rewards.messages import column_of, message_text
 
 _SURE = 0.65  # confidence from which lingua overrules the target in fewer words than _LONG
 _LONG = 5
+_MAX_WORD = 64  # letters that are looked at
 # language -> script. Two languages of one script need lingua to be told apart.
 SCRIPTS = {
     "en": "latin", "de": "latin", "fr": "latin", "es": "latin", "it": "latin", "pt": "latin",
@@ -195,7 +196,8 @@ def _language_of(
     if len(candidates) == 1 and SCRIPTS[target] != script:
         return candidates[0]
     if len(candidates) > 1 and _has_lingua():
-        shares = _detect(candidates, " ".join(words))
+        # lingua's time grows with the square of a word's length
+        shares = _detect(candidates, " ".join(word[:_MAX_WORD] for word in words))
         best = max(shares, key=shares.__getitem__)
         # "Let x be" is as much German as English: in doubt it is the target
         if len(words) >= _LONG or shares[best] >= _SURE or target not in candidates:

@@ -57,6 +57,9 @@ _WORDS = {
 _MIN_WORDS = 4  # of a script's function words, or a short text is taken by its script alone
 
 
+_LONG_WORD = re.compile(r"(\w{64})\w+")
+
+
 def check_known(language: str) -> None:
     """ValueError with the known languages where `language` is none of them."""
     if language not in SCRIPTS:
@@ -79,7 +82,10 @@ def is_language(text: str, language: str) -> bool:
     if _lingua_knows(language):
         # lingua takes a language that it does not know (Nepali) for a neighbour (Hindi)
         unknown = [votes[name] for name in rivals if not _lingua_knows(name)]
-        return _detect(text) == language and max(unknown, default=0) <= votes[language]
+        short = _LONG_WORD.sub(
+            r"\1", text
+        )  # lingua's time grows with the square of a word's length
+        return _detect(short) == language and max(unknown, default=0) <= votes[language]
     best = max(votes.values())
     if best < _MIN_WORDS and len(words) < 3 * _MIN_WORDS:
         return votes[language] == best or not best
