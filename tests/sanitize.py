@@ -89,7 +89,12 @@ def main() -> None:
     env.pop("R1FAST_CPU_LEVEL", None)
     probe = "import r1fast._C as C; print(C.cpu_level(), C.__file__)"
     best, file = subprocess.run(
-        [sys.executable, "-c", probe], env=env, check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", probe],
+        env=env,
+        cwd=BUILD,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
     ).stdout.split()
     assert Path(file).is_relative_to(tree), file
     levels = [asked] if asked else LEVELS[: LEVELS.index(best) + 1][::-1]
