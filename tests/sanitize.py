@@ -19,6 +19,10 @@ TESTS = (
     "fuzz_native", "cpu_attention", "prefix_attention", "paged_attention", "cpu_head", "linear", "sample", "rms_norm", "rope",
     "swiglu", "native_forward", "decode_loop", "rollout_cache",
 )  # fmt: skip
+PYTEST = (
+    "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib",
+    "-k", "not triton and not in_under_two_seconds",  # none of C++; a time that is no sanitizer's
+)  # fmt: skip
 OPTIONS = {
     # Python's own memory at its end is no leak of ours; a stack that is used after its return costs little
     "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1:strict_init_order=1",
@@ -102,17 +106,10 @@ def main() -> None:
         start = time.monotonic()
         names = (*ONCE, *TESTS) if level == levels[0] else TESTS
         files = [str(ROOT / f"tests/test_{name}.py") for name in names]
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--import-mode=importlib",
-        ]
+        if any(not word.startswith("-") for word in sys.argv[1:]):  # files of the caller's
+            files = []
         done = subprocess.run(
-            [*command, *(sys.argv[1:] or files)],
+            [sys.executable, *PYTEST, *sys.argv[1:], *files],
             env=env | {"R1FAST_CPU_LEVEL": level},
             cwd=ROOT / "tests",
         )
