@@ -23,6 +23,7 @@ _ABBREVIATION = re.compile(
     r"(?:\b(?:Mr|Mrs|Ms|Dr|St|Prof|Rev|Gen|Col|Sr|Jr|Inc|Ltd|Co|vs|etc|No|Fig|e\.g|i\.e|cf|approx|a\.m|p\.m)"
     r"|\b[A-Z](?:\.[A-Z])*)\.$"
 )
+_MAX_ABBREVIATION = 32  # characters that an abbreviation at the end is looked for in
 _SENTENCE_END = re.compile(
     r"(?<=[.!?])[\"'”’)\]*_]*\s+(?=[\"'“‘(\[*_#-]*[^\sa-z])|(?<=[。！？])\s*|\n{2,}"
 )
@@ -106,14 +107,14 @@ def follows_loosely(response: str, name: str, arguments: Mapping[str, Any]) -> b
 
 def count_sentences(text: str) -> int:
     """Sentences: ends with a full stop, a mark or a blank line; "Dr. No" and "3.5" do not end one."""
-    count, pending = 0, ""
-    for piece in _SENTENCE_END.split(text):
-        pending = f"{pending} {piece}".strip()
-        if not pending or _ABBREVIATION.search(pending):
+    count, has_word = 0, False
+    for piece in map(str.strip, _SENTENCE_END.split(text)):
+        has_word = has_word or bool(re.search(r"\w", piece))
+        if not piece or _ABBREVIATION.search(piece[-_MAX_ABBREVIATION:]):
             continue
-        count += bool(re.search(r"\w", pending))
-        pending = ""
-    return count + bool(re.search(r"\w", pending))
+        count += has_word
+        has_word = False
+    return count + has_word
 
 
 def count_words(text: str) -> int:
@@ -157,7 +158,14 @@ def _nth_paragraph_first_word(text: str, a: Mapping) -> bool:
 
 
 def _placeholders(text: str, a: Mapping) -> bool:
-    return len(re.findall(r"\[.*?\]", text)) >= a["num_placeholders"]
+    count = 0
+    for line in text.split(
+        "\n"
+    ):  # by hand: a pattern takes the square of the brackets that never close
+        at = line.find("[")
+        while at >= 0 and (end := line.find("]", at + 1)) >= 0:
+            count, at = count + 1, line.find("[", end + 1)
+    return count >= a["num_placeholders"]
 
 
 def _postscript(text: str, a: Mapping) -> bool:
@@ -169,8 +177,9 @@ def _postscript(text: str, a: Mapping) -> bool:
 
 
 def _bullets(text: str, a: Mapping) -> bool:
-    stars = re.findall(r"^\s*\*[^\*].*$", text, re.MULTILINE)
-    dashes = re.findall(r"^\s*-.*$", text, re.MULTILINE)
+    # blanks of its own line alone: \s would begin at each of many empty lines and pass all of them
+    stars = re.findall(r"^[^\S\n]*\*[^\*].*$", text, re.MULTILINE)
+    dashes = re.findall(r"^[^\S\n]*-.*$", text, re.MULTILINE)
     return len(stars) + len(dashes) == a["num_bullets"]
 
 
@@ -199,7 +208,13 @@ def _json(text: str, a: Mapping) -> bool:
 
 
 def _title(text: str, a: Mapping) -> bool:
-    return any(t.lstrip("<").rstrip(">").strip() for t in re.findall(r"<<[^\n]+>>", text))
+    for line in text.split(
+        "\n"
+    ):  # by hand, from the first << to the last >>: a pattern takes the square
+        begin, end = line.find("<<"), line.rfind(">>")
+        if 0 <= begin < end - 2 and line[begin : end + 2].lstrip("<").rstrip(">").strip():
+            return True
+    return False
 
 
 def _two_responses(text: str, a: Mapping) -> bool:
