@@ -15,7 +15,7 @@ using Address = uintptr_t;
 
 void check_sizes(int64_t num_rows, int64_t width, int64_t num_threads) {
   check_range("num_rows", num_rows, 0);
-  check_range("width", width, 1, int64_t{1} << 31);
+  check_range("width", width, 0, int64_t{1} << 31);
   check_threads(num_threads);
 }
 

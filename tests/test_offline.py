@@ -136,17 +136,17 @@ def test_a_model_that_is_no_folder_is_named(guard, tmp_path):
     (tmp_path / "runs").mkdir()
     wrong = [f"{tmp_path}/runs/model", "./model", "~/model", "a/b/c", "model", "runs/model"]
     said = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps([["generate", name] for name in wrong])], env=env, cwd=tmp_path,
+        [sys.executable, "-c", RUN, json.dumps([["generate", name, "--prompt", "hi"] for name in wrong])], env=env, cwd=tmp_path,
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert said.stdout.count("== generate 2") == len(wrong), said.stderr
     assert said.stderr.count("no such model folder") == len(wrong)
     assert not log.exists(), log.read_text()
-    said = run(env | {"HF_HUB_OFFLINE": "1"}, [["generate", "Qwen/Qwen3-0.6B"]])
+    said = run(env | {"HF_HUB_OFFLINE": "1"}, [["generate", "Qwen/Qwen3-0.6B", "--prompt", "hi"]])
     assert "== generate 2" in said
     assert "HF_HUB_OFFLINE=1" in said
     assert not log.exists(), log.read_text()
-    said = run(env, [["generate", "Qwen/Qwen3-0.6B"]])
+    said = run(env, [["generate", "Qwen/Qwen3-0.6B", "--prompt", "hi"]])
     assert "== generate 2" in said
     assert "could not be fetched" in said
     assert set(log.read_text().split()) == {"example.org"}
