@@ -21,7 +21,8 @@ TESTS = (
 )  # fmt: skip
 PYTEST = (
     "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib",
-    "-k", "not triton and not in_under_two_seconds and not rounds_where",  # none of C++; times, and bits, of an optimised build
+    # none of C++; seconds, and bits, of an optimised build
+    "-k", "not triton and not in_under_two_seconds and not in_time and not for_a_slot and not rounds_where",
 )  # fmt: skip
 OPTIONS = {
     # Python's own memory at its end is no leak of ours; a stack that is used after its return costs little
