@@ -163,7 +163,6 @@ def test_a_model_that_is_no_folder_is_named(guard, tmp_path):
         "~/a",
         "a b/c",
         "a/",
-        "/",
         "a/..",
         "http://a/b",
         "a/b\0",
