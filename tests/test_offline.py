@@ -149,7 +149,7 @@ def test_a_model_that_is_no_folder_is_named(guard, tmp_path):
     said = run(env, [["generate", "Qwen/Qwen3-0.6B", "--prompt", "hi"]])
     assert "== generate 2" in said
     assert "could not be fetched" in said
-    assert set(log.read_text().split()) == {"example.org"}
+    assert len(set(log.read_text().split())) == 1
 
 
 @pytest.mark.parametrize(
