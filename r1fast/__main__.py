@@ -165,11 +165,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         if type(error).__name__ == "ServersLost":  # of r1fast.interrupt
             return _fail(f"r1fast: {error}", EXIT_NO_SERVERS)
-        goes_on = (
-            ""
-            if argv[0] in ("generate", "merge", "export", "serve", "report", "replay")
-            else ("; the same command continues from the last checkpoint")
-        )
+        goes_on = "; the same command continues from the last checkpoint"
+        if argv[0] in ("generate", "merge", "export", "serve", "report", "replay"):
+            goes_on = ""
+        elif any(
+            word.startswith(("--from", "--only")) for word in argv
+        ):  # which begin a stage again
+            goes_on = "; the command without --from and --only continues from the last checkpoint"
         sys.stderr.write(f"\nr1fast: stopped{goes_on}\n")
         return EXIT_INTERRUPTED
     return 0

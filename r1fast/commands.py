@@ -32,6 +32,7 @@ from r1fast.rejection import rejection_sample
 from r1fast.replay import replay
 from r1fast.report import report_on, write_report
 from r1fast.rollout.vllm.start import started
+from r1fast.run_lock import only_run
 from r1fast.sft import SFTTrainer, encode_examples
 from r1fast.trainer import GRPOTrainer
 
@@ -46,14 +47,15 @@ def _run(command: str, target: Config | str, overrides: list[str], options: Opti
     try:
         if isinstance(target, Config):
             force = bool(options.get("force"))
-            if command == "pipeline":
-                Pipeline(target, force=force).run(
-                    start=options.get("from", ""), only=options.get("only", "")
-                )
-            elif command == "plan":
+            if command == "plan":
                 plan_config(target, options)
+            elif command == "pipeline":
+                with only_run(target.output_dir):
+                    Pipeline(target, force=force).run(
+                        start=options.get("from", ""), only=options.get("only", "")
+                    )
             else:
-                with started(target) as config:
+                with only_run(target.output_dir), started(target) as config:
                     _COMMANDS[command](config, force)
         elif command == "evaluate":
             run_evaluate(target, overrides, options)

@@ -355,7 +355,7 @@ class LogConfig:
 @dataclass(frozen=True, slots=True)
 class CheckpointConfig:
     every_steps: int = 50  # weights and optimizer state; 0 = only after the last step
-    keep_last: int = 1
+    keep_last: int = 2  # the newest, and one to go back to where it is damaged
     # from a signal to the saved checkpoint: torchrun, SLURM and Kubernetes kill after 30
     deadline_seconds: float = 25.0
     # the checkpoint whose mean of this metric since the one before is the best stays too: the largest,

@@ -317,6 +317,35 @@ def steps(folder) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.is_dir())
 
 
+def test_what_others_leave_in_a_checkpoint_is_not_its_own(tmp_path):
+    path = save(tmp_path, 3)
+    (path / ".DS_Store").write_bytes(b"x")
+    (path / "notes.txt").write_text("the good one")
+    (path / "exported").mkdir()
+    assert load_checkpoint(tmp_path).step == 3
+    (path / "model-extra.safetensors").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"its files are not those of manifest.json: model-extra.safetensors"
+    ):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EACCES])
+def test_a_read_that_fails_for_now_says_nothing_of_the_checkpoint(tmp_path, monkeypatch, code):
+    """It is not put aside, and no older one is taken for it."""
+    save(tmp_path, 1, keep_last=2)
+    save(tmp_path, 2, keep_last=2)
+
+    def fail(*args, **kwargs):
+        raise OSError(code, "not now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_sha256", fail)
+        with pytest.raises(OSError, match="not now"):
+            load_checkpoint(tmp_path)
+    assert load_checkpoint(tmp_path).step == 2
+
+
 @pytest.mark.parametrize("keep_last", [1, 2, 3])
 def test_rotation_keeps_the_newest(tmp_path, keep_last):
     for step in (1, 2, 10, 11):

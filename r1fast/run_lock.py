@@ -1,0 +1,69 @@
+"""One run in an output folder: a second one would remove the first one's checkpoints, and write between its lines."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from r1fast import distributed
+
+FILE = ".lock"
+PATIENCE = 30  # seconds for one that was told to stop: checkpoint.deadline_seconds is 25
+
+
+@contextmanager
+def only_run(folder: str | Path, *, patience: float = PATIENCE) -> Iterator[None]:
+    """Hold `folder` for this process, rank 0 for all ranks. Raises ValueError where another one goes on holding it.
+
+    A record lock: it goes with its process, however that ends, and no process that it has forked keeps it. Where a
+    filesystem has no locks the run goes on without.
+    """
+    if not distributed.is_main():
+        yield
+        return
+    path = Path(folder).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / FILE, "a+", encoding="utf-8") as file:
+        end, said = time.monotonic() + patience, False
+        while not _lock(file):
+            if time.monotonic() >= end:
+                raise ValueError(
+                    f"{path} is in use by another run, {_owner(path)}: end that one, or take another output_dir"
+                )
+            if not said:
+                sys.stderr.write(
+                    f"waiting up to {patience:.0f} s for {_owner(path)} to leave {path}\n"
+                )
+                said = True
+            time.sleep(0.2)
+        with suppress(OSError):  # a full disk
+            file.truncate(0)
+            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+            file.flush()
+        yield
+
+
+def _lock(file) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # no locks here
+        return True
+    return True
+
+
+def _owner(path: Path) -> str:
+    """Of the lock, as far as its file says."""
+    try:
+        owner = json.loads((path / FILE).read_text(encoding="utf-8"))
+        return f"process {owner['pid']} on {owner['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "a process that does not say who it is"

@@ -1,0 +1,83 @@
+"""A second run in an output folder is refused, waits for one that is leaving, and finds it free after a kill."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from r1fast.__main__ import main
+from r1fast.run_lock import only_run
+
+HOLDS = "import sys, time; from r1fast.run_lock import only_run\nwith only_run(sys.argv[1]): print('held', flush=True); time.sleep(float(sys.argv[2]))"
+
+
+@pytest.fixture
+def hold(tmp_path):
+    """Starts a process that holds the folder for some seconds."""
+    started = []
+
+    def hold(seconds: float) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDS, str(tmp_path), str(seconds)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_one_that_stays_is_named(hold, tmp_path):
+    process = hold(60)
+    with (
+        pytest.raises(ValueError, match=f"in use by another run, process {process.pid} on "),
+        only_run(tmp_path, patience=0.3),
+    ):
+        pytest.fail("two runs in one folder")
+
+
+def test_one_that_leaves_is_waited_for(hold, tmp_path, capsys):
+    process = hold(1.5)
+    with only_run(tmp_path, patience=30):
+        assert process.poll() is not None or process.wait(5) == 0
+    assert f"waiting up to 30 s for process {process.pid}" in capsys.readouterr().err
+
+
+def test_a_kill_frees_it_though_its_children_live(tmp_path):
+    """They hold the file open, as workers of a grader do."""
+    code = "import os, time\nfrom r1fast.run_lock import only_run\nwith only_run(os.sys.argv[1]):\n    pid = os.fork()\n    if pid: print(pid, flush=True)\n    time.sleep(60)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    child = int(process.stdout.readline())
+    try:
+        process.kill()
+        process.wait()
+        began = time.monotonic()
+        with only_run(tmp_path, patience=20):
+            assert time.monotonic() - began < 5
+            os.kill(child, 0)  # it is there
+    finally:
+        os.kill(child, signal.SIGKILL)
+        process.stdout.close()
+
+
+def test_the_command_is_refused(hold, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(only_run.__wrapped__, "__kwdefaults__", {"patience": 0.2})
+    hold(60)
+    (tmp_path / "c.toml").touch()
+    assert (
+        main(["grpo", str(tmp_path / "c.toml"), f"--output_dir={tmp_path}", "--model.path=x/y"])
+        == 2
+    )
+    assert "in use by another run" in capsys.readouterr().err
+    assert not (tmp_path / "metrics.jsonl").exists()
