@@ -270,7 +270,11 @@ def test_gradients_of_other_completions_are_not_compared(tmp_path, base):
 
 
 def test_a_step_without_what_leads_to_it(tmp_path, base):
-    only_the_last = ("--checkpoint.every_steps=1", "--checkpoint.keep_best=")
+    only_the_last = (
+        "--checkpoint.every_steps=1",
+        "--checkpoint.keep_last=1",
+        "--checkpoint.keep_best=",
+    )
     train(tmp_path, base, '--log.record="3"', *only_the_last)
     with pytest.raises(ValueError, match=r"from the beginning on, the updates of steps 1-2 are not "
                        r"recorded\. Recorded steps: 3; checkpoints: 3\. .*--record=1-3.*keep_last"):  # fmt: skip
