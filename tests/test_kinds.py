@@ -189,7 +189,9 @@ def test_what_decides_is_in_the_digest_of_the_data(tmp_path):
     """A run does not go on with other options, instructions or tests."""
 
     def digests(rows):
-        return [_scored_by(p) for p in load_problems(file_of(tmp_path, rows), check=check_problem)]
+        return [
+            _scored_by(p, None) for p in load_problems(file_of(tmp_path, rows), check=check_problem)
+        ]
 
     changed = [dict(row) for row in ROWS]
     changed[2] |= {"instruction_id_list": ["startend:quotation"]}
