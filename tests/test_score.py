@@ -83,7 +83,8 @@ def test_without_the_native_forward(monkeypatch):
     for logprobs, c in zip(sum(scored, []), sum(groups, []), strict=True):
         np.testing.assert_allclose(logprobs, c.logprobs, rtol=0, atol=1e-5)
         c.logprobs = logprobs.tolist()
-    assert_parity(model, prompts, groups, 0.7)
+    # PyTorch's products sum in another order than training's C++: 1.0014e-5 was seen on a CPU without AVX-512
+    assert_parity(model, prompts, groups, 0.7, tolerance=2e-5)
 
 
 def test_a_prompt_is_forwarded_once(monkeypatch):
