@@ -64,7 +64,8 @@ def test_varlen_attention_matches_reference(op, lengths, H, K, Dh, device):
         # flash backward recomputes the softmax from its log-sum-exp, which rounds once more
         slack = 2 if name == "out" else 4
         # where the exact gradient is 0, the rounding of Dh products in each of H heads is left
-        floor = max(1e-6, 2**-22 * (H * Dh) ** 0.5)
+        # (an H200's kernel takes one more: 1.6e-6 against 1.35e-6 for one token)
+        floor = max(1e-6, 2 ** (-22 if device == "cuda" else -23) * (H * Dh) ** 0.5)
         assert_accurate(name, actual[name], baseline[name], exact[name], slack, floor)
 
 

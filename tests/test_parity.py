@@ -55,13 +55,13 @@ def trainer_logprobs(model, prompts, groups, temperature, budget=127):
     return logprobs, entropies
 
 
-def assert_parity(model, prompts, groups, temperature, tolerance=TOLERANCE):
+def assert_parity(model, prompts, groups, temperature):
     logprobs, entropies = trainer_logprobs(model, prompts, groups, temperature)
     num_tokens = 0
     for c, lp, h in zip(sum(groups, []), logprobs, entropies, strict=True):
-        torch.testing.assert_close(torch.tensor(c.logprobs), lp, rtol=0, atol=tolerance)
+        torch.testing.assert_close(torch.tensor(c.logprobs), lp, rtol=0, atol=TOLERANCE)
         if c.entropies:
-            torch.testing.assert_close(torch.tensor(c.entropies), h, rtol=0, atol=tolerance)
+            torch.testing.assert_close(torch.tensor(c.entropies), h, rtol=0, atol=TOLERANCE)
         num_tokens += len(c.token_ids)
     assert num_tokens > 100
 
