@@ -25,12 +25,7 @@ from r1fast.kernels.linear_logprobs import check_head_inputs, linear_logprobs_re
 from r1fast.kernels.loss_rows import check_mask, check_tensors, drop_dead_rows, prepare_rows
 from r1fast.kernels.policy_loss import loss_terms
 from r1fast.kernels.policy_loss_options import PolicyLossOptions
-from r1fast.kernels.vocab_head import (
-    VocabHead,
-    grad_dtypes,
-    gradients_needed,
-    to_dtypes,
-)
+from r1fast.kernels.vocab_head import VocabHead, grad_dtypes, gradients_needed, to_dtypes
 
 WANT = ("logprobs", "entropy")
 CORRECTION_METRICS = ["rollout_correction/weight", "rollout_correction/bounded"]

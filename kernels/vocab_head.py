@@ -10,7 +10,8 @@ and what the GEMM leaves behind is E = exp(z - c) with the target's column 0. Wi
     dz_y = g (1 - p_y) - h p_y (log p_y + H)          added apart, in float32
 
 Without h the factor of E_j is one number a row, so both backward products take E as it is:
-dX = v (E W), dW = E^T (v X), v = -g / S. Rows with g = h = 0 leave before them.
+dX = v (E W), dW = E^T (v X), v = -g / S. Rows with g = h = 0 leave before them, unless
+the host would have to ask a GPU which they are: there they are multiplied by 0.
 
 c = z_y - old_logprob, or z_y where there is none; a row whose S shows that c was far off is done
 again with the true logsumexp. Asking for that after each chunk would leave a GPU idle until the host has
