@@ -15,8 +15,10 @@ the host would have to ask a GPU which they are: there they are multiplied by 0.
 
 c = z_y - old_logprob, or z_y where there is none; a row whose S shows that c was far off is done
 again with the true logsumexp. Asking for that after each chunk would leave a GPU idle until the host has
-queued the next one, so there all chunks are computed `deferred`, and asked for once (`held`). Over a process group each rank holds a contiguous slice of the
-vocabulary, and two sums of (R,) numbers make the rows whole.
+queued the next one, so there all chunks are computed `deferred`, and asked for once (`held`).
+
+Over a process group each rank holds a contiguous slice of the vocabulary, and two sums of (R,) numbers make the
+rows whole.
 Shapes: R rows of a chunk, N rows in all, D width, V vocabulary (of this rank).
 """
 
