@@ -43,6 +43,7 @@ each.
 """
 
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -135,19 +136,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else EXIT_USAGE
     # before torch: idle threads that spin for long take the core another program is using
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    from r1fast.interrupt import interrupts
+
     try:
-        command, target, overrides, options = parse(argv)
-        if command in CONFIG_COMMANDS:
-            from r1fast.config import load_config
-
-            target = load_config(target, overrides)  # before torch: a typo answers at once
-        elif command == "evaluate" and not options.keys() & {"rescore", "compare"}:
-            from r1fast.config import load_config
-
-            load_config(target if target.endswith(".toml") else None, overrides)
-        from r1fast import commands
-
-        commands.run(command, target, overrides, options)
+        with interrupts():
+            _command(argv)
     except FloatingPointError as error:  # a ValueError too where it was found in a checkpoint
         return _fail(f"r1fast: {type(error).__name__}: {error}", EXIT_NOT_FINITE)
     except ValueError as error:
@@ -177,6 +170,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _command(argv: list[str]) -> None:
+    command, target, overrides, options = parse(argv)
+    if command in CONFIG_COMMANDS:
+        from r1fast.config import load_config
+
+        target = load_config(target, overrides)  # before torch: a typo answers at once
+    elif command == "evaluate" and not options.keys() & {"rescore", "compare"}:
+        from r1fast.config import load_config
+
+        load_config(target if target.endswith(".toml") else None, overrides)
+    from r1fast import commands
+
+    commands.run(command, target, overrides, options)
+
+
 def _is_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
@@ -200,6 +208,8 @@ def _fail(text: str, code: int) -> int:
 def run() -> NoReturn:
     """The command of a shell, which ends the process."""
     code = main()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # all is done and said: torch takes a while to leave
     stopped = code == EXIT_INTERRUPTED and "torch" in sys.modules  # a reward's thread may hang
     if stopped or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from r1fast.distributed import leave

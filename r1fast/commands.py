@@ -20,7 +20,6 @@ from r1fast.examples import Example, gsm8k_examples, load_examples
 from r1fast.export import export
 from r1fast.generate import Options, generate, model_config
 from r1fast.hf_folder import read_json, resolve_model_path, write_json
-from r1fast.interrupt import interrupts
 from r1fast.metrics import say, table
 from r1fast.pipeline import Pipeline
 from r1fast.plan_config import plan_config
@@ -38,11 +37,6 @@ from r1fast.trainer import GRPOTrainer
 
 
 def run(command: str, target: Config | str, overrides: list[str], options: Options) -> None:
-    with interrupts():
-        _run(command, target, overrides, options)
-
-
-def _run(command: str, target: Config | str, overrides: list[str], options: Options) -> None:
     distributed.start()
     try:
         if isinstance(target, Config):

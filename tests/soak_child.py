@@ -188,7 +188,7 @@ class Injected:
         Trainer.on_gradient, RewardScorer.__init__ = with_gradient, scorer
         for module in (sft, policy_update):
             forward_of(module)
-        command = commands._run  # where signals are handled
+        command = commands.run
 
         def run(*args):
             self.tell("begun")
@@ -197,7 +197,7 @@ class Injected:
             finally:
                 self.tell("ended")
 
-        commands._run = run
+        commands.run = run
         if os.environ.get("SOAK_PLAN") == "0":  # its probe takes longest
             SFTTrainer.watch = GRPOTrainer.watch = lambda trainer: None
 

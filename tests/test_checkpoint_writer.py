@@ -230,7 +230,7 @@ def damage_after_write(monkeypatch, file: str, steps: set[int]) -> None:
 
 def test_what_is_not_read_back_as_written_is_put_aside(tmp_path, monkeypatch, warnings):
     damage_after_write(monkeypatch, "model.safetensors", {2, 3})
-    with writer(tmp_path) as saves:
+    with writer(tmp_path, keep_last=1) as saves:
         for step in (1, 2):
             saves.save(step, weights(step), {})
         saves._thread.join()
@@ -287,7 +287,7 @@ VALUES = {1: 0.2, 2: 0.9, 3: 0.5, 4: 0.9, 5: 0.1}
 )
 def test_the_best_is_kept(tmp_path, best, kept, pointer, warnings):
     for half in (range(1, 4), range(4, 6)):  # two processes: all that is known is on the disk
-        with writer(tmp_path, best) as saves:
+        with writer(tmp_path, best, keep_last=1) as saves:
             for step in half:
                 saves.saw({"reward": VALUES[step] - 0.1})
                 saves.saw({"reward": VALUES[step] + 0.1, "loss": 1.0})
@@ -311,7 +311,7 @@ def test_best_and_newest_are_counted_apart(tmp_path):
             saves.save(step, weights(step), {})
     kept = ["best", "latest", "step-000002", "step-000005", "step-000006"]
     assert names(tmp_path) == kept
-    with writer(tmp_path) as saves:  # and when it is not wanted any more
+    with writer(tmp_path, keep_last=1) as saves:  # and when it is not wanted any more
         saves.save(7, weights(7), {})
     assert names(tmp_path) == ["latest", "step-000007"]
 

@@ -661,7 +661,7 @@ TINY = """
         config = tiny_config({overrides})
         GRPOTrainer(tiny_policy(), config, "run", tiny_problems(), Scorer()).run()
 
-    commands._run = run
+    commands.run = run
 """
 
 
@@ -710,6 +710,41 @@ def test_a_signal_to_the_command(tmp_path):
     assert time.monotonic() - sent < 20
     assert "the same command continues from the last checkpoint" in said
     assert load_checkpoint(tmp_path / "run" / "checkpoints").step == 1
+
+
+SIGNALS = """
+    import atexit, signal, sys
+
+    class Finder:  # of modules, asked at every import
+        def find_spec(self, name, *more):
+            if name == {module!r}:
+                sys.meta_path.remove(self)
+                signal.raise_signal(signal.{name})
+
+    sys.meta_path.insert(0, Finder())
+    atexit.register(lambda: {at_exit} and signal.raise_signal(signal.{name}))
+    from r1fast import __main__
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_while_the_command_starts_or_leaves(tmp_path, name):
+    """Before there is a config, in the seconds in which torch is imported, and when all is done."""
+    (tmp_path / "c.toml").write_text("")
+    for module in ("tomllib", "torch"):
+        code = SIGNALS.format(module=module, name=name, at_exit=False)
+        process = run_command(tmp_path, "grpo", "c.toml", code=code)
+        out, said = process.communicate(timeout=100)
+        assert (process.returncode, out) == (130, ""), said
+        told = "r1fast: stopped; the same command continues from the last checkpoint"
+        assert said.strip() == told
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "stage": "grpo", "reward": 1.0}\n')
+    code = SIGNALS.format(module="", name=name, at_exit=True)
+    process = run_command(tmp_path, "report", "run", code=code)
+    out, said = process.communicate(timeout=100)
+    assert (process.returncode, said) == (0, "")
+    assert "report.html" in out
 
 
 RANKS = """
