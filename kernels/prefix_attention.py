@@ -27,7 +27,6 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from r1fast.kernels.attention import (
     Bucket,
@@ -246,6 +245,9 @@ def _part(do, q, k, v, out, lse, group, is_causal, scale) -> tuple[Tensor, Tenso
 
 def _segment_sdpa(q: Tensor, k: Tensor, v: Tensor, plan: PrefixPlan, scale) -> Tensor:
     """Varlen attention by one SDPA call a segment; `k` and `v` are gathered."""
+    # brings torch.compile's machinery, 4 seconds of import that no other path needs
+    from torch.nn.attention.bias import causal_lower_right
+
     group = q.shape[1] // k.shape[1]
     outputs = [q[:0]]
     for queries, keys in zip(pairwise(plan.bounds), pairwise(plan.keys.bounds), strict=True):
