@@ -114,6 +114,9 @@ class RolloutConfig:
     cuda_graphs: bool = True  # on a GPU: a decode step is one launch; false starts each kernel
     # insist on the same bits whatever is in the batch, and take the loss at them; or refuse
     batch_invariant: bool = False
+    # with several ranks: one that has free slots takes groups that another has not begun; which rank
+    # samples what is then chance, and gradients are added up in another order from run to run
+    work_stealing: bool = False
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
 

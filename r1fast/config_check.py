@@ -106,6 +106,11 @@ def check(c: Config) -> None:
     for name in ("num_samples", "every_num_problems", "every_num_samples"):
         need(getattr(e, name) >= 1, f"eval.{name}", getattr(e, name), "at least 1")
     _check_vllm(c, need)
+    stealing = r.work_stealing
+    need(not stealing or r.engine == "embedded", "rollout.work_stealing", stealing,
+         "false with rollout.engine = vllm, where every rank's samples are spread over all servers")  # fmt: skip
+    need(not stealing or g.dynamic_sampling == "off", "rollout.work_stealing", stealing,
+         "false with grpo.dynamic_sampling, which gives groups to ranks with free slots by itself")  # fmt: skip
     steps_of(c.log.record)
     keep = c.checkpoint.keep_last
     need(keep >= 1, "checkpoint.keep_last", keep, "at least 1")

@@ -95,6 +95,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def store_and_rank() -> tuple[dist.Store, int, int]:
+    """The store in which the ranks have met, this rank, and how many there are."""
+    return dist.distributed_c10d._get_default_store(), rank(), world_size()
+
+
 def is_main() -> bool:
     return rank() == 0
 

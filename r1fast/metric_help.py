@@ -47,6 +47,7 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
     ),
     "vllm/canary_max": ("nats", "largest |server logprob - trainer logprob| of the canaries"),
     "rollout/preemptions": ("", "samples whose cache was taken away and computed again"),
+    "rollout/stolen": ("", "groups that were sampled by another rank than their own"),
     "rollout/prefix_hit_rate": ("share", "prompt tokens that were found in the prefix cache"),
     "rollout/acceptance": ("share", "drafted tokens that were what was sampled"),
     "rollout/cache_mib": (

@@ -26,6 +26,7 @@ from r1fast.rewards.graders import GRADED_BY
 from r1fast.rewards.score import RewardScorer, judge_row
 from r1fast.rollout.result import EngineStats
 from r1fast.rollout.sampler import sample_seed
+from r1fast.rollout.stealing import Claims, generate_claimed
 from r1fast.rollout.vllm.engine import VllmEngine, joined
 from r1fast.rollout_metrics import finish_rollout_metrics, rollout_extremes, rollout_sums
 from r1fast.templates import encode_prompts
@@ -75,6 +76,9 @@ class GRPOTrainer(PolicyUpdate):
         self.problems, self.general, self.scorer = problems, general or [], scorer
         self.evaluate = evaluate
         self.monitor = HackingMonitor(config.monitor)
+        self.claims: Claims | None = None
+        if config.rollout.work_stealing and distributed.world_size() > 1:
+            self.claims = Claims(*distributed.store_and_rank())
         self.sandbox_recorded = False
         if any(problem.kind == "code" for problem in problems):
             scorer.prepare(problems)
@@ -204,17 +208,35 @@ class GRPOTrainer(PolicyUpdate):
         return [sample_seed(self.config.seed, self.stage, step, position, g) for g in range(G)]
 
     def rollout(self, step: int) -> list[RolloutGroup]:
-        """This rank's groups: positions rank, rank + world size, ... of the step's problems."""
-        picks = list(enumerate(self._choose(step)))[self.rank :: self.world_size]
-        groups = self.engine.generate(
-            [ids for _, (_, ids) in picks],
-            self.config.rollout.num_generations,
-            self.sampling,
-            seeds=[self._seeds(step, p) for p, _ in picks],
-            problems=[problem for _, (problem, _) in picks],
-        )
-        for group, (position, _) in zip(groups, picks, strict=True):
-            group.position = position
+        """This rank's groups: positions rank, rank + world size, ... of the step's problems.
+
+        With rollout.work_stealing those that it came to first.
+        """
+        picks = self._choose(step)
+        if self.claims is None:
+            own = range(self.rank, len(picks), self.world_size)
+            groups = self.engine.generate(
+                [picks[p][1] for p in own],
+                self.config.rollout.num_generations,
+                self.sampling,
+                seeds=[self._seeds(step, p) for p in own],
+                problems=[picks[p][0] for p in own],
+            )
+            for group, position in zip(groups, own, strict=True):
+                group.position = position
+        else:
+            found = generate_claimed(
+                self.engine,
+                self.claims,
+                [ids for _, ids in picks],
+                partial(self._seeds, step),
+                self.sampling,
+                self.config.rollout.max_batch_size,
+            )
+            groups = [
+                RolloutGroup(picks[p][0], list(picks[p][1]), completions, position=p)
+                for p, completions in found.items()
+            ]
         for completion in (c for group in groups for c in group.completions):
             if completion.finish_reason == "error":  # nothing to train on, and no group without it
                 raise FloatingPointError(f"step {step + 1}: {completion.error}")
@@ -233,11 +255,15 @@ class GRPOTrainer(PolicyUpdate):
             return joined(distributed.gather_objects(self.engine.take_metrics()))
         stats = self.engine.stats
         held = stats.peak_blocks * stats.block_bytes
-        sums = distributed.sum_dict(stats.since(before) | {"held": float(held)})
+        stolen = 0 if self.claims is None else self.claims.num_stolen
+        counts = stats.since(before) | {"held": float(held), "stolen": float(stolen)}
+        sums = distributed.sum_dict(counts)
         row = {
             "rollout/preemptions": sums["preemptions"],
             "rollout/cache_mib": sums["held"] / 2**20,
         }
+        if self.claims is not None:
+            row["rollout/stolen"] = sums["stolen"]
         for name, part, whole in (
             ("rollout/prefix_hit_rate", "prefix_hits", "prefix_queries"),
             ("rollout/acceptance", "accepted", "drafted"),

@@ -1,0 +1,197 @@
+"""What a second rank brings, and where the rest goes: GRPO steps of one and of two processes, a core each.
+
+    python benchmarks/bench_scale.py [--models 3.5M 25M] [--steps N] [--rounds N] [--no-append]
+
+The global batch stays as it is (strong scaling): 8 prompts x 8 completions of at most 128 tokens, float32, the
+models of bench_step.py, gloo on loopback. `one` is a process on one core; `two` is two ranks, each on its own core;
+`two, FSDP` the same with parallel.mode = fsdp; `apart` is two processes that know nothing of each other, at the same
+time, each with the whole batch: what is slower there than in `one` is the machine's (memory, caches, clock), not ours.
+
+    efficiency           seconds of `one` / (2 x seconds of `two`)
+    of what there is     seconds of `apart` / (2 x seconds of `two`)
+
+Seconds lost are the mean over ranks and the median over steps: waiting for the other's rollout, waiting for the
+other's last gradient, summing gradients, and gathering weights (FSDP: layers in training, and all of them once before a rollout). Ranks read one clock, the machine's.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench_step import MODELS, config_of, make_checkpoint
+from common import append_rows, print_table
+from step_orders import reward_of
+
+PROMPTS, PROMPT_TOKENS, GROUP, MAX_TOKENS = 8, 64, 8, 128
+WARM_UP = 2  # steps
+VARIANTS = {  # name -> (ranks, processes that know nothing of each other, config)
+    "one": (1, 1, []),
+    "apart": (1, 2, []),
+    "two": (2, 1, []),
+}
+LOSSES = {
+    "waiting for a rollout": lambda ranks: _behind(ranks, "rollout ends"),
+    "waiting for a gradient": lambda ranks: _behind(ranks, "sum begins"),
+    "summing gradients": lambda ranks: (
+        statistics.mean(r["sum ends"] for r in ranks) - max(r["sum begins"] for r in ranks)
+    ),
+}
+
+
+def _behind(ranks: list[dict], event: str) -> float:
+    times = [r[event] for r in ranks]
+    return max(times) - statistics.mean(times)
+
+
+def rank_program(path: str, steps: int, overrides: list[str]) -> None:
+    """One rank: JSON lines of what each step took, on stdout."""
+    from r1fast import distributed, training
+    from r1fast.config import load_config
+    from r1fast.policy import load_policy
+    from r1fast.trainer import GRPOTrainer
+    from r1fast.types import Problem, Reward
+
+    class Scorer:
+        def score(self, groups, step_from_end=None):
+            for group in groups:
+                group.rewards = [
+                    Reward(reward_of(c.token_ids), {}, None) for c in group.completions
+                ]
+
+    distributed.start()
+    config = load_config(None, [
+        "--template.name=raw", f"--rollout.num_generations={GROUP}", "--optim.lr=1e-6",
+        f"--rollout.max_completion_tokens={MAX_TOKENS}", f"--grpo.prompts_per_step={PROMPTS}",
+        f"--grpo.num_steps={steps}", "--grpo.kl_coef=0", "--grpo.token_budget=4096",
+        "--log.num_samples=0", "--checkpoint.every_steps=0", "--model.device=cpu", *overrides,
+    ])  # fmt: skip
+    rng, vocab = random.Random(0), config_of(Path(path).name)["vocab_size"]
+    problems = [
+        Problem(" ".join(f"w{rng.randrange(200, vocab)}" for _ in range(PROMPT_TOKENS)), "", str(i))
+        for i in range(PROMPTS)
+    ]
+    policy = load_policy(path, dtype="float32", device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(policy, config, folder, problems, Scorer())
+        events: dict[str, float] = {}
+        generate, sum_gradients = trainer.engine.generate, training.distributed.sum_gradients
+
+        def generated(*args, **kwargs):
+            found = generate(*args, **kwargs)
+            events["rollout ends"] = time.monotonic()
+            return found
+
+        def summed(parameters):
+            events["sum begins"] = time.monotonic()
+            sum_gradients(parameters)
+            events["sum ends"] = time.monotonic()
+
+        trainer.engine.generate, training.distributed.sum_gradients = generated, summed
+        for step in range(steps):
+            distributed.barrier()
+            events["begins"] = time.monotonic()
+            row = trainer.train_step(step)
+            distributed.barrier()
+            events["ends"] = time.monotonic()
+            tokens = {"tokens": row["train/tokens_forwarded"]}
+            print(json.dumps(events | tokens | trainer.timer.take()), flush=True)
+        trainer.engine.close()
+    distributed.leave(0)
+
+
+def launch(path: str, num_ranks: int, copies: int, steps: int, overrides: list[str]) -> list:
+    """What each step took: of each of the `copies`, of each rank."""
+    runs = []
+    with contextlib.ExitStack() as stack:
+        for copy in range(copies):
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                port = str(s.getsockname()[1])
+            for rank in range(num_ranks):
+                env = os.environ | {
+                    "RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                }  # fmt: skip
+                order = json.dumps([path, steps, overrides])
+                process = subprocess.Popen(
+                    ["taskset", "-c", str(CORES[copy + rank]), sys.executable, __file__, "--rank-program", order],
+                    env=env, stdout=subprocess.PIPE, text=True,
+                )  # fmt: skip
+                stack.callback(process.kill)
+                runs.append(process)
+        lines = [process.communicate(timeout=3600)[0] for process in runs]
+    if any(process.returncode for process in runs):
+        raise SystemExit(f"a rank ended with {[process.returncode for process in runs]}")
+    ranks = [[json.loads(line) for line in text.splitlines() if line[:1] == "{"] for text in lines]
+    return [list(zip(*ranks[i : i + num_ranks], strict=True)) for i in range(0, len(ranks), num_ranks)]  # fmt: skip
+
+
+CORES = sorted(os.sched_getaffinity(0))
+
+
+def measure(path: str, steps: int, rounds: int) -> dict[str, list]:
+    """variant -> steps, each with what its ranks have noted."""
+    found: dict[str, list] = {name: [] for name in VARIANTS}
+    for number in range(rounds):
+        for name, (num_ranks, copies, overrides) in VARIANTS.items():
+            for copy in launch(path, num_ranks, copies, steps + WARM_UP, overrides):
+                found[name] += copy[WARM_UP:]
+            seconds = statistics.median(seconds_of(step) for step in found[name])
+            print(f"round {number + 1}: {name}: {seconds:.2f} s", flush=True)
+    return found
+
+
+def seconds_of(ranks) -> float:
+    return max(r["ends"] for r in ranks) - min(r["begins"] for r in ranks)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--no-append", action="store_true")
+    parser.add_argument("--rank-program", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank_program:
+        rank_program(*args.rank_program)
+    if len(CORES) < 2:
+        raise SystemExit("this needs two cores")
+    for model in args.models:
+        with tempfile.TemporaryDirectory() as folder:
+            path = make_checkpoint(Path(folder) / model, config_of(model), MODELS[model][-1])
+            found = measure(path, args.steps, args.rounds)
+        report(model, found, append=not args.no_append)
+
+
+def report(model: str, found: dict[str, list], *, append: bool) -> None:
+    rows, table = [], []
+    seconds = {n: statistics.median(map(seconds_of, steps)) for n, steps in found.items()}
+    for name, steps in found.items():
+        num_ranks = VARIANTS[name][0]
+        values = {"step": (seconds[name], "s")}
+        values["tokens forwarded"] = (statistics.median(r[0]["tokens"] for r in steps), "tokens")
+        if num_ranks > 1:
+            values["efficiency"] = (seconds["one"] / (num_ranks * seconds[name]), "ratio")
+            values["of what there is"] = (seconds["apart"] / (num_ranks * seconds[name]), "ratio")
+            for loss, of in LOSSES.items():
+                values[loss] = (statistics.median(map(of, steps)), "s")
+        rows += [(f"GRPO, {model}", name, metric, *value) for metric, value in values.items()]
+        table += [[f"{name}: {m}", f"{x:.4g}", unit] for m, (x, unit) in values.items()]
+    print(f"\n{model}, medians of {len(found['two'])} steps")
+    print_table(["", "", ""], table)
+    if append:
+        append_rows("scaling over ranks", rows)
+
+
+if __name__ == "__main__":
+    main()
