@@ -79,9 +79,9 @@ class VllmConfig:
     weight_transfer: Literal["auto", "file", "nccl"] = "auto"
     # of file: a folder that trainer and servers see; empty: in memory (/dev/shm), on this machine
     weight_folder: str = ""
-    # what an update does to samples in flight: waits for them, lets them go on with the new
-    # weights, or has them sampled again
-    update: Literal["wait", "keep", "abort"] = "wait"
+    # what an update does to samples in flight: waits for them, lets them go on with the new weights, or
+    # has them sampled again; auto: keep with grpo.max_staleness, else wait
+    update: Literal["auto", "wait", "keep", "abort"] = "auto"
     sleep: bool = False  # servers give their GPU's memory back while the trainer trains
     request_timeout: float = 900.0  # seconds in which one completion must be there
     sync_timeout: float = 600.0  # seconds in which a server must have taken new weights
@@ -103,7 +103,7 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = 0  # 0 = off
     min_p: float = 0.0  # 0 = off
-    max_batch_size: int = 256  # decode slots, B
+    max_batch_size: int = 256  # decode slots, B; of a rank's samples under way where vLLM samples
     cache_gib: float = (
         0.0  # of keys and values; 0 = what the slots need, at most half the free memory
     )
@@ -139,6 +139,9 @@ class GRPOConfig:
     # it) answers of which some and not all are correct
     dynamic_sampling: Literal["off", "signal", "accuracy"] = "off"
     max_rollout_factor: int = 4  # it samples at most so many times prompts_per_step groups
+    # samples may be of weights that are this many steps old: with rollout.engine = vllm the next steps'
+    # are sampled while this one is trained on. 0 = off, 1 = one step off
+    max_staleness: int = 0
     mask_truncated: bool = False  # DAPO: no loss for completions cut at max_completion_tokens
     # kernels/policy_loss.py has the formulas
     loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo", "luspo"] = "grpo"

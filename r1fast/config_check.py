@@ -111,6 +111,7 @@ def check(c: Config) -> None:
          "false with rollout.engine = vllm, where every rank's samples are spread over all servers")  # fmt: skip
     need(not stealing or g.dynamic_sampling == "off", "rollout.work_stealing", stealing,
          "false with grpo.dynamic_sampling, which gives groups to ranks with free slots by itself")  # fmt: skip
+    _check_overlap(c, need)
     steps_of(c.log.record)
     keep = c.checkpoint.keep_last
     need(keep >= 1, "checkpoint.keep_last", keep, "at least 1")
@@ -231,6 +232,21 @@ def _check_vllm(c: Config, need: Callable) -> None:
          f"auto or file with {key}.start: NCCL has no two processes on one GPU")  # fmt: skip
     need(not r.batch_invariant, "rollout.batch_invariant", True,
          "false with rollout.engine = vllm, whose sums have another order than the trainer's")  # fmt: skip
+
+
+def _check_overlap(c: Config, need: Callable) -> None:
+    g, v, key = c.grpo, c.rollout.vllm, "grpo.max_staleness"
+    need(g.max_staleness >= 0, key, g.max_staleness, "at least 0 (0 is off)")
+    if not g.max_staleness:
+        return
+    need(c.rollout.engine == "vllm", key, g.max_staleness,
+         "0 with rollout.engine = embedded, which samples from the very weights that are trained")  # fmt: skip
+    need(g.dynamic_sampling == "off", key, g.max_staleness,
+         "0 with grpo.dynamic_sampling, whose draws depend on the rewards of the same step")  # fmt: skip
+    need(g.rollout_correction != "none", "grpo.rollout_correction", "none",
+         f"auto or another one with {key}: samples are of older weights than those that they train")  # fmt: skip
+    need(not v.sleep, "rollout.vllm.sleep", True,
+         f"false with {key}, as servers sample while the trainer trains")  # fmt: skip
 
 
 def _check_judge(c: Config, need: Callable) -> None:

@@ -37,8 +37,13 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
     "vllm/lost": ("", "times that a server was lost in this step, all ranks"),
     "vllm/retries": ("", "samples that were sent again in this step, all ranks"),
     "vllm/weight_version": ("", "of the weights that the servers have"),
-    "vllm/version_lag": ("versions", "that samples are behind the weights, mean"),
+    "vllm/version_lag": (
+        "versions",
+        "that a sample's oldest weights are behind those that it trains, mean over tokens",
+    ),
     "vllm/version_lag_max": ("versions", "and of the oldest sample"),
+    "overlap/trainer_waited": ("s", "that the trainer waited for the step's samples"),
+    "overlap/samples_waited": ("s", "that the step's samples, all there, waited for the trainer"),
     "vllm/sync_seconds": ("s", "from the trainer's weights to those of all servers, checked"),
     "vllm/sync_bytes": ("bytes", "of weights written or broadcast for it"),
     "vllm/canary_mean": (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from r1fast.types import VERDICTS, RolloutGroup
 
@@ -72,6 +72,22 @@ def rollout_extremes(groups: Sequence[RolloutGroup]) -> tuple[float, float]:
     """(shortest, longest) completion; (inf, -inf) of none, so that min and max over ranks work."""
     lengths = [len(completion.token_ids) for g in groups for completion in g.completions]
     return float(min(lengths, default=math.inf)), float(max(lengths, default=-math.inf))
+
+
+def version_lag(groups: Sequence[RolloutGroup], lag: Callable[[int], int]) -> list[int]:
+    """[summed over tokens, tokens, largest] of how far the oldest weights of each completion are behind."""
+    completions = [c for group in groups for c in group.completions]
+    lags = [lag(c.weight_versions[0]) for c in completions]
+    lengths = [len(c.token_ids) for c in completions]
+    weighed = [n * length for n, length in zip(lags, lengths, strict=True)]
+    return [sum(weighed), sum(lengths), max(lags, default=0)]
+
+
+def finish_version_lag(ranks: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Metrics of what `version_lag` gave on all ranks."""
+    total, tokens, largest = zip(*ranks, strict=True)
+    mean = sum(total) / max(sum(tokens), 1)
+    return {"vllm/version_lag": mean, "vllm/version_lag_max": float(max(largest))}
 
 
 def finish_rollout_metrics(

@@ -28,7 +28,14 @@ from r1fast.rollout.result import EngineStats
 from r1fast.rollout.sampler import sample_seed
 from r1fast.rollout.stealing import Claims, generate_claimed
 from r1fast.rollout.vllm.engine import VllmEngine, joined
-from r1fast.rollout_metrics import finish_rollout_metrics, rollout_extremes, rollout_sums
+from r1fast.rollout_metrics import (
+    finish_rollout_metrics,
+    finish_version_lag,
+    rollout_extremes,
+    rollout_sums,
+    version_lag,
+)
+from r1fast.rollouts_ahead import RolloutsAhead, settled_update
 from r1fast.templates import encode_prompts
 from r1fast.training_state import digest
 from r1fast.types import Problem, RolloutGroup
@@ -88,11 +95,24 @@ class GRPOTrainer(PolicyUpdate):
         scored = (_scored_by(problem, scorer) for problem in problems + self.general)
         super().__init__(
             policy,
-            config,
+            settled_update(config),
             folder,
             stage=stage,
             data=digest([*self.prompt_ids, *self.general_ids, *scored]),
             force=force,
+        )
+        self.ahead = self._make_ahead()
+
+    def _make_ahead(self) -> RolloutsAhead | None:
+        if not (max_staleness := self.config.grpo.max_staleness):
+            return None
+        return RolloutsAhead(
+            self.engine,
+            self._groups,
+            self._seeds,
+            self.sampling,
+            max_staleness=max_staleness,
+            num_steps=self.num_steps,
         )
 
     def _check_budget(self, policy: Policy, config: Config) -> None:
@@ -137,18 +157,16 @@ class GRPOTrainer(PolicyUpdate):
 
     def train_step(self, step: int) -> dict[str, float]:
         before = self.engine.stats
-        if isinstance(self.engine, VllmEngine):
-            with self.timer("sync"), stoppable():
-                self.engine.sync()
         if self.config.grpo.dynamic_sampling == "off":
-            with self.timer("rollout"), stoppable():
-                groups = self.rollout(step)
+            groups = self._sample(step)
             with self.timer("reward"), stoppable(waits=True):
                 self.scorer.score(groups, step_from_end=self.num_steps - 1 - step)
             drawn = Drawn(kept=groups, sampled=groups)
         else:
+            self._give_weights(step)
             drawn = self._draw(step)
         row = self._rollout_row(drawn.sampled) | self._engine_row(before) | drawn.metrics
+        row |= self._lag_row(drawn.kept)
         if isinstance(self.engine, VllmEngine):
             self.engine.sleep()
         row |= self._sandbox_row()
@@ -158,6 +176,30 @@ class GRPOTrainer(PolicyUpdate):
         self.monitor.saw_reward(row.get("reward"))
         self._store_samples(drawn.sampled, step)
         return row
+
+    def _sample(self, step: int) -> list[RolloutGroup]:
+        """This rank's groups. Servers get the weights before or, where samples of the step are to end first, after."""
+        ahead = self.ahead
+        is_late = ahead is not None and ahead.drains and ahead.is_out(step)
+        if not is_late:
+            self._give_weights(step)
+        with self.timer("rollout"), stoppable():
+            groups = self.rollout(step)
+        if is_late:
+            self._give_weights(step)
+        return groups
+
+    def _give_weights(self, step: int | None = None) -> None:
+        """Servers get the policy as it is now, and then the requests that `step` lets out."""
+        if not isinstance(self.engine, VllmEngine):
+            return
+        if self.ahead is not None and self.ahead.drains:
+            with self.timer("rollout"), stoppable():
+                self.ahead.drain()
+        with self.timer("sync"), stoppable():
+            self.engine.sync()
+            if self.ahead is not None and step is not None:
+                self.ahead.send(step)
 
     def _draw(self, step: int) -> Drawn:
         """This rank's share of dynamic sampling."""
@@ -207,40 +249,48 @@ class GRPOTrainer(PolicyUpdate):
         G = self.config.rollout.num_generations
         return [sample_seed(self.config.seed, self.stage, step, position, g) for g in range(G)]
 
-    def rollout(self, step: int) -> list[RolloutGroup]:
-        """This rank's groups: positions rank, rank + world size, ... of the step's problems.
+    def _groups(self, step: int) -> list[RolloutGroup]:
+        """This rank's, still to be sampled: positions rank, rank + world size, ... of the step's problems."""
+        picks = list(enumerate(self._choose(step)))[self.rank :: self.world_size]
+        return [RolloutGroup(problem, ids, [], position=p) for p, (problem, ids) in picks]
 
-        With rollout.work_stealing those that it came to first.
-        """
-        picks = self._choose(step)
-        if self.claims is None:
-            own = range(self.rank, len(picks), self.world_size)
+    def rollout(self, step: int) -> list[RolloutGroup]:
+        """This rank's groups with their completions."""
+        if self.ahead is not None:
+            groups = self.ahead.collect(step)
+        elif self.claims is not None:
+            groups = self._claimed(step)
+        else:
+            asked = self._groups(step)
             groups = self.engine.generate(
-                [picks[p][1] for p in own],
+                [group.prompt_ids for group in asked],
                 self.config.rollout.num_generations,
                 self.sampling,
-                seeds=[self._seeds(step, p) for p in own],
-                problems=[picks[p][0] for p in own],
+                seeds=[self._seeds(step, group.position) for group in asked],
+                problems=[group.problem for group in asked],
             )
-            for group, position in zip(groups, own, strict=True):
-                group.position = position
-        else:
-            found = generate_claimed(
-                self.engine,
-                self.claims,
-                [ids for _, ids in picks],
-                partial(self._seeds, step),
-                self.sampling,
-                self.config.rollout.max_batch_size,
-            )
-            groups = [
-                RolloutGroup(picks[p][0], list(picks[p][1]), completions, position=p)
-                for p, completions in found.items()
-            ]
+            for group, of in zip(groups, asked, strict=True):
+                group.position = of.position
         for completion in (c for group in groups for c in group.completions):
             if completion.finish_reason == "error":  # nothing to train on, and no group without it
                 raise FloatingPointError(f"step {step + 1}: {completion.error}")
         return groups
+
+    def _claimed(self, step: int) -> list[RolloutGroup]:
+        """With rollout.work_stealing: those that this rank came to first."""
+        picks = self._choose(step)
+        found = generate_claimed(
+            self.engine,
+            self.claims,
+            [ids for _, ids in picks],
+            partial(self._seeds, step),
+            self.sampling,
+            self.config.rollout.max_batch_size,
+        )
+        return [
+            RolloutGroup(picks[p][0], list(picks[p][1]), completions, position=p)
+            for p, completions in found.items()
+        ]
 
     def _rollout_row(self, groups: list[RolloutGroup]) -> dict[str, float]:
         names = sorted({n for g in groups for r in g.rewards for n in r.parts})
@@ -270,6 +320,19 @@ class GRPOTrainer(PolicyUpdate):
         ):
             if sums[whole]:
                 row[name] = sums[part] / sums[whole]
+        return row
+
+    def _lag_row(self, groups: list[RolloutGroup]) -> dict[str, float]:
+        """How old the weights were that sampled the step, and who waited for whom."""
+        if not isinstance(self.engine, VllmEngine):
+            return {}
+        own = version_lag(groups, self.engine.weights.lag)
+        row = finish_version_lag(distributed.gather_objects(own))
+        assert row["vllm/version_lag_max"] <= self.config.grpo.max_staleness, row
+        if self.ahead is not None:
+            waits = distributed.gather_objects(self.ahead.take_metrics())
+            row["overlap/trainer_waited"] = max(w["trainer"] for w in waits)
+            row["overlap/samples_waited"] = min(w["samples"] for w in waits)
         return row
 
     def _sandbox_row(self) -> dict[str, float]:
@@ -320,6 +383,8 @@ class GRPOTrainer(PolicyUpdate):
         every = self.config.eval.every_steps
         if self.evaluate is None or not every or self.step % every:
             return {}
+        if self.ahead is not None:  # so that the versions of what is in flight are known
+            self._give_weights()
         with self.timer("eval"):
             values = self.evaluate()
         row = {f"eval/{key}": v for key, v in values.items() if isinstance(v, int | float)}

@@ -67,6 +67,7 @@ class TokenEvent:
     stop_reason: str | int | None = None
     error: str = ""
     weight_versions: tuple[int, int] | None = None  # as in Completion
+    arrived: float = 0.0  # time.monotonic() when a server had sent it
 
 
 @dataclass(slots=True)

@@ -16,6 +16,11 @@ from r1fast.rollout.sampler import SamplingParams
 from r1fast.rollout.vllm.sync import NEEDED
 
 
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256  # with 5, one that connects when a step begins waits for a second
+
+
 class FakeVllm:
     """On a free port of this machine, with the weights of `policy` until it is given others.
 
@@ -30,7 +35,8 @@ class FakeVllm:
         self.label, self.is_paused, self.is_updating = "default", False, False
         self.seen, self.bodies, self.updates = Counter(), [], []
         self.lock, self.delay, self.ended = threading.Lock(), 0.0, threading.Event()
-        self.spares_canaries = False  # no fault of /v1/completions is theirs
+        self.spares_canaries = False  # no fault of /v1/completions is theirs, and no delay
+        self.num_sampling = self.num_aborts = 0
         self.keeps = frozenset()  # names of weights that an update does not reach
         owner = self
 
@@ -47,8 +53,7 @@ class FakeVllm:
                 length = int(self.headers.get("Content-Length") or 0)
                 owner.answer(self, json.loads(self.rfile.read(length) or b"null"))
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self.http.daemon_threads = True
+        self.http = _Http(("127.0.0.1", port), Handler)
         self.port = self.http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
@@ -109,8 +114,10 @@ class FakeVllm:
     def respond(self, path: str, query: dict, body, fault: str):
         if path == "/v1/completions":
             return self.complete(body, fault)
-        if path in ("/pause", "/resume"):
-            self.is_paused = path == "/pause"
+        if path == "/pause":
+            self.pause(query["mode"][0])
+        elif path == "/resume":
+            self.is_paused = False
         elif path == "/update_weight_version":
             self.label = body["new_version"]
         elif path == "/start_weight_update":
@@ -136,6 +143,13 @@ class FakeVllm:
             }.get(path)
         return {}
 
+    def pause(self, mode: str) -> None:
+        with self.lock:
+            self.is_paused = True
+            self.num_aborts += mode == "abort"
+        while mode == "wait" and self.num_sampling:
+            time.sleep(0.005)
+
     def load(self, files: list[str]) -> None:
         own = self.policy.model.hf_tensors()
         with self.lock:
@@ -146,16 +160,26 @@ class FakeVllm:
             self.engine.reset_prefix_cache()
 
     def complete(self, body: dict, fault: str):
-        while self.is_paused:
+        while True:
+            with self.lock:
+                if not self.is_paused:
+                    self.num_sampling += 1
+                    before = self.num_aborts
+                    break
             time.sleep(0.005)
-        if self.delay and self.ended.wait(self.delay):
-            return None
-        if fault == "abort":
-            return {
-                "choices": [
-                    {"finish_reason": "abort", "token_ids": [], "logprobs": {"token_logprobs": []}}
-                ]
-            }
+        try:
+            is_slow = self.delay and not (self.spares_canaries and body["ignore_eos"])
+            if is_slow and self.ended.wait(self.delay):
+                return None
+            if fault == "abort" or self.num_aborts != before:
+                none = {"token_logprobs": []}
+                return {"choices": [{"finish_reason": "abort", "token_ids": [], "logprobs": none}]}
+            return self.sample(body, fault)
+        finally:
+            with self.lock:
+                self.num_sampling -= 1
+
+    def sample(self, body: dict, fault: str) -> dict:
         assert body["n"] == 1
         assert body["return_token_ids"]
         names = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "min_tokens", "ignore_eos")

@@ -5,7 +5,8 @@ import torch
 from tiny import tiny_config
 
 from r1fast.batch import pack
-from r1fast.grpo import grpo_objective, rollout_advantages, token_weights
+from r1fast.grpo import grpo_objective, loss_options, rollout_advantages, token_weights
+from r1fast.kernels.fused_grpo_loss import fused_grpo_loss
 from r1fast.types import Completion, Problem, Reward, RolloutGroup, Sequence
 
 V, D, G, MAX_TOKENS = 23, 6, 3, 12
@@ -208,3 +209,40 @@ def test_rollout_advantages():
     with pytest.raises(ValueError, match="groups must have 3 rewards each, got one of 2"):
         rollout_advantages(groups, tiny_config().grpo)
     assert rollout_advantages([], tiny_config().grpo) == []
+
+
+def test_the_decoupled_objective_by_its_formula():
+    """Clip of policy / proximal, weighed by proximal / behaviour, at most C (docs/grpo.md, eq. 32), in float64."""
+    g = torch.Generator().manual_seed(5)
+    lengths, vocabulary, width, tau, C, eps = [4, 1, 7], 11, 5, 0.7, 1.5, 0.2
+    T = sum(lengths)
+    hidden = torch.randn(T, width, generator=g, dtype=torch.float64).requires_grad_()
+    head = torch.randn(vocabulary, width, generator=g, dtype=torch.float64).requires_grad_()
+    targets = torch.randint(0, vocabulary, (T,), generator=g)
+
+    def policy() -> torch.Tensor:
+        logits = hidden @ head.T / tau
+        return logits.log_softmax(-1)[torch.arange(T), targets]
+
+    now = policy().detach()
+    proximal = now + 0.4 * torch.randn(T, generator=g, dtype=torch.float64)
+    behaviour = proximal + 0.6 * torch.randn(T, generator=g, dtype=torch.float64)
+    advantages = torch.tensor([1.3, -0.4, -0.9], dtype=torch.float64)
+    A = advantages.repeat_interleave(torch.tensor(lengths))
+    u, weight = (policy() - proximal).exp(), (proximal - behaviour).exp().clamp(max=C)
+    terms = weight * torch.minimum(u * A, u.clamp(1 - eps, 1 + eps) * A)
+    expected = -sum(part.mean() for part in terms.split(lengths)) / len(lengths)
+    assert 0 < (weight == C).sum() < T  # some are bounded,
+    assert 0 < ((u - 1).abs() > eps).sum() < T  # some are outside of the clip
+    gradients = torch.autograd.grad(expected, (hidden, head))
+
+    words = ["--grpo.rollout_correction=token_truncate", f"--grpo.rollout_clip_max={C}"]
+    options = loss_options(tiny_config(*words, "--grpo.kl_coef=0").grpo)
+    loss, _ = fused_grpo_loss(
+        hidden, head, targets, advantages, cu_seqlens=torch.tensor([0, 4, 5, 12]),
+        old_logprobs=proximal, rollout_logprobs=behaviour, temperature=tau, **options,
+    )  # fmt: skip
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(hidden.grad, gradients[0], rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(head.grad, gradients[1], rtol=1e-10, atol=1e-13)

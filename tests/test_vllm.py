@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_vllm_overlap import Watched
 from tiny import TokenScorer, tiny_config, tiny_policy, tiny_problems
 
 from r1fast.config import load_config
@@ -295,6 +296,51 @@ def test_a_short_run_of_grpo_with_adapters_over_two_servers(servers, tmp_path):
         engine.sync()
         assert worst(policy, engine.generate(PROMPTS, 2, SAMPLING, seed=7)) < CLOSE
         engine.close()
+
+
+@pytest.mark.parametrize("update", ["keep", "wait"])
+def test_rollouts_that_overlap_training(servers, tmp_path, update):
+    """Each token was drawn by the weights of a step that its sample may be of; none is older than the bound."""
+    policy = servers.policy("tied", seed=10)
+    config = servers.config("tied-0", "tied-1")
+    words = [
+        f"--rollout.vllm.servers={config.rollout.vllm.servers}", "--rollout.engine=vllm",
+        "--optim.lr=0.01", "--rollout.max_completion_tokens=200", "--grpo.num_steps=6",
+        "--grpo.max_staleness=1", f"--rollout.vllm.update={update}",
+    ]  # fmt: skip
+    trainer = Watched(policy, tiny_config(*words), tmp_path, tiny_problems(), TokenScorer())
+    trainer.begins, trainer.groups = {}, {}
+    trainer.run()
+    rows = read_metrics(tmp_path)
+    first = int(rows[0]["vllm/weight_version"])
+    mixed = 0
+    for step, groups in trainer.groups.items():
+        found = [(group.prompt_ids, c) for group in groups for c in group.completions]
+        sequences = [(prompt, c.token_ids) for prompt, c in found]
+        by = {
+            s: own_logprobs(trainer.begins[s], sequences, 1.0) for s in (step - 1, step) if s >= 0
+        }
+        for i, (_, c) in enumerate(found):
+            old, new = (v - first for v in c.weight_versions)
+            assert max(step - 1, 0) <= old <= new <= step
+            drawn_by = [
+                {s for s in by if abs(by[s][i][t] - x) < CLOSE} for t, x in enumerate(c.logprobs)
+            ]
+            # the older ones up to a token, the newer ones from there on
+            assert any(
+                all(old in d for d in drawn_by[:t]) and all(new in d for d in drawn_by[t:])
+                for t in range(len(drawn_by) + 1)
+            )
+            mixed += old != new
+    lags = [row["vllm/version_lag_max"] for row in rows]
+    if update == "keep":
+        assert mixed
+        assert lags[0] == 0
+        assert max(lags) == 1
+    else:
+        assert not mixed
+        assert lags == [0, 1, 1, 1, 1, 1]
+    assert all(row["vllm/canary_max"] < CLOSE and row["vllm/retries"] == 0 for row in rows)
 
 
 def test_a_server_that_is_killed_and_comes_back(servers):

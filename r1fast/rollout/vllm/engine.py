@@ -64,7 +64,6 @@ class VllmEngine(Loops):
         self._ended: list[TokenEvent] = []
         self._counts = EngineStats()
         self._num_requests = 0
-        self._lag = [0, 0, 0]  # of samples since `take_metrics`: number, summed, largest
 
     @property
     def device(self) -> torch.device:
@@ -84,7 +83,8 @@ class VllmEngine(Loops):
     def sync(self) -> None:
         """Give every server the policy's weights as they are now. All ranks together.
 
-        What becomes of samples under way, rollout.vllm.update says. Raises CanaryError where a server then does not have them, ServersLost where there is none.
+        What becomes of samples under way, rollout.vllm.update says; what `hold` kept is sent afterwards. Raises
+        CanaryError where a server then does not have them, ServersLost where there is none.
         """
         failed: BaseException | None = None
         message: list = [0, "", [], "", False]
@@ -107,11 +107,21 @@ class VllmEngine(Loops):
             raise (ServersLost if is_stopped else RuntimeError)(ending)
         if not distributed.is_main():
             self.weights.follow(version, digest)
-            for i in up:
-                server = self.fleet.servers[i]
-                with suppress(ServerError, RequestError):
-                    self._introduce(server)
-                    self.fleet.take_up(server, version)
+            self._follow(up)
+        self.fleet.hold(False)
+
+    def _follow(self, up: Sequence[int]) -> None:
+        """Take rank 0's word for which servers have the weights; the others are not asked before they do."""
+        for i, server in enumerate(self.fleet.servers):
+            if i not in up:
+                if server.state == "up":
+                    self.fleet.lose(server, "rank 0 has lost it")
+                continue
+            try:
+                self._introduce(server)
+                self.fleet.take_up(server, self.weights.version)
+            except (ServerError, RequestError) as error:
+                self.fleet.lose(server, str(error))
 
     def _update(self, servers: Sequence[Server]) -> None:
         """Those that do not have the weights get them, all at the same time, and show that they have them."""
@@ -184,6 +194,7 @@ class VllmEngine(Loops):
                 continue
             server.model = ""  # it may be another process
             if distributed.is_main():
+                self.weights.take()  # they may have changed since the last sync
                 self._update([server])
                 continue
             try:
@@ -244,6 +255,10 @@ class VllmEngine(Loops):
                 self.fleet.send(job)
         return number
 
+    def hold(self) -> None:
+        """What is not under way yet waits for the next `sync`."""
+        self.fleet.hold(True)
+
     @property
     def has_work(self) -> bool:
         return bool(self._requests or self._ended)
@@ -293,10 +308,8 @@ class VllmEngine(Loops):
         if not self._requests[number]:
             del self._requests[number]
         event: TokenEvent = job.reply
-        event.weight_versions = job.versions
+        event.weight_versions, event.arrived = job.versions, job.arrived
         self._counts.decode_tokens += len(event.token_ids)
-        lag = max(self.weights.version - job.versions[0], 0)
-        self._lag = [self._lag[0] + 1, self._lag[1] + lag, max(self._lag[2], lag)]
         return event
 
     def _read(self, reply: object, job: Job) -> TokenEvent:
@@ -337,8 +350,6 @@ class VllmEngine(Loops):
 
     def take_metrics(self) -> dict[str, float]:
         """Of this rank since the last call."""
-        number, total, largest = self._lag
-        self._lag = [0, 0, 0]
         row = {
             "vllm/servers": float(len(self.fleet.up)),
             "vllm/lost": float(self.fleet.num_lost),
@@ -346,8 +357,6 @@ class VllmEngine(Loops):
             "vllm/weight_version": float(self.weights.version),
         }
         self.fleet.num_lost = self.fleet.num_retried = 0
-        if number:
-            row |= {"vllm/version_lag": total / number, "vllm/version_lag_max": float(largest)}
         return row | self.weights.take_metrics()
 
 
@@ -359,8 +368,6 @@ def joined(rows: Sequence[dict[str, float]]) -> dict[str, float]:
         values = [row[name] for row in rows if name in row]
         if name in ("vllm/lost", "vllm/retries"):
             found[name] = sum(values)
-        elif name == "vllm/version_lag":
-            found[name] = sum(values) / len(values)
         else:
             found[name] = (min if name == "vllm/servers" else max)(values)
     return found

@@ -55,6 +55,7 @@ class Job:
     is_cancelled: bool = False
     reply: object = None  # of `read`
     versions: tuple[int, int] = (-1, -1)  # of the weights when it was sent, and when it was there
+    arrived: float = 0.0  # time.monotonic() when it was there
     error: Exception | None = None
 
 
@@ -79,7 +80,7 @@ class Fleet:
         self._jobs: deque[Job] = deque()
         self.done: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._num_threads = self._num_idle = 0
-        self._is_closed = False
+        self._is_closed = self._is_held = False
         self._lost_since = time.monotonic()  # when the last server went; while none is up
         self.num_retried = self.num_lost = 0  # samples sent again, times that a server was lost
         threading.Thread(target=self._look_after, name="vllm-health", daemon=True).start()
@@ -91,6 +92,12 @@ class Fleet:
                 self._num_threads += 1
                 threading.Thread(target=self._work, name="vllm-request", daemon=True).start()
             self._changed.notify()
+
+    def hold(self, is_held: bool) -> None:
+        """What is not under way yet waits until it is let go again."""
+        with self._changed:
+            self._is_held = is_held
+            self._changed.notify_all()
 
     def cancel(self, job: Job) -> None:
         """Nothing will come of it; a server that is at it stops."""
@@ -161,7 +168,7 @@ class Fleet:
             except Exception as error:  # ours: the engine's thread is to raise it
                 job.error = error
             with self._changed:
-                job.versions = job.versions[0], server.newest
+                job.versions, job.arrived = (job.versions[0], server.newest), time.monotonic()
                 server.num_failures = 0
                 server.calls.discard(job.call)
             self.done.put(job)
@@ -172,7 +179,7 @@ class Fleet:
             while not self._is_closed:
                 while self._jobs and self._jobs[0].is_cancelled:
                     self._jobs.popleft()
-                if self._jobs and (up := self.up):
+                if self._jobs and not self._is_held and (up := self.up):
                     job, server = self._jobs.popleft(), min(up, key=lambda s: len(s.calls))
                     job.call = Call()
                     job.num_tries += 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from bisect import bisect_right, insort
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -44,6 +45,7 @@ class WeightSync:
     def __init__(self, model: Decoder, rollout: RolloutConfig, servers: Sequence[Server]):
         self.model, self.config = model, rollout.vllm
         self.version, self.digest, self.are_known = 0, "", False
+        self._versions: list[int] = []  # that this run has had, sorted
         self._servers, self._temperature = servers, rollout.temperature
         self._prompts = canary_prompts(model.spec.vocab_size, model.spec.max_position_embeddings)
         self._transfer = make_transfer(model, self.config, [s.client for s in servers])
@@ -66,12 +68,22 @@ class WeightSync:
                         version, theirs = self._label(server)
                         versions[theirs] = max(version, versions.get(theirs, 0))
             newest = max([self.version, *versions.values()])
-            self.version, self.digest = versions.get(digest, newest + 1), digest
+            self._has(versions.get(digest, newest + 1), digest)
         self.are_known = True
 
     def follow(self, version: int, digest: str) -> None:
         """Take rank 0's word for it."""
-        self.version, self.digest, self.are_known = version, digest, True
+        self._has(version, digest)
+        self.are_known = True
+
+    def _has(self, version: int, digest: str) -> None:
+        self.version, self.digest = version, digest
+        if version not in self._versions:
+            insort(self._versions, version)
+
+    def lag(self, version: int) -> int:
+        """How many times the weights have changed since they were of `version`."""
+        return len(self._versions) - bisect_right(self._versions, version)
 
     def introduce(self, server: Server) -> None:
         """Raises ValueError for a server that takes no weights."""
@@ -98,7 +110,7 @@ class WeightSync:
 
     def give(self, server: Server) -> None:
         """The weights of `prepare`. Raises ServerError where the server does not take them."""
-        mode = self.config.update
+        mode = "wait" if self.config.update == "auto" else self.config.update
         patience = self.config.request_timeout + REPLY_SECONDS if mode == "wait" else REPLY_SECONDS
         post, server.newest = server.client.post, self.version
         try:
