@@ -47,6 +47,13 @@ def pack(
     return [collate(sequences, token_weights, b, device) for b in bins]
 
 
+def idle_batch(device: torch.device | str = "cpu") -> PackedBatch:
+    """A micro-batch of one token that counts for nothing."""
+    batch = collate([Sequence([0], [0])], [0.0], [[0]], device)
+    batch.sequence_index, batch.cu_seqlens = [], batch.cu_seqlens[:1]
+    return batch
+
+
 def lay_out(
     groups: Seq[tuple[int, Seq[int]]],  # tokens of a prompt, and of each completion that shares it
     token_budget: int,

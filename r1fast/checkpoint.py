@@ -30,8 +30,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r1fast.checkpoint_layout import STATE, checkpoint_files, prefix_of, set_of
-from r1fast.distributed import is_first, together
+from r1fast.distributed import gather_objects, is_first, together
 from r1fast.metrics import warn
+from r1fast.shards import Shard, has_shards, local
 from r1fast.tensor_file import Bytes, json_bytes
 
 VERSION = 4  # of the layout above; in 2 no set had shares, in 1 no file its name before the keys
@@ -246,19 +247,28 @@ def read_step(folder: Path, step: int) -> Checkpoint | None:
     return Checkpoint(paths[0], step, json.loads((paths[0] / STATE).read_bytes()))
 
 
-def refuse_nonfinite(model: Mapping[str, Tensor], step: int) -> None:
-    floats = {name: x for name, x in model.items() if x.is_floating_point() and x.numel()}
-    if not floats:
-        return
-    # a NaN is both ends; at a tenth of the time of a mask, and with one wait for a device
-    ends = torch.stack([torch.stack(torch.aminmax(x.detach())).double() for x in floats.values()])
-    finite = ends.isfinite().all(1).tolist()
-    if bad := [name for name, ok in zip(floats, finite, strict=True) if not ok]:
+def refuse_nonfinite(model: Mapping[str, Tensor | Shard], step: int) -> None:
+    """Raises NonFiniteWeightsError; on all ranks where the weights of one are not finite that they share."""
+    bad = _nonfinite({name: local(x) for name, x in model.items()})
+    if has_shards(model):
+        found = set().union(*gather_objects(bad))
+        bad = [name for name in model if name in found]
+    if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise NonFiniteWeightsError(
             f"the weights of step {step} are not finite ({', '.join(bad[:3])}{more}); "
             "no checkpoint written, the one before is kept"
         )
+
+
+def _nonfinite(model: Mapping[str, Tensor]) -> list[str]:
+    floats = {name: x for name, x in model.items() if x.is_floating_point() and x.numel()}
+    if not floats:
+        return []
+    # a NaN is both ends; at a tenth of the time of a mask, and with one wait for a device
+    ends = torch.stack([torch.stack(torch.aminmax(x.detach())).double() for x in floats.values()])
+    finite = ends.isfinite().all(1).tolist()
+    return [name for name, ok in zip(floats, finite, strict=True) if not ok]
 
 
 def _pieces(chunks: Iterable[Bytes], stop: Callable[[], bool]) -> Iterator[Bytes]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from r1fast.shards import Shard
 from r1fast.tensor_file import Bytes, json_bytes, safetensors_bytes
 
 STATE = "state.json"
@@ -12,8 +13,8 @@ _STEM = re.compile(r"([A-Za-z0-9_]+)(-\d{5}-of-\d{5})?")  # of a file of tensors
 
 
 def shares(
-    tensors: Mapping[str, Mapping[str, Tensor]], num_ranks: int
-) -> list[dict[str, dict[str, Tensor]]]:
+    tensors: Mapping[str, Mapping[str, Tensor | Shard]], num_ranks: int
+) -> list[dict[str, dict[str, Tensor | Shard]]]:
     """What each rank writes: whole tensors, about as many bytes on all, by the name of its file."""
     if num_ranks == 1:
         return [{name: dict(named) for name, named in tensors.items()}]

@@ -32,10 +32,11 @@ from r1fast.config import CheckpointConfig
 from r1fast.distributed import is_first, together
 from r1fast.machine import GIB, available_memory
 from r1fast.metrics import warn
+from r1fast.shards import Shard, has_shards
 
 LONG_WAIT = 1.0  # seconds of a step behind the save before it that are worth a word
 CPU = torch.device("cpu")
-State = Mapping[str, Mapping[str, Tensor]]
+State = Mapping[str, Mapping[str, Tensor | Shard]]
 
 
 class CheckpointWriter:
@@ -92,8 +93,10 @@ class CheckpointWriter:
         self._stop.clear()
         own, plan = self._share(tensors)
         state = state if self.is_main else None
-        if self.config.asynchronous and not wait and self._make_buffers(own):
-            files = checkpoint_files(self._copy(own), state)
+        # what was gathered is a copy already
+        is_copy = any(has_shards(named) for named in tensors.values())
+        if self.config.asynchronous and not wait and (is_copy or self._make_buffers(own)):
+            files = checkpoint_files(own if is_copy else self._copy(own), state)
             name = f"checkpoint of step {step}"
             self._thread = threading.Thread(target=self._write, args=(step, files, plan), name=name)
             self._thread.start()
@@ -142,14 +145,14 @@ class CheckpointWriter:
     def _share(self, tensors: State) -> tuple[State, str]:
         """(what this rank writes, a digest of what all write together)."""
         if self.group is None:
-            return tensors, ""
+            return _whole([tensors], 0), ""
         everything = [
             f"{name} {key} {x.dtype} {tuple(x.shape)}"
             for name, named in tensors.items()
             for key, x in named.items()
         ]
         plan = hashlib.sha256("\n".join(everything).encode()).hexdigest()
-        return shares(tensors, self.group.size())[self.group.rank()], plan
+        return _whole(shares(tensors, self.group.size()), self.group.rank()), plan
 
     def _write(self, step: int, files: Mapping, plan: str) -> None:
         began = time.perf_counter()
@@ -273,6 +276,23 @@ class CheckpointWriter:
         if x.is_cuda:
             x.record_stream(self._stream)
         return buffer
+
+
+def _whole(owned: list[State], rank: int) -> State:
+    """What `rank` writes, of `owned` by all: where ranks share tensors, each is gathered by the one that writes it.
+
+    Then all is a copy, on the CPU.
+    """
+    if not any(has_shards(named) for own in owned for named in own.values()):
+        return owned[rank]
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in owned[rank]}
+    for writer, own in enumerate(owned):
+        for name, named in own.items():
+            for key, x in named.items():
+                whole = x.gather_to(writer) if isinstance(x, Shard) else x
+                if writer == rank:
+                    found[name][key] = whole if isinstance(x, Shard) else x.to(CPU, copy=True)
+    return found
 
 
 def _is_buffer_of(buffer: Tensor | None, x: Tensor) -> bool:

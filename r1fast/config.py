@@ -41,6 +41,20 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """What each process of a torchrun launch holds of the model."""
+
+    # ddp: all of it. fsdp (FSDP2): a share of weights, masters and moments; layers are gathered one after the
+    # other in training, the whole model once a rollout or evaluation
+    mode: Literal["ddp", "fsdp"] = "ddp"
+    replicas: int = 1  # fsdp: times that the model is held by all processes together (HSDP)
+    reshard_after_forward: bool = (
+        True  # fsdp: a layer is freed after its forward, and gathered again
+    )
+    cpu_offload: bool = False  # fsdp on GPUs: shares and the optimizer lie in the host's memory
+
+
+@dataclass(frozen=True, slots=True)
 class DataConfig:
     train: str = ""  # file; the task itself when empty and `task` is set
     eval: str = ""
@@ -384,6 +398,7 @@ class Config:
     output_dir: str = "runs/r1fast"
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -112,6 +112,7 @@ def check(c: Config) -> None:
     need(not stealing or g.dynamic_sampling == "off", "rollout.work_stealing", stealing,
          "false with grpo.dynamic_sampling, which gives groups to ranks with free slots by itself")  # fmt: skip
     _check_overlap(c, need)
+    _check_parallel(c, need)
     steps_of(c.log.record)
     keep = c.checkpoint.keep_last
     need(keep >= 1, "checkpoint.keep_last", keep, "at least 1")
@@ -196,6 +197,26 @@ def _check_by_kind(tables: dict) -> None:
                 raise ValueError(f"unknown reward {key}.{name}; known: {', '.join(REWARDS)}")
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
                 raise ValueError(f"{key}.{name} must be a weight of at least 0, got {weight!r}")
+
+
+def _check_parallel(c: Config, need: Callable[[bool, str, Any, str], None]) -> None:
+    p = c.parallel
+    need(p.replicas >= 1, "parallel.replicas", p.replicas, "at least 1")
+    if p.mode == "ddp":
+        need(p.replicas == 1, "parallel.replicas", p.replicas,
+             'with parallel.mode = "fsdp": in ddp every process holds the whole model')  # fmt: skip
+        need(
+            not p.cpu_offload, "parallel.cpu_offload", True, 'false without parallel.mode = "fsdp"'
+        )
+        return
+    for ok, key, value, rule in (
+        (not c.lora.rank, "lora.rank", c.lora.rank, "0: adapters are trained with every process holding the base"),
+        (not c.rollout.batch_invariant, "rollout.batch_invariant", True,
+         "false: the loss would need the whole model in the engine beside the divided one"),
+        (c.rollout.engine == "embedded", "rollout.engine", c.rollout.engine, '"embedded"'),
+        (not c.log.record, "log.record", c.log.record, "empty: a recording holds digests of whole tensors"),
+    ):  # fmt: skip
+        need(ok, key, value, f'{rule} (parallel.mode = "fsdp"; or take "ddp")')
 
 
 def _check_vllm(c: Config, need: Callable) -> None:

@@ -11,6 +11,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(hours=2)  # of what ranks wait for each other
@@ -18,6 +19,7 @@ MEETING = datetime.timedelta(minutes=10)  # of ranks that start
 ATTEMPT = datetime.timedelta(seconds=2)  # to reach rank 0 where it may no longer be
 PORT_KEY = "r1fast/port of rank 0"
 _beside: dict[dist.ProcessGroup, dist.ProcessGroup] = {}  # of the process's own group
+_meshes: dict[tuple[dist.ProcessGroup, int], DeviceMesh] = {}
 
 
 class RankFailedError(OSError):
@@ -69,8 +71,30 @@ def _own_store(own_rank: int) -> dist.Store:
             return store
 
 
+def mesh(replicas: int, device_type: str) -> DeviceMesh:
+    """All ranks, in `replicas` rows of neighbours; one row has one dimension. Ranks ask for it together.
+
+    A process that is alone becomes a group of one. Raises ValueError where ranks cannot be divided so.
+    """
+    if not dist.is_initialized():
+        backend = "nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if world_size() % replicas:
+        raise ValueError(
+            f"parallel.replicas = {replicas} does not divide the {world_size()} processes"
+        )
+    key = (dist.group.WORLD, replicas)
+    if key not in _meshes:
+        shape, names = (world_size(),), ("shard",)
+        if replicas > 1:
+            shape, names = (replicas, world_size() // replicas), ("replica", "shard")
+        _meshes[key] = init_device_mesh(device_type, shape, mesh_dim_names=names)
+    return _meshes[key]
+
+
 def stop() -> None:
     _beside.clear()
+    _meshes.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 

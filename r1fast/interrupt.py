@@ -135,17 +135,18 @@ def boundary(phase: str, detail: str = "") -> None:
 
 
 @contextmanager
-def stoppable(*, waits: bool = False) -> Iterator[None]:
+def stoppable(*, waits: bool = False, in_step: bool = False) -> Iterator[None]:
     """Around work that exchanges nothing with other ranks and changes nothing that a checkpoint holds.
 
     Raises Stopped on every rank where one has given it up. What `waits` touches no weights, not even for
-    a moment, and is also woken out of a wait.
+    a moment, and is also woken out of a wait. Work that ranks do in step may exchange, and stops where they have
+    agreed to (`TokenBudget.each`), at no boundary of one rank alone.
     """
     if not _open or threading.get_ident() != _open[-1]._main:
         yield
         return
     request, stopped = _open[-1], None
-    request.depth += 1
+    request.depth += not in_step
     request.num_waiting += waits
     try:
         yield
@@ -155,7 +156,7 @@ def stoppable(*, waits: bool = False) -> Iterator[None]:
             raise
     finally:
         request.num_waiting -= waits
-        request.depth -= 1
+        request.depth -= not in_step
     if request.depth == 0 and any_rank(stopped is not None or request.gives_up):
         raise stopped or Stopped
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from r1fast.config import OptimConfig
+from r1fast.shards import Shard
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
@@ -29,10 +30,7 @@ class Optimizer:
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig):
         self.config = config
         self.named = [(name, p) for name, p in named_parameters if p.requires_grad]
-        self.masters = [
-            p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-            for _, p in self.named
-        ]
+        self.masters = [self._make_master(name, p) for name, p in self.named]
         matrices = [p for p in self.masters if p.dim() >= 2]
         vectors = [p for p in self.masters if p.dim() < 2]  # norms and biases do not decay
         self.adamw = torch.optim.AdamW(
@@ -46,16 +44,24 @@ class Optimizer:
             fused=True,
         )
 
+    def _make_master(self, name: str, p: nn.Parameter) -> Tensor:
+        return p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
+
+    def _has_master(self, p: nn.Parameter) -> bool:
+        """Whether a checkpoint holds its master beside it."""
+        return p.dtype != torch.float32
+
     @torch.no_grad()
     def accumulate(self) -> None:
         """Move gradients below float32 to their masters: a sum in bfloat16 loses small terms."""
         for (_, p), master in zip(self.named, self.masters, strict=True):
             if p is master or p.grad is None:
                 continue
+            grad = self._grad(p)
             if master.grad is None:
-                master.grad = p.grad.float()
+                master.grad = grad.float()
             else:
-                master.grad += p.grad
+                master.grad += grad
             p.grad = None
 
     def spoil(self) -> None:
@@ -74,7 +80,7 @@ class Optimizer:
         grads = [m.grad for m in self.masters if m.grad is not None]
         if not grads:
             return torch.zeros(())
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = self._norm(grads)
         limit = self.config.max_grad_norm
         self.adamw.grad_scale = ((norm + 1e-6) / limit).clamp(min=1) if limit else None
         self.adamw.found_inf = norm.isfinite().logical_not().float()
@@ -84,31 +90,49 @@ class Optimizer:
         self.zero_grad()
         return norm
 
+    def _grad(self, p: nn.Parameter) -> Tensor:
+        return p.grad
+
+    def _norm(self, grads: list[Tensor]) -> Tensor:
+        return torch.nn.utils.get_total_norm(grads)
+
     def _update(self) -> None:
         self.adamw.step()
-        with torch.no_grad():
-            for (_, p), master in zip(self.named, self.masters, strict=True):
-                if p is not master:
-                    p.copy_(master)
+        self._publish()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """The masters become the weights."""
+        for (_, p), master in zip(self.named, self.masters, strict=True):
+            if p is not master:
+                p.copy_(master)
 
     def zero_grad(self) -> None:
         for (_, p), master in zip(self.named, self.masters, strict=True):
             p.grad = master.grad = None
 
-    def state_tensors(self) -> dict[str, Tensor]:
+    def state_tensors(self) -> dict[str, Tensor | Shard]:
         """Everything a resumed run needs, as named tensors."""
         tensors = {}
         for (name, p), master in zip(self.named, self.masters, strict=True):
             for key, value in self.adamw.state.get(master, {}).items():
-                tensors[f"{key}.{name}"] = value
-            if p is not master:
-                tensors[f"master.{name}"] = master.detach()
+                tensors[f"{key}.{name}"] = value if key == "step" else self._stored(name, value)
+            if self._has_master(p):
+                tensors[f"master.{name}"] = self._stored(name, master.detach())
         return tensors
 
+    def _stored(self, name: str, x: Tensor) -> Tensor | Shard:
+        """What a checkpoint holds of a master, or of a moment of it."""
+        return x
+
+    def _loaded(self, name: str, whole: Tensor) -> Tensor:
+        """What is taken of it again."""
+        return whole
+
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        for (name, p), master in zip(self.named, self.masters, strict=True):
+        for name, p in self.named:
             first = f"master.{name}"
-            needed = {first} if p is not master else set()
+            needed = {first} if self._has_master(p) else set()
             if f"step.{name}" in tensors:
                 needed |= {f"exp_avg.{name}", f"exp_avg_sq.{name}"}
             for key in needed:
@@ -119,11 +143,12 @@ class Optimizer:
                     )
         self.adamw.state.clear()
         for (name, p), master in zip(self.named, self.masters, strict=True):
-            if p is not master:
-                master.data.copy_(tensors[f"master.{name}"])
+            if self._has_master(p):
+                master.data.copy_(self._loaded(name, tensors[f"master.{name}"]))
             if f"step.{name}" in tensors:
-                self.adamw.state[master] = {
-                    "step": tensors[f"step.{name}"].to(master.device, copy=True),
-                    "exp_avg": tensors[f"exp_avg.{name}"].to(master).clone(),
-                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(master).clone(),
+                moments = {
+                    key: self._loaded(name, tensors[f"{key}.{name}"]).to(master).clone()
+                    for key in ("exp_avg", "exp_avg_sq")
                 }
+                step = tensors[f"step.{name}"].to(master.device, copy=True)
+                self.adamw.state[master] = {"step": step, **moments}

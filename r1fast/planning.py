@@ -20,6 +20,7 @@ from r1fast.probe import Footprint, Speed, measure_footprint, measure_gemm, meas
 from r1fast.recompute import MODES
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.roofline import SHARE, roofline
+from r1fast.shards import local
 from r1fast.training import Trainer
 
 MAX_LAYER = 32 << 20  # parameters of a layer that is timed itself
@@ -278,8 +279,14 @@ def settle(trainer: Trainer, job: Job, budget: int | str) -> tuple[int, str]:
 
 def held_bytes(trainer: Trainer) -> int:
     """Of the tensors that training holds on its device between steps."""
-    tensors = [*trainer.model.parameters(), *trainer.optimizer.state_tensors().values()]
-    tensors += [x for named in trainer.extra_tensors().values() for x in named.values()]
+    named = [
+        trainer.trained(),
+        trainer.optimizer.state_tensors(),
+        *trainer.extra_tensors().values(),
+    ]
+    tensors = [local(x) for part in named for x in part.values()]
+    if not trainer.parallel.is_sharded:  # what is frozen too
+        tensors += trainer.model.parameters()
     device = trainer.policy.device.type
     unique = {x.data_ptr(): x.nbytes for x in tensors if x.device.type == device}
     return sum(unique.values())

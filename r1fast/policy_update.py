@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from r1fast.balance import move, new_ranks
 from r1fast.batch import pack
 from r1fast.config import Config
 from r1fast.costs import Size
-from r1fast.forward import cost_per_token, hidden_states, sequence_logprobs
+from r1fast.forward import cost_per_token, hidden_states, nothing, sequence_logprobs
 from r1fast.grpo import (
     groups_with_signal,
     grpo_objective,
@@ -35,9 +36,9 @@ from r1fast.policy import Policy
 from r1fast.reference import engine_logprobs, make_reference
 from r1fast.rollout.make_engine import make_engine
 from r1fast.rollout.sampler import SamplingParams
+from r1fast.shards import Shard
 from r1fast.step_plan import Fact, Key, MiniBatch, StepPlan, check_groups
 from r1fast.training import Trainer
-from r1fast.training_state import put_adapters
 from r1fast.types import Completion, PackedBatch, RolloutGroup, Sequence
 
 # mean |sampler - trainer| in nats: ten times and more what the rounding of two forwards gives
@@ -63,7 +64,7 @@ def settled_correction(config: Config) -> Config:
 class PolicyUpdate(Trainer):
     """What learns from scored groups, wherever they come from: a rollout, or a recorded one."""
 
-    section = "grpo"
+    section, can_shard = "grpo", True
     shorter = "rollout.max_completion_tokens or rollout.max_prompt_tokens"
 
     def __init__(
@@ -80,8 +81,6 @@ class PolicyUpdate(Trainer):
         config = settled_correction(config)
         g, r = config.grpo, config.rollout
         self.drops = g.drop_without_signal and check_loss_options(config).learns_by_advantage_alone
-        put_adapters(policy.model, config, stage)
-        self.reference = make_reference(policy, config) if g.kl_coef else None
         super().__init__(
             policy,
             config,
@@ -101,7 +100,18 @@ class PolicyUpdate(Trainer):
         self.is_invariant = r.batch_invariant  # the loss takes the engine's log-probabilities
         self.corrects = g.rollout_correction != "none"  # for a sampler that is another engine
 
-    def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
+    def prepare(self) -> None:
+        has_kl = self.config.grpo.kl_coef
+        self.reference = make_reference(self.policy, self.config, self.parallel) if has_kl else None
+
+    @contextmanager
+    def whole_policy(self) -> Iterator[None]:
+        with super().whole_policy():
+            yield
+            if self.parallel.is_sharded:
+                self.engine.reset_prefix_cache()  # what it has packed is a copy of the weights
+
+    def extra_tensors(self) -> dict[str, dict[str, Tensor | Shard]]:
         return {} if self.reference is None else {"reference": self.reference.tensors()}
 
     def extra_state(self) -> dict:
@@ -134,7 +144,7 @@ class PolicyUpdate(Trainer):
         norms, lr, mismatch, replaced = [], 0.0, {}, False
         num_parts = g.num_mini_batches * g.num_iterations
         if self.corrects:
-            with self.timer("train"), stoppable():
+            with self.timer("train"), stoppable(in_step=self.parallel.is_sharded):
                 sums["forwarded"] += self._take_apart(own, num_parts)
         for iteration in range(g.num_iterations):
             for part in plan.mini_batches(f"{split}{iteration}"):
@@ -143,7 +153,7 @@ class PolicyUpdate(Trainer):
                     continue
                 with self.timer("train"):
                     backward = partial(self._backward, part, sequences)
-                    with stoppable():
+                    with stoppable(in_step=self.parallel.is_sharded):
                         mini, diffs = self.token_budget.fitting(backward)
                     if not norms:  # the weights are those that sampled
                         mismatch = self._mismatch(diffs)
@@ -316,7 +326,7 @@ class PolicyUpdate(Trainer):
         self.optimizer.zero_grad()
         for s, values in zip(sequences, self._logprobs(sequences), strict=True):
             s.old_logprobs = values
-        return 0 if self.is_invariant else sum(b.num_tokens for b in self._pack(sequences))
+        return 0 if self.is_invariant else self._num_forwarded(sequences)
 
     def _take_apart(self, sequences: list[Sequence], num_parts: int) -> int:
         """The sampler's log-probabilities are no old ones: the trainer's are, by a forward where there is
@@ -327,7 +337,7 @@ class PolicyUpdate(Trainer):
             return 0
         for s, values in zip(sequences, self._logprobs(sequences), strict=True):
             s.old_logprobs = values
-        return sum(b.num_tokens for b in self._pack(sequences))
+        return self._num_forwarded(sequences)
 
     def _logprobs(self, sequences: list[Sequence]) -> list[list[float]]:
         """Of every sequence's completion, as the loss takes them."""
@@ -335,7 +345,7 @@ class PolicyUpdate(Trainer):
         if self.is_invariant:
             return engine_logprobs(self.engine, sequences, temperature)
         return self.token_budget.fitting(
-            lambda: sequence_logprobs(self.model, self._pack(sequences), temperature)
+            lambda: sequence_logprobs(self.model, self._in_step(sequences), temperature)
         )
 
     def _batch_std(self, groups: list[RolloutGroup]) -> Tensor:
@@ -368,16 +378,21 @@ class PolicyUpdate(Trainer):
                 scored = self._logprobs(own)
             for s, logprobs in zip(own, scored, strict=True):
                 s.policy_logprobs = logprobs
-        batches = self._pack(own, weights)
+        batches = self._in_step(own, weights)
         totals: dict[str, Tensor] = {}
         diffs = torch.zeros(3, dtype=torch.float64, device=self.policy.device)
         forwarded = 0
         for batch in batches:
+            with self.timer.part("forward"):
+                hidden = hidden_states(self.model, batch)
+            if batch.is_idle:
+                nothing(hidden, self.model.head_weight).backward()
+                continue
             forwarded += batch.num_tokens
             try:
                 with self.timer.part("forward"):
                     loss, sums = grpo_objective(
-                        hidden_states(self.model, batch),
+                        hidden,
                         self.model.head_weight,
                         batch,
                         g,
@@ -386,6 +401,8 @@ class PolicyUpdate(Trainer):
                     )
             except NonFiniteError as error:
                 warn(str(error))
+                if self.parallel.is_sharded:  # other ranks gather and sum with this one
+                    nothing(hidden, self.model.head_weight).backward()
                 self.optimizer.spoil()
                 totals["loss"] = diffs.new_tensor(math.nan)  # there is none, on any rank
                 continue
@@ -409,11 +426,23 @@ class PolicyUpdate(Trainer):
     def on_logprobs(self, keys: list[Key], batch: PackedBatch, logprobs: Tensor) -> None:  # (N,)
         """For subclasses: of a micro-batch's tokens; its sequence_index points into `keys`."""
 
-    def _pack(
+    def _in_step(
         self, sequences: list[Sequence], weights: list[float] | None = None
     ) -> Iterator[PackedBatch]:
-        """Micro-batches within the token budget, for `token_budget.fitting`."""
-        batches = pack(
+        """Micro-batches of the trained model, for `token_budget.fitting`: as many on all ranks where they must."""
+        return self.token_budget.each(self.parallel.even(self._packed(sequences, weights)))
+
+    def _pack(self, sequences: list[Sequence]) -> Iterator[PackedBatch]:
+        """Micro-batches of a model that this rank has to itself."""
+        return self.token_budget.each(self._packed(sequences))
+
+    def _num_forwarded(self, sequences: list[Sequence]) -> int:
+        return sum(batch.num_tokens for batch in self._packed(sequences))
+
+    def _packed(
+        self, sequences: list[Sequence], weights: list[float] | None = None
+    ) -> list[PackedBatch]:
+        return pack(
             sequences,
             self.token_budget.num_tokens,
             [0.0] * len(sequences) if weights is None else weights,
@@ -422,7 +451,6 @@ class PolicyUpdate(Trainer):
             cost_per_token=cost_per_token(self.model),
             longer_alone=self.token_budget.was_halved,
         )
-        return self.token_budget.each(batches)
 
     def _fill_ref_logprobs(self, sequences: list[Sequence]) -> None:
         logprobs = self.reference.logprobs(sequences, self._pack)

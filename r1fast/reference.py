@@ -17,6 +17,8 @@ from r1fast.lora import adapters_off, exchanged, is_untrained, lora_tensors
 from r1fast.model import DTYPES, Decoder
 from r1fast.policy import Policy
 from r1fast.rollout.engine import Engine
+from r1fast.sharding import Ddp, Fsdp, empty, fill_whole, hollow
+from r1fast.shards import Shard
 from r1fast.training_state import fill
 from r1fast.types import PackedBatch, Sequence
 
@@ -27,6 +29,8 @@ class Reference:
     Weights that lie on the CPU are on the policy's device during a forward alone.
     """
 
+    engine: Engine | None = None
+
     def __init__(self, policy: Policy, config: Config):
         g = config.grpo
         self.temperature = config.rollout.temperature
@@ -34,11 +38,10 @@ class Reference:
         self.version = 0  # the optimizer step whose weights these are
         home = torch.device("cpu") if g.ref_device == "cpu" else policy.device
         self.model = _copy(policy.model, home, DTYPES.get(g.ref_dtype))
-        self.engine = None
         if config.rollout.batch_invariant:  # the sampler's bits, as the loss takes them
             self.engine = Engine.of(replace(policy, model=self.model), config.rollout)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor | Shard]:
         return dict(self.model.named_parameters())
 
     def load(self, tensors: dict[str, Tensor], version: int) -> None:
@@ -85,7 +88,6 @@ class LoraReference(Reference):
         self.adapters: dict[str, Tensor] = {}
         if not is_untrained(policy.model):
             self.refresh(policy.model, 0)
-        self.engine = None
         if config.rollout.batch_invariant:
             self.engine = Engine.of(policy, config.rollout)
 
@@ -111,7 +113,44 @@ class LoraReference(Reference):
         yield self.model
 
 
-def make_reference(policy: Policy, config: Config) -> Reference:
+class ShardedReference(Reference):
+    """A copy that is divided as the policy is, and whole on each rank during a forward alone."""
+
+    def __init__(self, config: Config, parallel: Fsdp):
+        g = config.grpo
+        self.temperature, self.version = config.rollout.temperature, 0
+        self.parallel = parallel
+        self.dtype = DTYPES.get(g.ref_dtype, parallel.dtype)
+        self.on_cpu = g.ref_device == "cpu"
+        self.shards: dict[str, Shard] = {}
+        self.refresh(parallel.model, 0)
+        self.model = hollow(parallel.model.spec, self.dtype, parallel.device)
+
+    def tensors(self) -> dict[str, Tensor | Shard]:
+        return dict(self.shards)
+
+    def refresh(self, model: Decoder, version: int) -> None:
+        assert model is self.parallel.model
+        for (
+            name,
+            x,
+        ) in self.parallel.stored().items():  # rounded as the policy's forward rounds them
+            home = torch.device("cpu") if self.on_cpu else x.part.device
+            self.shards[name] = x.of(x.part.to(home, self.dtype, copy=True))
+        self.version = version
+
+    @contextmanager
+    def _on_device(self) -> Iterator[Decoder]:
+        fill_whole(self.model, self.shards)
+        try:
+            yield self.model
+        finally:
+            empty(self.model)
+
+
+def make_reference(policy: Policy, config: Config, parallel: Ddp | Fsdp) -> Reference:
+    if isinstance(parallel, Fsdp):
+        return ShardedReference(config, parallel)
     return (LoraReference if config.lora.rank else Reference)(policy, config)
 
 

@@ -11,7 +11,7 @@ from r1fast.config import Config
 from r1fast.costs import Size
 from r1fast.data_order import batch_indices
 from r1fast.examples import Example
-from r1fast.forward import hidden_states
+from r1fast.forward import hidden_states, nothing
 from r1fast.interrupt import stoppable
 from r1fast.kernels.linear_cross_entropy import linear_cross_entropy
 from r1fast.kernels.loss_rows import NonFiniteError
@@ -68,7 +68,7 @@ def _lengths(s: Sequence) -> tuple[int, int]:
 class SFTTrainer(Trainer):
     """Minimises the mean negative log-likelihood per completion token (or per sequence)."""
 
-    section, shorter = "sft", "sft.max_seq_tokens"
+    section, shorter, can_shard = "sft", "sft.max_seq_tokens", True
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class SFTTrainer(Trainer):
             weights = [1.0 / (len(batch_of) * len(x.completion_ids)) for x in owned]
         self.work = Work.of([(p, [n]) for p, n in map(_lengths, owned)])
         with self.timer("train"):
-            with stoppable():
+            with stoppable(in_step=self.parallel.is_sharded):
                 sums = self.token_budget.fitting(lambda: self._backward(owned, weights))
             with self.timer.part("optimizer"):
                 norm, lr = self.optimize()
@@ -162,11 +162,16 @@ class SFTTrainer(Trainer):
             device=self.policy.device,
             longer_alone=self.token_budget.was_halved,
         )
-        for batch in self.token_budget.each(batches):
+        for batch in self.token_budget.each(self.parallel.even(batches)):
+            with self.timer.part("forward"):
+                hidden = hidden_states(self.model, batch)
+            if batch.is_idle:
+                nothing(hidden, self.model.head_weight).backward()
+                continue
             try:
                 with self.timer.part("forward"):
                     loss, entropy = linear_cross_entropy(
-                        hidden_states(self.model, batch),
+                        hidden,
                         self.model.head_weight,
                         batch.target_ids,
                         token_weights=batch.token_weights,
@@ -175,6 +180,8 @@ class SFTTrainer(Trainer):
                     )
             except NonFiniteError as error:
                 warn(str(error))
+                if self.parallel.is_sharded:  # other ranks gather and sum with this one
+                    nothing(hidden, self.model.head_weight).backward()
                 self.optimizer.spoil()
                 sums["loss"] = math.nan  # there is none, on any rank
                 continue

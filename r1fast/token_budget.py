@@ -13,8 +13,9 @@ from typing import Protocol, TypeVar
 import torch
 
 from r1fast import distributed
-from r1fast.interrupt import boundary
+from r1fast.interrupt import Stopped, boundary, giving_up
 from r1fast.metrics import warn
+from r1fast.watchdog import beat
 
 T = TypeVar("T")
 
@@ -43,7 +44,8 @@ class TokenBudget:
     """`discard` drops the gradients that were added up.
 
     Where a sequence alone does not fit, `relieve` makes room and says how; where it says nothing, it could
-    not, and `advice` is in the error.
+    not, and `advice` is in the error. Ranks that do every micro-batch `in_step`, with each other on that device,
+    give one up together, and cannot do a mini-batch again: the others are amid it.
     """
 
     def __init__(
@@ -54,19 +56,34 @@ class TokenBudget:
         relieve: Callable[[], str] = str,
         advice: str,
         was_halved: bool = False,
+        in_step: torch.device | None = None,
     ):
         assert num_tokens >= 1, num_tokens
         self.num_tokens, self.was_halved = num_tokens, was_halved
         self.discard, self.relieve, self.advice = discard, relieve, advice
+        self.in_step = in_step
         self._size: tuple[int, int] | None = None  # tokens and sequences of what runs
+        self._stops: torch.Tensor | None = None  # whether a rank gave up at the micro-batch before
 
     def each(self, batches: Iterable[B]) -> Iterator[B]:
         """The micro-batches that `fitting` watches, one after the other."""
         for batch in batches:
-            boundary("train", f"{batch.num_tokens} tokens")
+            if self.in_step is None:
+                boundary("train", f"{batch.num_tokens} tokens")
+            else:
+                self._common_boundary(f"{batch.num_tokens} tokens")
             self._size = batch.num_tokens, len(batch.sequence_index)
             yield batch
         self._size = None
+
+    def _common_boundary(self, detail: str) -> None:
+        """Raises Stopped on all ranks alike. One micro-batch late, so that no device is waited for meanwhile."""
+        beat("train", detail)
+        stops, self._stops = self._stops, None
+        if stops is not None and bool(stops):
+            raise Stopped
+        flag = torch.tensor(float(giving_up()), device=self.in_step)
+        self._stops = distributed.all_reduce(flag, "max")
 
     def fitting(self, attempt: Callable[[], T]) -> T:
         """`attempt()`, which packs by `num_tokens`; again with less where a micro-batch does not fit.
@@ -81,6 +98,11 @@ class TokenBudget:
                 if self._size is None or not is_out_of_memory(error):
                     raise
                 said = str(error).strip().partition("\n")[0]
+                if self.in_step is not None:
+                    raise OutOfMemoryForGood(
+                        f"out of memory in a micro-batch of {self._size[0]} tokens, which no rank can do again "
+                        f'alone with parallel.mode = "fsdp" ({said}). Lower the token_budget. {self.advice}'
+                    ) from error
             # outside of the clause: the error's frames hold what the attempt had in memory
             self.discard()
             gc.collect()

@@ -158,13 +158,15 @@ class GRPOTrainer(PolicyUpdate):
     def train_step(self, step: int) -> dict[str, float]:
         before = self.engine.stats
         if self.config.grpo.dynamic_sampling == "off":
-            groups = self._sample(step)
+            with self.whole_policy():
+                groups = self._sample(step)
             with self.timer("reward"), stoppable(waits=True):
                 self.scorer.score(groups, step_from_end=self.num_steps - 1 - step)
             drawn = Drawn(kept=groups, sampled=groups)
         else:
-            self._give_weights(step)
-            drawn = self._draw(step)
+            with self.whole_policy():
+                self._give_weights(step)
+                drawn = self._draw(step)
         row = self._rollout_row(drawn.sampled) | self._engine_row(before) | drawn.metrics
         row |= self._lag_row(drawn.kept)
         if isinstance(self.engine, VllmEngine):
@@ -383,10 +385,11 @@ class GRPOTrainer(PolicyUpdate):
         every = self.config.eval.every_steps
         if self.evaluate is None or not every or self.step % every:
             return {}
-        if self.ahead is not None:  # so that the versions of what is in flight are known
-            self._give_weights()
-        with self.timer("eval"):
-            values = self.evaluate()
+        with self.whole_policy():
+            if self.ahead is not None:  # so that the versions of what is in flight are known
+                self._give_weights()
+            with self.timer("eval"):
+                values = self.evaluate()
         row = {f"eval/{key}": v for key, v in values.items() if isinstance(v, int | float)}
         row |= self.monitor.saw_evaluation(self.step, values)
         if alarm := self.monitor.alarm:

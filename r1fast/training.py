@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -55,12 +57,25 @@ class Trainer(TrainingState):
         """For subclasses: what is to see the first steps."""
         return None
 
+    @contextmanager
+    def whole_policy(self) -> Iterator[None]:
+        """Inside, the policy's own model has its weights, to sample from or to evaluate. Ranks enter together."""
+        if not self.parallel.is_sharded:
+            yield
+            return
+        with self.timer("gather"):
+            self.parallel.gather()
+        try:
+            yield
+        finally:
+            self.parallel.free()
+
     def optimize(self) -> tuple[Tensor, float]:
         """Sum gradients over ranks and step. Returns (gradient norm, for `read_norms`; learning rate)."""
         beat("optimizer")
         self.was_updated = True
         self.optimizer.accumulate()
-        distributed.sum_gradients(self.optimizer.masters)
+        self.parallel.sum_gradients(self.optimizer.masters)
         self.on_gradient()
         lr = self.next_learning_rate()
         self.checkpoints.before_change()
@@ -123,6 +138,7 @@ class Trainer(TrainingState):
             say(f"{self.stage}: all {self.num_steps} steps were trained before, none is repeated")
             if distributed.is_main():
                 remove_unfinished(self.folder / "checkpoints")
+        self.parallel.gather()
         if distributed.is_main():
             self.policy.save(self.model_folder())
             if self.base:
@@ -136,7 +152,7 @@ class Trainer(TrainingState):
         log = self.config.log
         every = self.config.checkpoint.every_steps
         # with moments and masters
-        size = sum(p.nbytes + 12 * p.numel() for p in self.trained().values())
+        size = sum(x.nbytes + 12 * x.shape.numel() for x in self.trained().values())
         self._seconds.setdefault("save", size / DISK_BYTES_PER_SECOND)
         if distributed.is_main():
             drop_rows(self.folder / "completions.jsonl", self.step)  # of steps done again

@@ -27,10 +27,11 @@ from r1fast.config_diff import same_config
 from r1fast.lora import add_lora, lora_of
 from r1fast.metrics import note, say
 from r1fast.model import Decoder
-from r1fast.optim import Optimizer
 from r1fast.policy import Policy
 from r1fast.rollout.sampler import sample_seed
 from r1fast.rollout.weights import checksums
+from r1fast.sharding import make_parallel
+from r1fast.shards import Shard, local
 from r1fast.token_budget import TokenBudget
 from r1fast.watchdog import beat
 
@@ -89,10 +90,11 @@ def tokenizer_facts(policy: Policy, config: Config) -> dict:
 
 
 @torch.no_grad()
-def fill(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
+def fill(targets: dict[str, Tensor | Shard], sources: dict[str, Tensor]) -> None:
     assert targets.keys() == sources.keys(), targets.keys() ^ sources.keys()
     for name, target in targets.items():
-        target.copy_(sources[name])
+        rows = isinstance(target, Shard)
+        local(target).copy_(target.rows_of(sources[name]) if rows else sources[name])
 
 
 class TrainingState:
@@ -100,6 +102,7 @@ class TrainingState:
 
     section = ""  # of the config that has the token_budget
     shorter = ""  # the keys that bound a sequence's length
+    can_shard = False  # parallel.mode = "fsdp"
     unfinished: dict | None = None  # the row of a step whose evaluation was given up
     note = ""  # for the next row: what cannot be as if the run had not been stopped
 
@@ -118,7 +121,8 @@ class TrainingState:
     ):
         put_adapters(policy.model, config, stage)
         self.data = data
-        self.policy, self.model, self.config = policy, policy.model, config
+        self.parallel = make_parallel(policy, config, can_shard=self.can_shard)
+        self.policy, self.model, self.config = policy, self.parallel.model, config
         self.folder, self.stage = Path(folder), stage
         self.num_steps, self.num_optimizer_steps = num_steps, num_optimizer_steps
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
@@ -127,12 +131,16 @@ class TrainingState:
         self.tokenizer = tokenizer_facts(policy, config) if resume else {}
         # the frozen base is not in the checkpoints, so they name it
         self.base = base_digest(self.model) if config.lora.rank else ""
-        self.optimizer = Optimizer(self.model.named_parameters(), config.optim)
+        self.optimizer = self.parallel.make_optimizer(config.optim)
+        self.prepare()
         self.step = self.optimizer_step = self.num_tokens = 0
         self._resumed_step = 0  # nothing is lost that is not trained yet
         self._seconds: dict[str, float] = {}  # what a step, an evaluation, a save took last
         if not (resume and self._resume(force)):
             self.token_budget = self._make_token_budget({})
+
+    def prepare(self) -> None:
+        """For subclasses: what is made of the first weights, before others are loaded."""
 
     def _resume(self, force: bool) -> bool:
         """Whether there was a checkpoint to go on from."""
@@ -166,15 +174,24 @@ class TrainingState:
         self.restore(saved)
         if self.step < self.num_steps:
             say(f"{self.stage}: goes on after step {self.step} of {self.num_steps}")
-            before = saved.state.get("world_size", self.world_size)
-            if before != self.world_size:
+            now = self._layout()
+            before = {name: saved.state.get(name, value) for name, value in now.items()}
+            if before != now:
+                words = {"world_size": "processes", "parallel": "model"}
+                changed = [
+                    f"{words[n]} {before[n]} -> {x}" for n, x in now.items() if x != before[n]
+                ]
                 self.note = (
-                    f"{self.stage}: processes {before} -> {self.world_size} after step {self.step}: the same "
+                    f"{self.stage}: {', '.join(changed)} after step {self.step}: the same "
                     "data in the same order and the same random streams, but sums are added up in another "
                     "order, so losses and weights are those of the run before to rounding, not to the bit"
                 )
                 note(self.note)
         return True
+
+    def _layout(self) -> dict[str, int | str]:
+        """What decides in which order sums are added up."""
+        return {"world_size": self.world_size, "parallel": self.parallel.name}
 
     def restore(self, saved) -> None:
         """Take the step, state and tensors of `saved`: a Checkpoint, or what looks like one."""
@@ -226,6 +243,7 @@ class TrainingState:
             advice=f"Lower {self.shorter}, take model.activation_checkpointing = full, "
             "model.dtype = bfloat16, or a smaller model",
             was_halved=was_halved,
+            in_step=self.policy.device if self.parallel.is_sharded else None,
         )
         budget.agree(self.policy.device)
         return budget
@@ -262,24 +280,24 @@ class TrainingState:
             state |= {"base": self.base, "base_path": self.policy.path}
         return state
 
-    def trained(self) -> dict[str, Tensor]:
+    def trained(self) -> dict[str, Tensor | Shard]:
         """The weights that a checkpoint holds: a frozen base is where it was read from."""
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        return self.parallel.trained()
 
     def load_extra(self, saved) -> None:
         """For subclasses: tensors beyond model and optimizer."""
 
-    def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
+    def extra_tensors(self) -> dict[str, dict[str, Tensor | Shard]]:
         return {}
 
     def extra_state(self) -> dict:
         """For subclasses: plain data beyond the counters."""
         return {}
 
-    def state_tensors(self) -> dict[str, dict[str, Tensor]]:
+    def state_tensors(self) -> dict[str, dict[str, Tensor | Shard]]:
         """Everything that a step changes."""
         return {
-            "model": {n: p.detach() for n, p in self.trained().items()},
+            "model": self.parallel.stored(),
             "optimizer": self.optimizer.state_tensors(),
             **self.extra_tensors(),
         }
@@ -287,7 +305,7 @@ class TrainingState:
     def config_that_matters(self) -> dict:
         """What changes the weights of this stage: not where they go, what is shown or evaluated."""
         config = to_dict(self.config)
-        for key in ("output_dir", "log", "checkpoint", "pipeline", "stages"):
+        for key in ("output_dir", "log", "checkpoint", "parallel", "pipeline", "stages"):
             del config[key]
         for key in ("eval", "sample", "cold_start", "monitor", "judge"):
             del config[key]
@@ -319,7 +337,7 @@ class TrainingState:
         state = self.state() | {
             "starts_from": self.policy.path,
             "tokenizer": self.tokenizer,
-            "world_size": self.world_size,
+            **self._layout(),
         }
         self.checkpoints.save(self.step, self.state_tensors(), state, wait=wait)
         self._seconds["save"] = max(time.monotonic() - began, self.checkpoints.write_seconds)

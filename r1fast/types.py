@@ -141,6 +141,11 @@ class PackedBatch:
         return self.bounds[-1]
 
     @property
+    def is_idle(self) -> bool:
+        """Of no sequence: forwarded because other ranks, which gather weights with this one, have more."""
+        return not self.sequence_index
+
+    @property
     def sampler_logprobs(self) -> Tensor:  # (N,)
         """As the tokens were drawn."""
         return self.old_logprobs if self.rollout_logprobs is None else self.rollout_logprobs

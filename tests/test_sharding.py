@@ -1,0 +1,246 @@
+"""FSDP2 trains what DDP trains, on any number of ranks: gradients, weights, samples, checkpoints, stops.
+
+All ranks of all cases are forked from one process, sharded_ranks.py, whose cases say what they do.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sharded_ranks import ALWAYS, LAYOUTS, MORE, MOVES, RUNS, runs_of
+from tiny import tiny_config, tiny_policy
+
+from r1fast.checkpoint import load_checkpoint
+from r1fast.interrupt import stoppable
+from r1fast.metrics import read_metrics
+from r1fast.sharding import empty, hollow, make_parallel
+from r1fast.token_budget import OutOfMemoryForGood, TokenBudget
+
+ROOT = Path(__file__).parents[1]
+TRAINED = [(layout, name) for layout in (*ALWAYS, *MORE) for name in runs_of(layout)]
+TRAINED = [(layout, name) for layout, name in TRAINED if layout != "ddp1"]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sharding")
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/sharded_ranks.py"), str(folder)],
+        env=environment, capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return folder
+
+
+def largest_error(actual: dict, expected: dict) -> float:
+    """Of all tensors, as a share of each one's norm."""
+    assert actual.keys() == expected.keys()
+    pairs = [(actual[key].double(), x.double()) for key, x in expected.items()]
+    return max(float((a - b).norm() / (b.norm() + 1e-30)) for a, b in pairs)
+
+
+def tensors_of(out: Path, layout: str, name: str, what: str) -> dict[str, torch.Tensor]:
+    return load_file(out / layout / name / f"{what}.safetensors")
+
+
+def first_step(named: dict) -> dict:
+    return {key: x for key, x in named.items() if key.startswith("0.")}
+
+
+@pytest.mark.parametrize(("layout", "name"), TRAINED)
+def test_gradients_and_weights_are_those_of_one_process(out, layout, name):
+    """In bfloat16 the first gradient is close to that of one process, whose micro-batches are others."""
+    gradients, weights = (tensors_of(out, layout, name, x) for x in ("gradients", "weights-0"))
+    expected, after = (tensors_of(out, "ddp1", name, x) for x in ("gradients", "weights-0"))
+    begun = dict(tiny_policy(RUNS[name][0]).model.named_parameters())
+    if RUNS[name][1] == "float32":
+        assert largest_error(gradients, expected) < 5e-6
+        assert largest_error(weights, after) < 5e-7
+    else:
+        assert largest_error(first_step(gradients), first_step(expected)) < 0.02
+        assert largest_error(weights, after) < 0.02
+    assert largest_error(weights, {n: p.detach() for n, p in begun.items()}) > 1e-3  # it trains
+    for rank in range(1, LAYOUTS[layout][0]):
+        others = tensors_of(out, layout, name, f"weights-{rank}")
+        assert all(torch.equal(others[key], x) for key, x in weights.items())
+
+
+@pytest.mark.parametrize("name", MORE["ddp2"])
+def test_in_bfloat16_the_ranks_of_ddp_have_the_same_micro_batches_and_so_the_same_gradient(
+    out, name
+):
+    fsdp, ddp = (tensors_of(out, layout, name, "gradients") for layout in ("fsdp2", "ddp2"))
+    assert largest_error(first_step(fsdp), first_step(ddp)) < 1e-6
+
+
+@pytest.mark.parametrize("name", MORE["fsdp1"])
+def test_a_group_of_one_is_one_process_to_the_bit(out, name):
+    for what in ("gradients", "weights-0"):
+        alone, divided = (tensors_of(out, layout, name, what) for layout in ("ddp1", "fsdp1"))
+        assert all(torch.equal(divided[key], x) for key, x in alone.items())
+
+
+@pytest.mark.parametrize(("layout", "name"), TRAINED)
+def test_data_samples_and_metrics_are_those_of_one_process(out, layout, name):
+    n = LAYOUTS[layout][0]
+
+    def samples(layout: str, n: int) -> list:
+        facts = [
+            json.loads((out / layout / name / f"facts-{r}.json").read_text()) for r in range(n)
+        ]
+        if RUNS[name][1] == "float32":
+            return sorted(sum((f["seen"] for f in facts), []))
+        return sorted(sum((f["seen"][: 4 // n] for f in facts), []))  # of the first step
+
+    if name != "dynamic":  # where ranks begin other candidates that are dropped later
+        assert samples(layout, n) == samples("ddp1", 1)
+        assert samples(layout, n) or name.startswith("sft")
+    rows, expected = (read_metrics(out / which / name) for which in (layout, "ddp1"))
+    assert len(rows) == len(expected) == 2
+    keys = (
+        "loss",
+        "grad_norm",
+        "reward",
+        "kl",
+        "entropy",
+        "num_tokens",
+        "eval/pass@1",
+        "train/steps_without_signal",
+    )
+    for row, alone in zip(rows, expected, strict=True):
+        assert row["step"] == alone["step"]
+        if RUNS[name][1] == "float32":
+            for key in (key for key in keys if key in alone):
+                assert row[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-6), key
+    if n > 1 and layout != "ddp4" and not name.startswith("sft"):
+        assert ("time/gather" in rows[0]) == ("fsdp" in layout or layout in ("hsdp4", "kept2"))
+
+
+def everything(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the newest checkpoint."""
+    found = load_checkpoint(folder / "checkpoints")
+    assert found.step == len(MOVES)
+    return {f"{s}.{key}": x for s in found.names() for key, x in found.tensors(s).items()}
+
+
+@pytest.mark.parametrize("name", ["grpo", "sft bfloat16"])
+def test_a_checkpoint_moves_between_all_layouts(out, name):
+    """A step in each of MOVES, one after the other, is the run of one process."""
+    moved, alone = everything(out / "moved" / name), everything(out / "ddp1 straight" / name)
+    assert {key: (x.dtype, x.shape) for key, x in moved.items()} == {
+        key: (x.dtype, x.shape) for key, x in alone.items()
+    }
+    assert largest_error(moved, alone) < (2e-6 if name == "grpo" else 0.03)
+    notes = [row.get("note", "") for row in read_metrics(out / "moved" / name)]
+    assert [note.partition(" after")[0].partition(": ")[2] for note in notes] == [
+        "", "processes 1 -> 2, model ddp -> fsdp", "processes 2 -> 4, model fsdp -> ddp",
+        "model ddp -> fsdp in 2 copies", "processes 4 -> 1, model fsdp in 2 copies -> fsdp",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["grpo", "sft bfloat16"])
+def test_a_resumed_run_of_the_same_layout_is_the_same_to_the_bit(out, name):
+    whole, pieces = (everything(out / f"fsdp2 {how}" / name) for how in ("straight", "in pieces"))
+    assert all(torch.equal(pieces[key], x) for key, x in whole.items())
+    files = sorted(
+        p.name
+        for p in load_checkpoint(out / "fsdp2 straight" / name / "checkpoints").path.iterdir()
+    )
+    assert [f for f in files if f.startswith("optimizer")] == [
+        f"optimizer-0000{i}-of-00002.safetensors" for i in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize("name", ["grpo-loss", "grpo-gradient", "sft-loss", "sft-gradient"])
+def test_what_is_not_finite_on_one_rank_is_skipped_by_all(out, name):
+    for rank in (0, 1):
+        same = json.loads((out / "not_finite" / name / f"same-{rank}.json").read_text())
+        assert same == [False, True, False]  # whether a step has left this rank's rows as they were
+    rows = read_metrics(out / "not_finite" / name)
+    assert [row["train/updates_skipped"] for row in rows] == [0, 1, 0]
+
+
+def test_a_signal_on_one_rank_stops_all_at_the_same_micro_batch(out):
+    facts = [json.loads((out / f"signalled-{rank}.json").read_text()) for rank in (0, 1)]
+    assert facts == [{"forwards": 2, "step": 1, "saved": 1}] * 2
+    rows = read_metrics(out / "signalled")
+    assert [row["step"] for row in rows] == [1, 2]  # the same command went on
+    alone = read_metrics(out / "ddp1" / "grpo")
+    assert rows[1]["loss"] == pytest.approx(alone[1]["loss"], rel=1e-4)
+
+
+def test_ranks_in_step_do_not_try_again_alone():
+    budget = TokenBudget(64, discard=lambda: None, advice="Take less.", in_step=torch.device("cpu"))
+
+    class Batch:
+        num_tokens, sequence_index = 50, [0, 1]
+
+    def attempt():
+        for _ in budget.each([Batch()]):
+            raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(OutOfMemoryForGood, match=r"of 50 tokens, which no rank .* Take less"):
+        budget.fitting(attempt)
+    assert budget.num_tokens == 64
+
+
+def test_work_in_step_is_not_stopped_at_a_boundary_of_one_rank():
+    from r1fast.interrupt import Stopped, StopRequest, boundary
+
+    with StopRequest(gives_up=lambda left: True) as request:
+        request.received = True
+        with pytest.raises(Stopped), stoppable(in_step=True):
+            boundary("train")  # nothing: the others would wait
+            reached = True
+    assert reached
+
+
+def test_an_empty_model_is_nan_and_has_no_memory():
+    policy = tiny_policy()
+    before = {n: p.shape for n, p in policy.model.named_parameters()}
+    empty(policy.model)
+    other = hollow(policy.model.spec, torch.bfloat16, policy.device)
+    for model in (policy.model, other):
+        assert {n: p.shape for n, p in model.named_parameters()} == before
+        for p in model.parameters():
+            assert p.isnan().all()
+            assert p.untyped_storage().nbytes() == p.itemsize
+    assert {p.dtype for p in other.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("--parallel.replicas=2",), "parallel.replicas must be with parallel.mode"),
+        (("--parallel.cpu_offload=true",), "parallel.cpu_offload must be false without"),
+        (("--parallel.mode=fsdp", "--lora.rank=4"), "lora.rank must be 0: adapters"),
+        (("--parallel.mode=fsdp", "--rollout.batch_invariant=true"), "batch_invariant must be false"),
+        (("--parallel.mode=fsdp", "--log.record=all"), "log.record must be empty"),
+        (("--parallel.mode=fsdp", "--parallel.replicas=0"), "parallel.replicas must be at least 1"),
+        (
+            ("--parallel.mode=fsdp", "--rollout.engine=vllm", '--rollout.vllm.servers=["http://x:1"]'),
+            "rollout.engine must be .embedded",
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(*overrides)
+
+
+def test_what_cannot_be_divided_is_refused():
+    policy = tiny_policy()
+    with pytest.raises(ValueError, match=r"divides the policies of SFT and RL"):
+        make_parallel(policy, tiny_config("--parallel.mode=fsdp"), can_shard=False)
+    config = tiny_config("--parallel.mode=fsdp", "--parallel.cpu_offload=true")
+    with pytest.raises(ValueError, match=r"on a CPU they are there"):
+        make_parallel(policy, config, can_shard=True)
