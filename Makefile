@@ -22,8 +22,8 @@ help:      ## list the targets
 demo: build   ## set up, then run the whole R1 recipe small, on the CPU: a table and a report
 	@$(BIN)/r1fast pipeline configs/demo.toml
 
-test: lint sandbox ## set up, lint, every test; without a GPU the kernels run under the Triton interpreter
-	@$(BIN)/pytest $(ARGS)
+test: lint sandbox ## set up, lint, every test, two at a time (JOBS=2); without a GPU the kernels run under the Triton interpreter
+	@$(BIN)/pytest -n $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-vllm: build ## test the vLLM engine against a real vLLM, which is installed first (VLLM_VENV)
 	@$(BIN)/python benchmarks/vllm_build.py "$(VLLM_VENV)" && code=0 || code=$$?; \
