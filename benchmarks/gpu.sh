@@ -60,9 +60,9 @@ if [[ -n $DRY_RUN ]]; then
     rollout+=(--short-tokens 12 --generate-tokens 12)
     step+=(--device cpu --shapes toy --prompts 2 --group 4 --prompt-tokens 24 --new-tokens 16)
     step+=(--mean 7 --step-tokens 8 --pack 256 --variants r1fast "plain PyTorch")
-    wants bench && part 120 bench "${bench[@]}"
-    wants rollout && part 120 rollout "${rollout[@]}"
-    wants step && part 120 step "${step[@]}"
+    wants bench && part "$BUDGET" bench "${bench[@]}"
+    wants rollout && part "$BUDGET" rollout "${rollout[@]}"
+    wants step && part "$BUDGET" step "${step[@]}"
 else
     if ((${#wheels[@]})); then
         part 40 wheels "$PYTHON" -m pip install -q --no-deps --no-index "${wheels[@]}"

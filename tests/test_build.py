@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import re
 import shutil
 import subprocess
@@ -103,7 +104,8 @@ def test_sdist_builds_a_complete_wheel(tmp_path):
     unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
     assert not (unpacked / "r1fast/kernels").is_symlink()
 
-    run(unpacked, f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})")
+    code = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
+    run(unpacked, code, CMAKE_BUILD_TYPE="Debug")  # all is there, and quickly compiled
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -121,6 +123,12 @@ def test_sdist_builds_a_complete_wheel(tmp_path):
     assert not stray, "the wheel must only install r1fast"
 
 
-def run(folder: Path, code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+def run(folder: Path, code: str, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr

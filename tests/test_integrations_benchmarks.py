@@ -29,7 +29,7 @@ def run_gpu_script(folder: Path, *args: str, **environment: str) -> subprocess.C
 @pytest.mark.slow
 def test_gpu_script_dry_run(tmp_path):
     before = (BENCHMARKS / "results.csv").read_bytes()
-    done = run_gpu_script(tmp_path, "--dry-run")
+    done = run_gpu_script(tmp_path, "--dry-run", BUDGET="1500")
     assert done.returncode == 0, done.stdout + done.stderr
     measured = json.loads((tmp_path / "gpu.json").read_text())
     cells = {(row[1], row[2]) for row in measured["rows"] if "D=32" in row[0]}
