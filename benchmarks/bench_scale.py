@@ -11,7 +11,8 @@ time, each with the whole batch: what is slower there than in `one` is the machi
     of what there is     seconds of `apart` / (2 x seconds of `two`)
 
 Seconds lost are the mean over ranks and the median over steps: waiting for the other's rollout, waiting for the
-other's last gradient, summing gradients, and gathering weights (FSDP: layers in training, and all of them once before a rollout). Ranks read one clock, the machine's.
+other's last gradient, summing gradients, gathering the weights once before a rollout. What FSDP gathers and adds up
+layer by layer is in its seconds of training. Ranks read one clock, the machine's.
 """
 
 import argparse
@@ -37,12 +38,16 @@ VARIANTS = {  # name -> (ranks, processes that know nothing of each other, confi
     "one": (1, 1, []),
     "apart": (1, 2, []),
     "two": (2, 1, []),
+    "two, FSDP": (2, 1, ["--parallel.mode=fsdp"]),
 }
 LOSSES = {
     "waiting for a rollout": lambda ranks: _behind(ranks, "rollout ends"),
     "waiting for a gradient": lambda ranks: _behind(ranks, "sum begins"),
     "summing gradients": lambda ranks: (
         statistics.mean(r["sum ends"] for r in ranks) - max(r["sum begins"] for r in ranks)
+    ),
+    "gathering for the rollout": lambda ranks: statistics.mean(
+        r.get("time/gather", 0.0) for r in ranks
     ),
 }
 
@@ -54,7 +59,7 @@ def _behind(ranks: list[dict], event: str) -> float:
 
 def rank_program(path: str, steps: int, overrides: list[str]) -> None:
     """One rank: JSON lines of what each step took, on stdout."""
-    from r1fast import distributed, training
+    from r1fast import distributed
     from r1fast.config import load_config
     from r1fast.policy import load_policy
     from r1fast.trainer import GRPOTrainer
@@ -83,7 +88,7 @@ def rank_program(path: str, steps: int, overrides: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(policy, config, folder, problems, Scorer())
         events: dict[str, float] = {}
-        generate, sum_gradients = trainer.engine.generate, training.distributed.sum_gradients
+        generate, sum_gradients = trainer.engine.generate, trainer.parallel.sum_gradients
 
         def generated(*args, **kwargs):
             found = generate(*args, **kwargs)
@@ -95,7 +100,7 @@ def rank_program(path: str, steps: int, overrides: list[str]) -> None:
             sum_gradients(parameters)
             events["sum ends"] = time.monotonic()
 
-        trainer.engine.generate, training.distributed.sum_gradients = generated, summed
+        trainer.engine.generate, trainer.parallel.sum_gradients = generated, summed
         for step in range(steps):
             distributed.barrier()
             events["begins"] = time.monotonic()
@@ -179,12 +184,16 @@ def report(model: str, found: dict[str, list], *, append: bool) -> None:
     for name, steps in found.items():
         num_ranks = VARIANTS[name][0]
         values = {"step": (seconds[name], "s")}
+        for part in ("rollout", "train"):
+            slowest = [max(r[f"time/{part}"] for r in ranks) for ranks in steps]
+            values[part] = (statistics.median(slowest), "s")
         values["tokens forwarded"] = (statistics.median(r[0]["tokens"] for r in steps), "tokens")
         if num_ranks > 1:
             values["efficiency"] = (seconds["one"] / (num_ranks * seconds[name]), "ratio")
             values["of what there is"] = (seconds["apart"] / (num_ranks * seconds[name]), "ratio")
             for loss, of in LOSSES.items():
-                values[loss] = (statistics.median(map(of, steps)), "s")
+                if "gradient" not in loss or "FSDP" not in name:
+                    values[loss] = (statistics.median(map(of, steps)), "s")
         rows += [(f"GRPO, {model}", name, metric, *value) for metric, value in values.items()]
         table += [[f"{name}: {m}", f"{x:.4g}", unit] for m, (x, unit) in values.items()]
     print(f"\n{model}, medians of {len(found['two'])} steps")
