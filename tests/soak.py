@@ -241,7 +241,9 @@ class Soak:
         """Was that an end that the fault may have?"""
         seconds = time.monotonic() - sent
         log = self.runs.log.read_text(errors="replace")
-        right = code in kind.ends or (code == 0 and kind.how == "signal")  # it was done before
+        # it was done before, or went on to its end
+        is_done = code == 0 and (kind.how == "signal" or None in kind.ends)
+        right = code in kind.ends or is_done
         if not right:
             self.broken(f"{kind.name}: ended with {code}, not {kind.ends}", log)
         said = kind.said and kind.how != "damage" and code is not None
