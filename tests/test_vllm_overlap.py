@@ -332,6 +332,24 @@ def test_a_server_that_comes_back_while_the_weights_are_newer_than_the_last_sync
     assert (len(first.updates), len(second.updates)) == (2, 2)
 
 
+def test_other_ranks_ask_no_server_that_rank_0_has_lost(fleet, monkeypatch):  # noqa: F811
+    """It may still have older weights, though this rank has seen nothing wrong with it."""
+    engine, _ = fleet(none, none)
+    engine.sync()
+    said = [2, "another digest", [1], "", False]  # version, digest, servers that are up, no error
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [said, own])
+    engine.sync()
+    first, second = engine.fleet.servers
+    assert first.state != "up"
+    assert (second.state, second.version) == ("up", 2)
+    wait_for(lambda: first.state == "back")
+    engine.add([5, 6, 7], [1, 2], SamplingParams(max_tokens=6))
+    while engine.has_work:
+        assert all(event.weight_versions == (2, 2) for event in engine.step())
+    assert first.state != "up"  # its label says that it has others
+
+
 def test_what_is_held_is_sent_with_the_next_weights(fleet):  # noqa: F811
     policy = tiny_policy()
     engine, (server,) = fleet(none, policy=policy)
