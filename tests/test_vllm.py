@@ -208,6 +208,29 @@ def test_weights_that_come_while_samples_are_in_flight(servers, update):
     engine.close()
 
 
+def test_more_tokens_to_prefill_than_a_batch_holds(servers):
+    """In chunks they would end a server on CPUs: at first, and again when `keep` has all of them computed anew."""
+    policy = servers.policy("untied", seed=11)
+    engine = servers.engine(policy, "untied-0", update="keep")
+    engine.sync()
+    long = SamplingParams(temperature=0.8, max_tokens=200, ignore_eos=True)
+    for i in range(64):  # 10,000 tokens
+        engine.add([i + 1, *range(20, 180)], [i], long)
+    time.sleep(1)
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.mul_(1.1)
+    engine.reset_prefix_cache()
+    engine.sync()
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    assert [len(event.token_ids) for event in events] == [200] * 64
+    row = engine.take_metrics()
+    assert row["vllm/lost"] == row["vllm/retries"] == 0
+    engine.close()
+
+
 def test_a_prefix_cache_that_is_not_emptied_is_found(servers, monkeypatch):
     """Without the reset, prompts that were seen before have keys and values of the old weights."""
     policy = servers.policy("tied", seed=4)

