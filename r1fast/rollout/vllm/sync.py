@@ -12,7 +12,9 @@ import re
 import time
 from bisect import bisect_right, insort
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 
 import torch
 
@@ -145,18 +147,20 @@ class WeightSync:
         """What the server samples, with its log-probabilities: for `check`."""
         if self._sleeps.get(server.url):
             server.client.post("/wake_up", timeout=self.config.sync_timeout)
+        with ThreadPoolExecutor(len(self._prompts), "vllm-canary") as pool:  # the trainer waits
+            return list(pool.map(partial(self._canary, server), range(len(self._prompts))))
+
+    def _canary(self, server: Server, i: int) -> tuple[list[int], list[float]]:
         sampling = SamplingParams(self._temperature, max_tokens=SAMPLE_TOKENS, ignore_eos=True)
-        sampled, patience = [], min(self.config.request_timeout, REPLY_SECONDS)
-        for i, prompt in enumerate(self._prompts):
-            body = sampling_body("the canary", prompt, sampling, ())
-            body |= {"model": server.model, "seed": i, "max_tokens": SAMPLE_TOKENS}
-            try:
-                reply = server.client.post("/v1/completions", body, timeout=patience)
-            except RequestError as error:
-                raise ServerError(str(error)) from None
-            event = read_completion(reply, prompt, 0, i, SAMPLE_TOKENS)
-            sampled.append((event.token_ids, event.logprobs))
-        return sampled
+        body = sampling_body("the canary", self._prompts[i], sampling, ())
+        body |= {"model": server.model, "seed": i, "max_tokens": SAMPLE_TOKENS}
+        patience = min(self.config.request_timeout, REPLY_SECONDS)
+        try:
+            reply = server.client.post("/v1/completions", body, timeout=patience)
+        except RequestError as error:
+            raise ServerError(str(error)) from None
+        event = read_completion(reply, self._prompts[i], 0, i, SAMPLE_TOKENS)
+        return event.token_ids, event.logprobs
 
     def check(self, server: Server, sampled: list[tuple[list[int], list[float]]]) -> None:
         """Compare with the trainer's own. Raises CanaryError."""
