@@ -14,15 +14,17 @@ import pytest
 import torch
 from fake_vllm import FakeVllm
 from ranks import Ranks
+from test_replay import train as record
 from test_vllm_fleet import _fast, fleet, none, wait_for  # noqa: F401
 from test_vllm_training import words
-from tiny import TokenScorer, tiny_config, tiny_policy, tiny_problems
+from tiny import TokenScorer, tiny_checkpoint, tiny_config, tiny_policy, tiny_problems
 
 from r1fast import distributed
 from r1fast.evaluate.sampling import sample_groups
 from r1fast.interrupt import ServersLost
 from r1fast.metric_help import METRIC_HELP
 from r1fast.metrics import read_metrics
+from r1fast.replay import replay
 from r1fast.rollout.sampler import SamplingParams, sample_seed
 from r1fast.rollout.vllm.canary import own_logprobs
 from r1fast.rollouts_ahead import settled_update
@@ -430,6 +432,17 @@ def trainer_sequence(batch, i: int) -> tuple[list[int], list[int]]:
     first = rows[0]  # the prompt's last token
     begin = max(b for b in batch.bounds if b <= first)
     return batch.input_ids[begin : first + 1].tolist(), targets
+
+
+def test_a_recorded_step_is_made_again_to_the_bit(tmp_path, servers):
+    """With the sampler's log-probabilities of older weights, and without servers."""
+    base = tiny_checkpoint(tmp_path / "base")
+    (server,) = servers()
+    record(tmp_path / "run", base, *words([server], FAST, "--grpo.num_iterations=2", *ahead(1)))
+    server.close()
+    for step in (1, 2, 3):
+        result = replay(tmp_path / "run", step)
+        assert result["is_identical"], result["differing"]
 
 
 @pytest.mark.parametrize(
