@@ -28,6 +28,7 @@ from r1fast.costs import (
 from r1fast.machine import GIB
 from r1fast.model import DTYPES, ModelSpec
 from r1fast.probe import Footprint, Speed
+from r1fast.sharded_memory import Shares
 
 CPU_TOKENS = (
     4096  # a micro-batch above these is no faster on a CPU, and slower where layers are narrow
@@ -71,6 +72,16 @@ class Job:
     @property
     def trains_head(self) -> bool:
         return not self.config.lora.rank
+
+    @property
+    def divided(self) -> Shares | None:
+        """What a rank holds of the model where it is not all of it."""
+        parallel = self.config.parallel
+        if parallel.mode == "ddp":
+            return None
+        return Shares(
+            self.size, self.spec.num_layers, self.dtype.itemsize, self.world_size, parallel
+        )
 
     @property
     def budget(self) -> int | str:
@@ -131,30 +142,44 @@ class Work:
 
 def resident(job: Job, groups: Groups, available: int) -> dict[str, int]:
     """What stays through a step over `groups`, of `available` bytes."""
-    size, item = job.size, job.dtype.itemsize
+    size, item, divided = job.size, job.dtype.itemsize, job.divided
     frozen = size.total - size.trained
     masters = 4 * size.trained * (job.trained_item < 4)
     kinds = {"weights": frozen * item + size.trained * job.trained_item,
              "optimizer": masters + 8 * size.trained}  # fmt: skip
+    if divided is not None:
+        kinds = divided.kept()
     g, r = job.config.grpo, job.config.rollout
     on_gpu = job.device.type == "cuda"
     if job.has_reference:
-        kinds["reference"] = _reference_bytes(job) * (g.ref_device == "same" or not on_gpu)
+        is_away = on_gpu and (g.ref_device == "cpu" or job.config.parallel.cpu_offload)
+        num_shares = 1 if divided is None else divided.num_shares
+        kinds["reference"] = 0 if is_away else -(-_reference_bytes(job) // num_shares)
     if job.kind != "grpo":
         return kinds
     has_tails = not on_gpu and r.block_size == 16 and not r.num_draft_tokens
     options = {"max_batch_size": r.max_batch_size, "block_size": r.block_size, "dtype": job.dtype,
                "has_tails": has_tails}  # fmt: skip
     if on_gpu:  # all that slots may need, made before the first gradients are
-        room = (available - sum(kinds.values()) + 8 * size.trained) // 2
+        whole = 0 if divided is None else divided.whole()
+        moments = 8 * size.trained if divided is None else kinds["optimizer"]  # not there yet
+        room = (available - sum(kinds.values()) - whole + moments) // 2
         context = job.spec.max_position_embeddings
         needed = cache_bytes(job.spec, [(1, [context - 1])] * r.max_batch_size, **options)
     else:  # memory is taken when it is written to
         room, needed = available // 2, cache_bytes(job.spec, groups, **options)
-        if _C.native_level(job.dtype == torch.bfloat16) != "baseline":
-            kinds["packed for decoding"] = (size.linears + size.table) * item
+        if divided is None and (packed := _packed_bytes(job)):
+            kinds["packed for decoding"] = packed
     kinds["cache"] = min(needed, int(r.cache_gib * GIB) or room)
     return kinds
+
+
+def _packed_bytes(job: Job) -> int:
+    """Of the copy that the native forward of a CPU makes."""
+    has_none = _C.native_level(job.dtype == torch.bfloat16) == "baseline"
+    if job.device.type != "cpu" or has_none:
+        return 0
+    return (job.size.linears + job.size.table) * job.dtype.itemsize
 
 
 def _reference_bytes(job: Job) -> int:
@@ -177,25 +202,33 @@ def memory(
     job: Job, groups: Groups, tokens: int, targets: int, *, several: bool, available: int
 ) -> Memory:
     """Where the largest micro-batch has so many tokens, and `several` follow one another."""
-    f, size, item = job.footprint, job.size, job.dtype.itemsize
+    f, size, item, divided = job.footprint, job.size, job.dtype.itemsize, job.divided
     kept = resident(job, groups, available)
     phases: Memory = {}
     if job.kind == "grpo":
         slots = min(job.config.rollout.max_batch_size, sum(len(ns) for _, ns in groups))
         logits = 4 * slots * job.spec.vocab_size
         phases["rollout"] = kept | {"logits": logits}
-        if job.device.type == "cpu":
+        if divided is not None:
+            phases["rollout"]["gathered"] = divided.whole()
+            if packed := _packed_bytes(job):
+                phases["rollout"]["packed for decoding"] = packed
+        elif job.device.type == "cpu":
             kept = kept | {"logits": logits}  # until the engine takes the new weights
     if job.has_reference:
         phases["reference"] = kept | {"activations": int(f.forward * tokens)}
-        if not kept["reference"]:
+        if divided is not None:
+            phases["reference"]["gathered"] = _reference_bytes(job)
+        elif not kept["reference"]:
             phases["reference"]["reference"] = _reference_bytes(job)
     saved = f.layer * job.spec.num_layers * tokens
     chunk = head_chunk_bytes(job.spec, job.dtype, job.device.type, targets)
     table = size.table * 4 * job.trains_head  # dweight is a float32 sum
-    before = 4 * size.trained * several  # of the micro-batches before
+    summed = 4 * size.trained if divided is None else divided.rows_of_gradients()
+    before = summed * several  # of the micro-batches before
     # the embedding's gradient, beside the head's
     tied = size.table * item * (job.trains_head and job.spec.tie_word_embeddings)
+    tied *= divided is None
     dhidden = 4 * targets * job.spec.hidden_size
     moments = (
         {"activations": int(saved + f.loss * tokens), "head": chunk + table + dhidden},
@@ -208,13 +241,18 @@ def memory(
     if job.device.type == "cpu":
         fullest["heap"] = int(HEAP_SHARE * (saved + f.backward * tokens))
     phases["training"] = kept | fullest
-    flat = 4 * size.trained * (job.world_size > 1)  # summed over ranks in one piece
-    phases["update"] = kept | {"gradients": 4 * size.trained + flat}
+    flat = summed * (job.world_size > 1)  # summed over ranks in one piece
+    if divided is not None:
+        phases["training"]["gathered"] = divided.gathered()
+        flat = 0
+    phases["update"] = kept | {"gradients": summed + flat}
     return phases
 
 
 def _fresh(job: Job, several: bool) -> int:
     """Gradients as a backward makes them, beside those that are added up already."""
+    if job.divided is not None:
+        return job.divided.fresh()
     if several and job.trained_item == 4:
         return job.size.table * 4 * job.trains_head  # one at a time is added
     return job.size.trained * job.trained_item

@@ -123,6 +123,8 @@ def make_plan(
         name, notes = gpu.name, assumptions(gpu)
         peak_flops = gpu.fp32_flops if job.dtype == torch.float32 else gpu.bf16_flops
         speed = roofline(job, _layer_bytes(job), peak_flops, gpu.bandwidth)
+    if job.divided is not None:
+        notes = [*notes, job.divided.says()]
     longest = Work.of(job.at_longest())
     phases = memory_of(job, longest, max(budget, job.longest - 1), available)
     return Plan(

@@ -1,0 +1,97 @@
+"""What a plan says of a rank that holds a share of the model, against the tensors that are there."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import TokenScorer, tiny_config, tiny_policy, tiny_problems
+
+from r1fast import distributed
+from r1fast.costs import Size
+from r1fast.machine import GIB, GPUS
+from r1fast.model import Decoder, ModelSpec
+from r1fast.planner import memory, peak, resident
+from r1fast.planning import held_bytes, make_job, make_plan
+from r1fast.trainer import GRPOTrainer
+
+SPEC = ModelSpec("llama", 320, 128, 352, 3, 4, 2, 32, tie_word_embeddings=True)
+GROUPS = [(12, [20] * 4)] * 4
+FSDP = ("--parallel.mode=fsdp", "--grpo.token_budget=200")
+
+
+def job_of(*overrides: str, num_ranks: int = 1, device: str = "cpu", spec: ModelSpec = SPEC):
+    config = tiny_config(*overrides)
+    size = Size.of(Decoder(spec, device="meta"))
+    return make_job("grpo", spec, size, config, torch.device(device), GROUPS, 32, num_ranks)
+
+
+def phases(job):
+    return memory(job, GROUPS, 200, 100, several=True, available=GIB)
+
+
+@pytest.fixture
+def group_of_one():
+    yield
+    distributed.stop()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_kept_is_what_a_trainer_keeps(tmp_path, group_of_one, dtype):
+    policy = tiny_policy("qwen3")
+    policy.model.to(getattr(torch, dtype))
+    config = tiny_config(*FSDP, f"--model.dtype={dtype}", "--grpo.num_steps=1",
+                         "--model.activation_checkpointing=none")  # fmt: skip
+    trainer = GRPOTrainer(policy, config, tmp_path, tiny_problems(), TokenScorer())
+    trainer.watch = lambda: None
+    trainer.run()
+    steps = sum(x.nbytes for n, x in trainer.optimizer.state_tensors().items() if n[:5] == "step.")
+    job = replace(trainer.job(), size=Size.of(trainer.model))
+    kept = resident(job, GROUPS, GIB)
+    assert held_bytes(trainer) - steps == kept["weights"] + kept["optimizer"] + kept["reference"]
+    assert trainer.model.num_parameters() == job.size.total
+    assert phases(job)["rollout"]["gathered"] == sum(p.nbytes for p in policy.model.parameters())
+
+
+@pytest.mark.parametrize(("num_ranks", "replicas"), [(2, 1), (8, 1), (8, 4)])
+def test_shares_are_divided_by_the_ranks_that_hold_one_copy(num_ranks, replicas):
+    one = job_of(*FSDP)
+    some = job_of(*FSDP, f"--parallel.replicas={replicas}", num_ranks=num_ranks)
+    num_shares = num_ranks // replicas
+    alone, divided = resident(one, GROUPS, GIB), resident(some, GROUPS, GIB)
+    for kind in ("weights", "optimizer", "reference"):
+        assert divided[kind] == pytest.approx(alone[kind] / num_shares, abs=1)
+    assert divided["cache"] == alone["cache"]
+    assert f"divided over {num_shares} ranks" in some.divided.says()
+    assert (f", {replicas} times" in some.divided.says()) == (replicas > 1)
+    whole, share = phases(one), phases(some)
+    assert share["update"]["gradients"] == pytest.approx(4 * one.size.total / num_shares, abs=1)
+    assert share["rollout"]["gathered"] == whole["rollout"]["gathered"] == 4 * one.size.total
+
+
+def test_training_has_a_few_layers_at_a_time_or_all():
+    few, all_ = (job_of(*FSDP, f"--parallel.reshard_after_forward={x}", num_ranks=4,
+                        spec=replace(SPEC, num_layers=12)) for x in ("true", "false"))  # fmt: skip
+    layers = few.size.linears * 4
+    outside = (few.size.total - few.size.linears) * 4
+    assert phases(all_)["training"]["gathered"] == layers + outside
+    assert phases(few)["training"]["gathered"] == layers // 4 + outside
+
+
+def test_ddp_gathers_nothing_and_holds_all():
+    ddp, fsdp = job_of(num_ranks=8), job_of(*FSDP, num_ranks=8)
+    assert ddp.divided is None
+    assert not any("gathered" in kinds for kinds in phases(ddp).values())
+    assert peak(phases(fsdp))[1] < peak(phases(ddp))[1]
+
+
+def test_what_is_offloaded_is_not_on_the_gpu():
+    job = job_of(*FSDP, "--parallel.cpu_offload=true", num_ranks=2, device="cuda")
+    kept = resident(job, GROUPS, GIB)
+    assert kept["weights"] == kept["optimizer"] == kept["reference"] == 0
+    assert phases(job)["update"]["gradients"] == 0
+
+
+def test_a_plan_says_what_it_divides_and_what_it_leaves_out():
+    plan = make_plan(job_of(*FSDP, num_ranks=4, device="cuda"), "grpo", "", gpu=GPUS["h100"])
+    assert any("divided over 4 ranks; whole weights in rollouts" in x for x in plan.assumptions)
+    assert any("gathering takes is not in the seconds" in x for x in plan.assumptions)
