@@ -31,6 +31,7 @@ from torch.distributed import ProcessGroup
 
 from r1fast.checkpoint_layout import STATE, checkpoint_files, prefix_of, set_of
 from r1fast.distributed import gather_objects, is_first, together
+from r1fast.json_fields import is_number
 from r1fast.metrics import warn
 from r1fast.shards import Shard, has_shards, local
 from r1fast.tensor_file import Bytes, json_bytes
@@ -385,8 +386,8 @@ def _best(folder: Path, step: int, metric: str) -> Path | None:
             metric, value = measure.get("metric"), measure.get("value", -math.inf)
         except (OSError, ValueError, AttributeError, RecursionError):
             continue  # damaged since: it will be found where it is loaded
-        is_number = isinstance(value, int | float) and not math.isnan(value)
-        if name and metric == name and is_number and other <= step:
+        is_comparable = is_number(value) and not math.isnan(value)
+        if name and metric == name and is_comparable and other <= step:
             values.append((sign * value, other, path))
     return max(values)[2] if values else None
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from r1fast.checkpoint import BEST, Checkpoint, load_checkpoint, read_step, steps_in
-from r1fast.config import LoraConfig, load_config
+from r1fast.checkpoint_state import checked
+from r1fast.config import Config, config_of, load_config
 from r1fast.lora import add_lora, merge_lora
 from r1fast.metrics import say
 from r1fast.model import DTYPES, load_tokenizer
@@ -37,7 +38,7 @@ def export(target: str, overrides: list[str], options: Mapping) -> None:
     asked = _asked(overrides)
     saved = find_checkpoint(Path(target), options.get("step", ""))
     policy = restored(saved, asked.get("model.path", ""))
-    lora = saved.state["config"]["lora"]["rank"]
+    lora = _config(saved).lora.rank
     if "adapter-only" in options:
         if not lora:
             raise ValueError(f"{saved.path} has no adapters: it was trained without lora.rank")
@@ -93,15 +94,22 @@ def find_checkpoint(target: Path, step: str = "") -> Checkpoint:
         raise ValueError(
             f"{str(folder)!r} has no checkpoint of step {step or 'any'}; steps: {there}"
         )
-    return saved
+    return checked(saved)
+
+
+def _config(saved: Checkpoint) -> Config:
+    """What of the run's config makes a model."""
+    return config_of({key: saved.state["config"].get(key, {}) for key in ("model", "lora")})
 
 
 def restored(saved: Checkpoint, path: str = "") -> Policy | RewardPolicy:
     """The model of a checkpoint on the CPU, on top of the one at `path` or that the run started from."""
-    state, model = saved.state, saved.state["config"]["model"]
+    state, config = saved.state, _config(saved)
     run = saved.path.parent.parent
     known = (
-        [path] if path else [state.get("starts_from") or state.get("base_path") or model["path"]]
+        [path]
+        if path
+        else [state.get("starts_from") or state.get("base_path") or config.model.path]
     )
     if not path and not state.get("base"):  # of a whole model any of its shape will do
         known.append(str(run / "model"))
@@ -109,11 +117,13 @@ def restored(saved: Checkpoint, path: str = "") -> Policy | RewardPolicy:
     weights = saved.tensors("model")
     policy: Policy | RewardPolicy
     if "score_weight" in weights:
-        policy = RewardPolicy(load_reward_model(base, model["dtype"]), load_tokenizer(base), base)
+        policy = RewardPolicy(
+            load_reward_model(base, config.model.dtype), load_tokenizer(base), base
+        )
     else:
-        policy = load_policy(base, dtype=model["dtype"], device="cpu")
+        policy = load_policy(base, dtype=config.model.dtype, device="cpu")
     if state.get("base"):
-        add_lora(policy.model, LoraConfig(**state["config"]["lora"]))
+        add_lora(policy.model, config.lora)
         if base_digest(policy.model) != state["base"]:
             raise ValueError(
                 f"the adapters in {saved.path} were trained on other weights than those of {base!r}: "

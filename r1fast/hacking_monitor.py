@@ -13,7 +13,7 @@ monitor rather keeps silent than cries wolf. Of one problem there is no error, a
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from r1fast.config import MonitorConfig
 
@@ -83,7 +83,10 @@ class HackingMonitor:
         return {"points": [asdict(point) for point in self.points], "rewards": list(self.rewards)}
 
     def load_state(self, state: dict) -> None:
-        self.points = [Point(**point) for point in state["points"]][-self.config.window :]
+        self.points = [
+            Point(**{field.name: point[field.name] for field in fields(Point)})
+            for point in state["points"]
+        ][-self.config.window :]
         self.rewards = list(state["rewards"])
 
 

@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from r1fast.metric_rows import cut_back, parse_lines
+
 LOGGER_EXTRA = "loggers"  # pip install r1fast[loggers]
 LINE_WIDTH = 100
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # where a log goes
@@ -261,42 +263,27 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The rows of a metrics.jsonl (or of the one in a folder). A torn last line is left out."""
+    """The rows of a metrics.jsonl (or of the one in a folder). A last line that was cut off is left out.
+
+    Raises ValueError for any other line that is no row.
+    """
     path = Path(path)
     path = path / "metrics.jsonl" if path.is_dir() else path
-    return _parse_rows(path)[0]
-
-
-def _parse_rows(path: Path) -> tuple[list[dict], bool]:
-    """(rows, whether the last line was torn: a crash in the middle of a write)."""
-    lines = path.read_bytes().split(b"\n")
-    rows: list[dict] = []
-    for i, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            if any(rest.strip() for rest in lines[i + 1 :]):
-                raise ValueError(f"{path}:{i + 1} is not a metrics row: {error}") from None
-            return rows, True
-    return rows, bool(lines[-1].strip())  # a whole row whose newline is missing
+    found = parse_lines(path)
+    if found.damaged:
+        number, line, why = found.damaged[0]
+        raise ValueError(
+            f"{path}:{number} is not a metrics row ({why}): {line.decode(errors='replace')!r:.80}. Delete the "
+            "line, or start the run again, which moves it to a file of its own"
+        )
+    return [row for _, row in found.rows]
 
 
 def drop_rows(path: Path, resume_step: int | None) -> None:
-    """Rewrite `path` without rows after `resume_step` and without a torn last line."""
-    if not path.exists():
-        return
-    rows, torn = _parse_rows(path)
-    keep = [r for r in rows if resume_step is None or r.get("step", 0) <= resume_step]
-    if len(keep) == len(rows) and not torn:
-        return
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in keep)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    """Rewrite `path` without rows after `resume_step`; says what else was in it (`metric_rows.cut_back`)."""
+    if path.exists():
+        for text in cut_back(path, resume_step):
+            warn(text)
 
 
 def _tensorboard(folder: Path, resume_step: int | None) -> Any:

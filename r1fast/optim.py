@@ -141,6 +141,12 @@ class Optimizer:
                     raise ValueError(
                         f"the optimizer state has {found} for {key!r}, not {tuple(p.shape)}"
                     )
+            step = tensors.get(f"step.{name}", torch.zeros(()))
+            if step.shape or step.dtype != torch.float32 or not 0 <= step.item() < math.inf:
+                raise ValueError(
+                    f"the optimizer state must have one float32 number of at least 0 for 'step.{name}', "
+                    f"got {step.dtype} of {tuple(step.shape)}"
+                )
         self.adamw.state.clear()
         for (name, p), master in zip(self.named, self.masters, strict=True):
             if self._has_master(p):

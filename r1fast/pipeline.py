@@ -10,7 +10,6 @@ a manifest written last, so a second run continues where the first stopped.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,8 @@ from r1fast.config import STAGES, Config, stage_config, to_dict
 from r1fast.config_diff import same_config
 from r1fast.evaluate import evaluate
 from r1fast.hf_folder import read_json, write_json
+from r1fast.json_fields import FINITE, OBJECT, TEXT, check_fields
+from r1fast.metric_rows import parse_lines
 from r1fast.metrics import rule, say
 from r1fast.policy import Policy, load_policy
 from r1fast.progress import duration
@@ -37,6 +38,8 @@ OF_EVALUATION = (
 )  # fmt: skip
 DATA_FILES = ("train", "eval", "general", "sft", "preference", "safety")
 SMALL = ("small_base", "distill", "small_rl")
+MANIFEST = {"status?": TEXT, "seconds?": FINITE, "config?": OBJECT, "files?": OBJECT}  # of a stage
+DONE = {"seconds": FINITE, "config": OBJECT}  # of one that is done
 
 
 class Pipeline:
@@ -109,7 +112,9 @@ class Pipeline:
         if distributed.is_main():
             print_stage_table(self.folder)
             report_on(self.folder)
-            spent = [m["seconds"] for name in self.order if (m := self._manifest(name))]
+            spent = [
+                s for name in self.order if (s := self._manifest(name).get("seconds")) is not None
+            ]
             stages = f"{len(spent)} stage{'s' * (len(spent) != 1)}"
             say(f"{stages} in {duration(sum(spent))}; this call {duration(time.time() - began)}")
         distributed.barrier()
@@ -191,20 +196,21 @@ class Pipeline:
         rows = folder / "metrics.jsonl"
         if not rows.exists():
             return 0.0
-        seconds = 0.0
-        for line in rows.read_text().splitlines():
-            try:
-                seconds += json.loads(line).get("step_time") or 0.0
-            except json.JSONDecodeError:
-                continue  # a torn last line
-        return seconds
+        values = (row.get("step_time") for _, row in parse_lines(rows).rows)
+        return sum(x for x in values if FINITE.holds(x))
 
     def _given(self, stage: str) -> bool:
         given = {"base": self.config.pipeline.base, "small_base": self.config.pipeline.small_base}
         return bool(given.get(stage)) or bool(self._manifest(stage))
 
     def _manifest(self, name: str) -> dict:
-        return read_json(self.path(name) / "manifest.json", default={})
+        """What a stage that is done has written; empty for one that is not."""
+        path = self.path(name) / "manifest.json"
+        manifest, remedy = read_json(path, default={}), f"--from {name} runs the stage again"
+        check_fields(manifest, MANIFEST, path, remedy)
+        if manifest.get("status") == "done":
+            check_fields(manifest, DONE, path, remedy)
+        return manifest
 
     def _is_done(self, name: str, config: Config) -> bool:
         """Whether a stage is done with these values; where only its evaluation changed, redo that."""
@@ -255,7 +261,11 @@ class Pipeline:
 
     def _may_reuse_collection(self) -> bool:
         """Whether sampling for the cold start would ask the same models for the same again."""
-        folder, manifest = self.path("cold_start"), self._manifest("cold_start")
+        folder = self.path("cold_start")
+        try:
+            manifest = self._manifest("cold_start")
+        except ValueError:  # it is set aside with the rest
+            return False
         if not all((folder / name).exists() for name in ("collected.jsonl", "accounting.json")):
             return False
         changes = _changes(manifest, stage_config(self.config, "cold_start")) if manifest else []

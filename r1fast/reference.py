@@ -19,7 +19,7 @@ from r1fast.policy import Policy
 from r1fast.rollout.engine import Engine
 from r1fast.sharding import Ddp, Fsdp, empty, fill_whole, hollow
 from r1fast.shards import Shard
-from r1fast.training_state import fill
+from r1fast.training_state import check_same, fill
 from r1fast.types import PackedBatch, Sequence
 
 
@@ -95,6 +95,8 @@ class LoraReference(Reference):
         return self.adapters
 
     def load(self, tensors: dict[str, Tensor], version: int) -> None:
+        if tensors:  # none: the base alone
+            check_same(lora_tensors(self.model), tensors)
         device = self.model.head_weight.device
         self.adapters = {name: x.to(device, copy=True) for name, x in tensors.items()}
         self.version = version

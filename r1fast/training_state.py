@@ -20,6 +20,7 @@ from torch import Tensor
 
 from r1fast import distributed
 from r1fast.checkpoint import load_checkpoint
+from r1fast.checkpoint_state import checked
 from r1fast.checkpoint_writer import CheckpointWriter
 from r1fast.config import Config, to_dict
 from r1fast.config_check import lora_targets
@@ -89,9 +90,20 @@ def tokenizer_facts(policy: Policy, config: Config) -> dict:
     return facts | {"eos_ids": getattr(policy, "eos_ids", [])}
 
 
+def check_same(targets: dict[str, Tensor | Shard], sources: dict[str, Tensor]) -> None:
+    """Raises ValueError where names or shapes differ."""
+    shapes, own = ({n: tuple(x.shape) for n, x in named.items()} for named in (sources, targets))
+    if other := [name for name in shapes | own if shapes.get(name) != own.get(name)]:
+        name = other[0]
+        raise ValueError(
+            f"{len(other)} tensors of a checkpoint are not those of this run, the first {name!r}: "
+            f"{shapes.get(name, 'nothing')} and not {own.get(name, 'nothing')}"
+        )
+
+
 @torch.no_grad()
 def fill(targets: dict[str, Tensor | Shard], sources: dict[str, Tensor]) -> None:
-    assert targets.keys() == sources.keys(), targets.keys() ^ sources.keys()
+    check_same(targets, sources)
     for name, target in targets.items():
         rows = isinstance(target, Shard)
         local(target).copy_(target.rows_of(sources[name]) if rows else sources[name])
@@ -153,6 +165,7 @@ class TrainingState:
             )
         if saved is None:
             return False
+        checked(saved)
         other = saved.state.get("stage", self.stage)
         if other != self.stage:
             raise ValueError(
@@ -205,15 +218,9 @@ class TrainingState:
         if saved.state.get("base", "") != self.base:
             raise ValueError(
                 f"the adapters in {self.folder} were trained on the weights of "
-                f"{saved.state['base_path']!r}; "
+                f"{saved.state.get('base_path', '')!r}; "
                 f"those of {self.policy.path!r} are others: name that model, or take another output_dir"
             )
-        for name in ("optimizer_step", "num_tokens"):
-            if type(value := saved.state.get(name)) not in (int, float) or not value >= 0:
-                raise ValueError(
-                    f"the checkpoint in {self.folder} has no {name!r}, but {value!r:.80}: it was not "
-                    "written by r1fast"
-                )
         fill(trained, weights)
         self.optimizer.load_state_tensors(saved.tensors("optimizer"))
         self.load_extra(saved)
@@ -228,7 +235,7 @@ class TrainingState:
         micro-batches would be other rounding."""
         asked = getattr(self.config, self.section).token_budget
         stored, was_halved = state.get("token_budget"), False
-        if stored and state["config"][self.section]["token_budget"] == asked:
+        if stored and state["config"].get(self.section, {}).get("token_budget") == asked:
             num_tokens, was_halved = stored["num_tokens"], stored["was_halved"]
         else:
             num_tokens = asked

@@ -324,11 +324,35 @@ def test_reopening_without_resume_keeps_rows_and_mends_a_torn_line(tmp_path):
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
 
 
-def test_a_broken_row_in_the_middle_is_an_error_with_its_line(tmp_path):
+@pytest.mark.parametrize("bad", ["nonsense", "[1]", "[[1, 2]]", '{"step": "x"}', '{"step": null}', "[" * 90000, '{"step": 1', "\0\0", '{"step": 1' + "0" * 400 + "}"])  # fmt: skip
+def test_a_line_that_is_no_row_is_kept_aside_and_the_run_goes_on(tmp_path, capsys, bad):
+    """Nobody is to mend a file at night before a run resumes."""
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl:2"):
+    path.write_text('{"step": 1, "x": "\\ud800"}\n' + bad + '\n{"step": 2}\n{"step": 3}\n')
+    with pytest.raises(
+        ValueError, match=r"metrics.jsonl:2 is not a metrics row .*Delete the line, or start"
+    ):
         read_metrics(path)
+    metrics._warn_once.cache_clear()
+    with MetricsWriter(tmp_path, resume_step=2) as writer:
+        writer.write(3, {})
+    said = capsys.readouterr().err
+    assert "1 lines are no rows and were moved to metrics.jsonl.damaged, the first line 2 (" in said
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+    assert path.read_bytes().startswith(b'{"step": 1, "x": "\\ud800"}\n{"step": 2}\n')
+    assert (tmp_path / "metrics.jsonl.damaged").read_text() == bad + "\n"
+    MetricsWriter(tmp_path, resume_step=3).close()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_last_line_that_was_cut_off_is_dropped_and_told(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "lo\xc3')
+    metrics._warn_once.cache_clear()
+    MetricsWriter(tmp_path, resume_step=1).close()
+    assert path.read_bytes() == b'{"step": 1}\n'
+    assert "its last line was cut off, as by a crash" in capsys.readouterr().err
+    assert not (tmp_path / "metrics.jsonl.damaged").exists()
 
 
 @pytest.mark.parametrize(

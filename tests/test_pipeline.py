@@ -389,3 +389,24 @@ def test_the_commands_exit_codes(copied, capsys):
     os.remove(copied / "report.html")
     assert main(["report", str(copied)]) == 0
     assert (copied / "report.html").is_file()
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    ({"seconds": "long"}, "'seconds' must be a number, got 'long'"),
+    ({"seconds": None}, "'seconds' must be a number, got None"),
+    ({"config": []}, r"'config' must be an object, got \[\]"),
+    ({"files": 3}, "'files' must be an object, got 3"),
+    ({"status": 1}, "'status' must be a text, got 1"),
+])  # fmt: skip
+def test_a_stage_whose_manifest_was_edited_is_named(copied, change, told):
+    path = copied / "cold_start" / "manifest.json"
+    path.write_text(json.dumps(manifest(copied / "cold_start") | change))
+    with pytest.raises(ValueError, match=rf"cold_start/manifest\.json: {told}; --from cold_start"):
+        pipeline(copied).run()
+
+
+def test_a_stage_whose_manifest_lacks_a_field(copied):
+    path = copied / "r1_zero" / "manifest.json"
+    path.write_text(json.dumps({"status": "done", "seconds": 1}))
+    with pytest.raises(ValueError, match=r"r1_zero/manifest\.json has no 'config'; --from r1_zero"):
+        pipeline(copied).run()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from r1fast import distributed
 from r1fast.checkpoint import Checkpoint, load_checkpoint, steps_in
+from r1fast.checkpoint_state import checked
 from r1fast.config import Config, config_of
 from r1fast.config_diff import same_config
 from r1fast.metrics import warn
@@ -128,7 +129,8 @@ def _check_variant(config: Config, variant: Config) -> None:
 def _start(folder: Path, step: int) -> tuple[Checkpoint | None, list[int]]:
     """(the newest checkpoint before the step, or None for the beginning; the steps in between)."""
     checkpoints = folder / "checkpoints"
-    saved = load_checkpoint(checkpoints, up_to=step - 1)
+    if saved := load_checkpoint(checkpoints, up_to=step - 1):
+        checked(saved)
     between = list(range(saved.step + 1 if saved else 1, step))
     recorded = recorded_steps(folder)
     if missing := [n for n in between if n not in recorded]:

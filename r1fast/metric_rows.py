@@ -1,0 +1,83 @@
+"""Lines of metrics.jsonl and completions.jsonl read back, whatever a crash, a full disk or a person has left in them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from r1fast.json_fields import is_number
+
+ASIDE = ".damaged"  # ends the name of the file that lines go to which are no rows
+
+
+@dataclass
+class Lines:
+    rows: list[tuple[bytes, dict]] = field(
+        default_factory=list
+    )  # as they stand there, as they read
+    damaged: list[tuple[int, bytes, str]] = field(default_factory=list)  # number, line, why
+    cut: bytes = b""  # the last line, where a crash came in the middle of its write
+    is_ended: bool = True  # by a newline
+
+
+def parse_lines(path: Path) -> Lines:
+    found, lines = Lines(), path.read_bytes().split(b"\n")
+    found.is_ended = not lines[-1].strip()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            found.rows.append((line, _row(line)))
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                found.cut = line
+            else:
+                found.damaged.append((number, line, str(error)))
+    return found
+
+
+def _row(line: bytes) -> dict:
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"not an object, but {row!r:.60}")
+    if not is_number(step := row.get("step", 0)):
+        raise ValueError(f"its step is {step!r:.60}")
+    return row
+
+
+def cut_back(path: Path, resume_step: int | None) -> list[str]:
+    """Rewrite `path` without rows after `resume_step`, and without lines that are no rows. Returns what to say of those.
+
+    Damaged lines are put into a file beside it: a run goes on without them, and nothing is lost.
+    """
+    found, said = parse_lines(path), []
+    keep = [
+        line for line, row in found.rows if resume_step is None or row.get("step", 0) <= resume_step
+    ]
+    if len(keep) == len(found.rows) and found.is_ended and not found.damaged:
+        return said
+    if found.damaged:
+        aside = path.with_name(path.name + ASIDE)
+        with aside.open("ab") as file:
+            file.writelines(line + b"\n" for _, line, _ in found.damaged)
+            file.flush()
+            os.fsync(file.fileno())
+        number, _, why = found.damaged[0]
+        said.append(
+            f"{path}: {len(found.damaged)} lines are no rows and were moved to {aside.name}, the first "
+            f"line {number} ({why}); the run goes on without them"
+        )
+    if found.cut:
+        said.append(
+            f"{path}: its last line was cut off, as by a crash in the middle of its write, and is dropped: "
+            f"{found.cut.decode(errors='replace')!r:.80}"
+        )
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.writelines(line + b"\n" for line in keep)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    return said
