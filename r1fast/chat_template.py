@@ -22,6 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from r1fast.json_fields import is_sound
+
 _WORKER = Path(__file__).with_name("chat_template_worker.py")
 _TIMEOUT = (
     120.0  # seconds of the clock, of a machine that is busy: processor time is what ends a template
@@ -42,26 +44,38 @@ def render_chat(
     Raises ValueError for what the template refuses, and for one that is wrong, takes over two seconds of a core, or makes
     over 16 Mi characters. A tokenizer that has its own way (not transformers') is asked itself.
     """
-    if not hasattr(tokenizer, "get_chat_template"):
-        return tokenizer.apply_chat_template(
+    if hasattr(tokenizer, "get_chat_template"):
+        text = _rendered(tokenizer, messages, add_generation_prompt, variables or {})
+    else:
+        text = tokenizer.apply_chat_template(
             messages,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             **(variables or {}),
         )
+    if not is_sound(text):
+        raise ValueError(
+            f"the model's chat template must make a text without half a surrogate pair, got {text!r:.200}"
+        )
+    return text
+
+
+def _rendered(
+    tokenizer: Any, messages: Sequence[Mapping], add: bool, variables: Mapping[str, Any]
+) -> str:
     template = tokenizer.get_chat_template()
     if not isinstance(template, str) or len(template) > MAX_CHARS:
         raise ValueError(
             f"a chat template must be a text of at most {MAX_CHARS} characters, got "
-            f"{type(template).__name__} of {len(template)}"
+            + (f"{len(template)}" if isinstance(template, str) else f"{template!r:.80}")
         )
     values = {
         "tools": None,
         "documents": None,
         **tokenizer.special_tokens_map,
-        **(variables or {}),
+        **variables,
         "messages": [_plain(message) for message in messages],
-        "add_generation_prompt": add_generation_prompt,
+        "add_generation_prompt": add,
     }
     try:
         return _renderer().render(template, values)

@@ -38,6 +38,7 @@ from r1fast.kernels.rope import rope
 from r1fast.kernels.swiglu import swiglu
 from r1fast.lora import merged_weights
 from r1fast.recompute import MODES, Keep, keep_all, keep_source
+from r1fast.tokenizer_check import check_tokenizer_config, probe
 
 __all__ = [
     "Decoder", "ModelSpec", "load_model", "load_tokenizer", "resolve_model_path", "save_model",
@@ -569,12 +570,15 @@ def load_tokenizer(path: str | os.PathLike):
     config = read_json(folder / "tokenizer_config.json", default={})
     # next to a Qwen2 or Llama config AutoTokenizer would take that model's own splitting rules
     is_generic = config.get("tokenizer_class") in GENERIC_TOKENIZERS
+    check_tokenizer_config(config, folder)
     loader = PreTrainedTokenizerFast if is_generic else AutoTokenizer
     try:
-        return loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        probe(tokenizer)
     except MemoryError:
         raise
     except Exception as error:  # of every kind: what is read is only looked at as it is used
         raise ValueError(
             f"the tokenizer in {str(folder)!r} cannot be read: {type(error).__name__}: {error!s:.500}"
         ) from error
+    return tokenizer

@@ -12,6 +12,7 @@ from r1fast.config import Config
 from r1fast.lora import merge_lora
 from r1fast.model import Decoder, load_model, load_tokenizer, save_model
 from r1fast.peft_folder import load_adapter, save_adapter
+from r1fast.tokenizer_check import end_ids
 
 
 @dataclass(slots=True)
@@ -72,7 +73,15 @@ def load_policy(
             f"the tokenizer of {path} has {len(tokenizer)} tokens, the model only "
             f"{model.spec.vocab_size}: they do not belong together"
         )
-    eos_ids = _eos_ids(model, tokenizer, path)
+    eos_ids = end_ids(
+        {
+            "the tokenizer": tokenizer.eos_token_id,
+            "generation_config.json": model.generation_config.get("eos_token_id"),
+            "config.json": model.hf_config.get("eos_token_id"),
+        },
+        model.spec.vocab_size,
+        path,
+    )
     # absolute, so that it is found from anywhere; a model id stays one
     return Policy(
         model, tokenizer, eos_ids, str(Path(path).resolve() if Path(path).exists() else path)
@@ -100,17 +109,3 @@ def pick_device(name: str) -> str:
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _eos_ids(model: Decoder, tokenizer: Any, path: str | Path) -> list[int]:
-    """The tokenizer's first, then those of generation_config.json and config.json."""
-    ids: list[int] = []
-    for value in (
-        tokenizer.eos_token_id,
-        model.generation_config.get("eos_token_id"),
-        model.hf_config.get("eos_token_id"),
-    ):
-        ids += value if isinstance(value, list) else [] if value is None else [value]
-    if not ids:
-        raise ValueError(f"{path} names no end-of-sequence token in its tokenizer or config")
-    return list(dict.fromkeys(ids))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tiny import SHAPE, tiny_model, tiny_tokenizer
+from tiny import SHAPE, tiny_model, tiny_policy, tiny_tokenizer
 
 from r1fast.checkpoint import (
     _best,
@@ -28,6 +29,7 @@ from r1fast.lora import add_lora
 from r1fast.model import ModelSpec, load_model, load_tokenizer, save_model
 from r1fast.optim import Optimizer
 from r1fast.peft_folder import load_adapter, save_adapter
+from r1fast.policy import load_policy
 from r1fast.reward_model import load_reward_model
 
 JUNK = [
@@ -358,6 +360,50 @@ def test_tokenizers_that_are_none(model, name, text):
     (model / "evil.py").write_text("import os; os._exit(77)\n")
     (model / name).write_text(text)
     loads(load_tokenizer, model)
+
+
+NOT_WHOLE = [v for v in JUNK if v is not None and not (type(v) in (int, float) and v >= 1)]
+
+
+@pytest.mark.parametrize("value", NOT_WHOLE, ids=repr)
+def test_a_length_that_is_no_number_is_named(model, value):
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": value}))
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: 'model_max_length' must be"):
+        load_tokenizer(model)
+
+
+@pytest.mark.parametrize("value", [None, 5, 10**400, 1e30, math.inf, 10**30])
+def test_a_length_without_a_bound_is_taken(model, value):
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": value}))
+    assert load_tokenizer(model).encode("What is 1 + 1?")
+
+
+@pytest.mark.parametrize("key", ["eos_token", "chat_template", "anything", "model_max_length"])
+def test_half_a_surrogate_pair_is_met_when_it_is_read(model, key):
+    """And not when the trained model is written."""
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: ["a\ud800"]}))
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json holds half a surrogate pair"):
+        load_tokenizer(model)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("value", [v for v in JUNK if type(v) is not int or not 0 <= v < 97], ids=repr)  # fmt: skip
+def test_an_end_token_is_one_of_the_model(whole, tmp_path, file, value):
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    tiny_policy().save(folder)
+    size = len(tiny_tokenizer())
+    path = folder / file
+    for wrong in (value, [0, value]):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": wrong}))
+        if wrong in (None, [], [1]):
+            assert load_policy(folder).eos_ids[0] == 0
+            continue
+        told = rf"'eos_token_id' of {file} must be token ids of the model \(0 to {size - 1}\), got"
+        with pytest.raises(ValueError, match=told):
+            load_policy(folder)
 
 
 # ---- checkpoints

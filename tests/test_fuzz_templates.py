@@ -125,6 +125,27 @@ def test_errors_are_named_where_they_are_met():
         render_chat(tokenizer("x" * (chat_template.MAX_CHARS + 1)), HI)
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ '\ud800' }}", r"{{ '\ud83d' }}", "{{ messages[0].content[:1] }}"]
+)
+def test_what_no_tokenizer_reads_is_refused(template):
+    with pytest.raises(ValueError, match="must make a text without half a surrogate pair, got"):
+        render_chat(tokenizer(template), [{"role": "user", "content": "\ud800x"}])
+
+
+@pytest.mark.parametrize("template", [7, None, ["a"], {"a": "b"}, b"x"])
+def test_a_template_that_is_no_text(template):
+    with pytest.raises(ValueError, match="a chat template must be a text of at most"):
+        render_chat(tokenizer(template), HI)
+
+
+@pytest.mark.parametrize("made", [None, [1], 7, "\ud800"])
+def test_a_tokenizer_with_its_own_way_makes_a_text_too(made):
+    own = SimpleNamespace(apply_chat_template=lambda messages, **options: made)
+    with pytest.raises(ValueError, match="must make a text"):
+        render_chat(own, HI)
+
+
 FIELD = [
     "{% for m in messages %}<|{{ m.role }}|>{{ m['content'] | trim }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}",
     "{{ bos_token }}{% set ns = namespace(found=false) %}{% for m in messages if m.role != 'system' %}{% set ns.found = true %}"
