@@ -2,13 +2,15 @@
 
     folder/step-000123/{model,optimizer,...}.safetensors  state.json  manifest.json
     folder/step-000123/model-00001-of-00002.safetensors   where several ranks have written
-    folder/latest, folder/best                            the name of the newest and of the best one, for people
+    folder/latest                                         the name of the last healthy one, for people
+    folder/best                                           that of the best one
     folder/step-000124.damaged/                           what was not read back as it was written
 
 A checkpoint is written to a temporary folder of the same filesystem, flushed to disk, and only then
 renamed into place: a `step-*` folder is whole, or was damaged later. The manifest's hashes show the
 second: safetensors itself notices a truncated file, but no flipped bit and no zero-filled tail.
-Where it is read back (`verify`), older ones go only after that. One run writes a folder at a time, its ranks
+It is then read back from the disk; only when that was right does `latest` name it, and do older ones go: what
+`latest` names is healthy, as of that moment. One run writes a folder at a time, its ranks
 each their share of the tensors (`shares`); the first rank publishes when all shares are on disk, and any number of
 ranks reads them. `checkpoint_writer.py` does it beside the training.
 """
@@ -18,10 +20,8 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,21 +29,26 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from r1fast.checkpoint_layout import STATE, checkpoint_files, prefix_of, set_of
+from r1fast.checkpoint_check import CHUNK, StoppedError, problem_in, steps_in
+from r1fast.checkpoint_layout import (
+    MANIFEST,
+    NAME,
+    STATE,
+    VERSION,
+    checkpoint_files,
+    prefix_of,
+    set_of,
+)
 from r1fast.distributed import gather_objects, is_first, together
 from r1fast.json_fields import is_number
 from r1fast.metrics import warn
 from r1fast.shards import Shard, has_shards, local
 from r1fast.tensor_file import Bytes, json_bytes
 
-VERSION = 4  # of the layout above; in 2 no set had shares, in 1 no file its name before the keys
-READABLE = (1, 2, 4)  # 3, a bit from 2, was never written
-MANIFEST, LATEST, BEST = "manifest.json", "latest", "best"
+LATEST, BEST = "latest", "best"
 DAMAGED = ".damaged"  # ends the name of a checkpoint that was put aside
 MEASURE = "measure"  # in the state: {"metric": name, "value": number}
 TEMP_PREFIX = ".saving-"
-CHUNK = 1 << 22  # bytes written or read at a time
-_NAME = re.compile(r"step-(\d+)(\.old)?")  # .old: was there when the same step was saved again
 
 
 class NonFiniteWeightsError(ValueError, FloatingPointError):
@@ -83,12 +88,6 @@ class Checkpoint:
         return {key.removeprefix(prefix_of(name)): x for key, x in found.items()}
 
 
-# what a read may fail with though the checkpoint is whole: no room in the process, a network filesystem, rights
-PASSING = (
-    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.EINTR, errno.ETIMEDOUT, errno.EACCES, errno.EPERM,
-)  # fmt: skip
-
-
 def save_checkpoint(
     folder: str | Path,
     step: int,
@@ -114,15 +113,14 @@ def publish(
     *,
     keep_last: int = 1,
     keep_best: str = "",
-    verify: bool = False,
     stop: Callable[[], bool] = lambda: False,
     group: ProcessGroup | None = None,
 ) -> Path:
-    """Write `checkpoint_files` as `folder/step-<step>`, point `latest` to it, then drop old ones.
+    """Write `checkpoint_files` as `folder/step-<step>`, read it back, point `latest` to it, then drop old ones.
 
     Beside the `keep_last` newest the one stays whose MEASURE of the metric `keep_best` is the best: the
-    largest, or for a name that begins with "-" the smallest. With `verify` all is read back from the
-    disk first: DamagedError where that fails. Raises StoppedError soon after `stop()` is true.
+    largest, or for a name that begins with "-" the smallest. Raises DamagedError where it is not read back
+    as it was written, and StoppedError soon after `stop()` is true.
 
     With a `group` every rank of it calls this with files of its own, the first with STATE among them; what
     fails on one is an error on all, and then nothing is published.
@@ -134,15 +132,14 @@ def publish(
     folder = Path(folder)
     pieces, is_main = {name: _pieces(x, stop) for name, x in files.items()}, is_first(group)
     final = write_step(folder, step, pieces, group)
+    found = together(lambda: problem_in(final, step, stop, from_disk=True, of=files), group)
+    if problems := [problem for problem in dict.fromkeys(found) if problem]:
+        aside, *_ = together(lambda: _put_aside(folder, final) if is_main else "", group)
+        raise DamagedError(
+            f"CHECKPOINT {final} IS DAMAGED: it was read back from the disk at once, and "
+            f"{'; '.join(problems)}. {aside}; older checkpoints are kept. Check the disk and the memory"
+        )
     together(lambda: _point(folder, LATEST, final) if is_main else None, group)
-    if verify:
-        found = together(lambda: _problem(final, step, stop, from_disk=True, of=files), group)
-        if problems := [problem for problem in dict.fromkeys(found) if problem]:
-            aside, *_ = together(lambda: _put_aside(folder, final) if is_main else "", group)
-            raise DamagedError(
-                f"CHECKPOINT {final} IS DAMAGED: it was read back from the disk at once, and "
-                f"{'; '.join(problems)}. {aside}; older checkpoints are kept. Check the disk and the memory"
-            )
     if not is_main:
         return final
     try:
@@ -154,10 +151,6 @@ def publish(
 
 class DamagedError(OSError):
     """A checkpoint was not read back as it was written."""
-
-
-class StoppedError(Exception):
-    """A save was given up because it was asked to."""
 
 
 def write_step(
@@ -188,7 +181,7 @@ def write_step(
         return {name: _write(temp / name, chunks) for name, chunks in files.items()}
 
     def finish(entries: dict[str, dict]) -> None:
-        manifest = {"version": VERSION, "step": step, "files": entries}
+        manifest = {"version": VERSION, "step": step, "name": final.name, "files": entries}
         _write(temp / MANIFEST, [json_bytes(manifest)])
         _sync_folder(temp)
         _make_way(final)
@@ -217,13 +210,14 @@ def load_checkpoint(folder: str | Path, up_to: int | None = None) -> Checkpoint 
     """The newest checkpoint in `folder` whose sizes and hashes are right; None if it has none.
 
     Of step `up_to` at most, where one is given. A damaged one is warned about and the one before it
-    taken. Where all are damaged, ValueError: a run must not start again from nothing unasked.
+    taken. Where all are damaged, ValueError: a run must not start again from nothing unasked; ForeignError
+    for one of a newer layout, or under another step's name.
     """
     folder = Path(folder)
     found = [(step, path) for step, path in steps_in(folder) if up_to is None or step <= up_to]
     damage = []
     for step, path in found:
-        if problem := _problem(path, step):
+        if problem := problem_in(path, step):
             damage.append(f"{path.name}: {problem}")
             warn(f"CHECKPOINT {path} IS DAMAGED and is not used: {problem}")
             continue
@@ -239,11 +233,11 @@ def load_checkpoint(folder: str | Path, up_to: int | None = None) -> Checkpoint 
 
 
 def read_step(folder: Path, step: int) -> Checkpoint | None:
-    """What `write_step` has written of this step; None if nothing. ValueError where it is damaged."""
+    """What `write_step` has written of this step; None if nothing. ValueError where it is damaged or foreign."""
     paths = [path for number, path in steps_in(folder) if number == step]
     if not paths:
         return None
-    if problem := _problem(paths[0], step):
+    if problem := problem_in(paths[0], step):
         raise ValueError(f"{paths[0]} is damaged: {problem}")
     return Checkpoint(paths[0], step, json.loads((paths[0] / STATE).read_bytes()))
 
@@ -341,7 +335,7 @@ def _make_way(final: Path) -> None:
     """Move a checkpoint of the same step aside, to a name that `load_checkpoint` also reads."""
     if not final.exists():
         return
-    if _problem(final, int(_NAME.fullmatch(final.name)[1])):
+    if problem_in(final, int(NAME.fullmatch(final.name)[1])):
         shutil.rmtree(final)
         return
     old = final.with_name(final.name + ".old")
@@ -379,7 +373,7 @@ def _best(folder: Path, step: int, metric: str) -> Path | None:
     name, sign = metric.removeprefix("-"), -1 if metric.startswith("-") else 1
     values = []
     for other, path in steps_in(folder):
-        if _NAME.fullmatch(path.name)[2]:
+        if NAME.fullmatch(path.name)[2]:
             continue
         try:
             measure = json.loads((path / STATE).read_bytes()).get(MEASURE) or {}
@@ -394,78 +388,6 @@ def _best(folder: Path, step: int, metric: str) -> Path | None:
 
 def _read(path: Path) -> str:
     return path.read_text() if path.is_file() else ""
-
-
-def steps_in(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path), newest first; `step-3` comes before `step-3.old`."""
-    if not folder.is_dir():
-        return []
-    matches = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
-    found = [(int(m[1]), m[2] is None, path) for m, path in matches if m and path.is_dir()]
-    return [(step, path) for step, _, path in sorted(found, reverse=True)]
-
-
-def _problem(
-    path: Path,
-    step: int,
-    stop: Callable[[], bool] = lambda: False,
-    *,
-    from_disk: bool = False,  # and not from what the system remembers of a write
-    of: Container[str] | None = None,  # the files whose content is looked at; None: all
-) -> str:
-    """What is wrong with a checkpoint; empty when it is whole."""
-    reading = MANIFEST
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        version, files = manifest["version"], manifest["files"]
-        if version not in READABLE:
-            return f"its layout is version {version!r}, this program reads {READABLE}"
-        if manifest["step"] != step:
-            return f"{MANIFEST} says step {manifest['step']!r}"
-        present = {p.name for p in path.iterdir()} - {MANIFEST}
-        if not isinstance(files, dict):
-            return f"{MANIFEST} must hold an object of files, got {files!r:.80}"
-        # other names are of a person or a system, and never read
-        present = {
-            name for name in present if name in files or name.endswith((".safetensors", ".json"))
-        }
-        if STATE not in files or present != set(files):
-            odd = sorted(present ^ {STATE, *files})
-            return f"its files are not those of {MANIFEST}: {', '.join(odd)}"
-        for name, entry in files.items():
-            size = (path / name).stat().st_size
-            if size != entry["size"]:
-                return f"{name} has {size} bytes, not {entry['size']}"
-        for name, entry in files.items():
-            if of is not None and name not in of:
-                continue
-            if _sha256(path / name, stop, from_disk=from_disk) != entry["sha256"]:
-                return f"the content of {name} has changed (sha256)"
-        reading = STATE
-        state = json.loads((path / STATE).read_bytes())
-    except OSError as error:
-        if error.errno in PASSING:
-            raise  # says nothing of the checkpoint
-        return f"cannot be read: {error}"
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        return f"{reading} cannot be read: {error!r:.200}"
-    return "" if isinstance(state, dict) else f"{STATE} must hold an object, got {state!r:.80}"
-
-
-def _sha256(path: Path, stop: Callable[[], bool], *, from_disk: bool) -> str:
-    digest = hashlib.sha256()
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        if from_disk and hasattr(os, "posix_fadvise"):
-            with suppress(OSError):  # a hint, which not every filesystem takes
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        while chunk := os.read(descriptor, CHUNK):
-            if stop():
-                raise StoppedError
-            digest.update(chunk)
-    finally:
-        os.close(descriptor)
-    return digest.hexdigest()
 
 
 def _remove(path: Path) -> None:

@@ -8,7 +8,11 @@ from torch import Tensor
 from r1fast.shards import Shard
 from r1fast.tensor_file import Bytes, json_bytes, safetensors_bytes
 
-STATE = "state.json"
+VERSION = 4  # of this layout; in 2 no set had shares, in 1 no file its name before the keys
+READABLE = (1, 2, 4)
+NEVER = (3, 5, 6)  # a flipped bit away from one that was written: the next is 7
+MANIFEST, STATE = "manifest.json", "state.json"
+NAME = re.compile(r"step-(\d+)(\.old)?")  # .old: was there when the same step was saved again
 _STEM = re.compile(r"([A-Za-z0-9_]+)(-\d{5}-of-\d{5})?")  # of a file of tensors; of which share
 
 

@@ -171,7 +171,6 @@ class CheckpointWriter:
                 files,
                 keep_last=self.config.keep_last,
                 keep_best=self.keep_best,
-                verify=self.config.asynchronous,
                 stop=self._stop.is_set,
                 group=self.group,
             )

@@ -3,14 +3,15 @@
 import errno
 import json
 import os
+import shutil
 import signal
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from r1fast import checkpoint
-from r1fast.checkpoint import load_checkpoint, save_checkpoint
+from r1fast import checkpoint, checkpoint_check
+from r1fast.checkpoint import load_checkpoint, read_step, save_checkpoint
 from r1fast.config_diff import same_config
 
 
@@ -160,15 +161,59 @@ def test_every_byte_of_the_manifest_counts(tmp_path, warnings):
         assert found.step == (2 if harmless else 1), (i, good[i - 8 : i + 8])
 
 
-def test_extra_and_renamed_files_are_damage(tmp_path, warnings):
+def test_extra_files_are_damage(tmp_path, warnings):
     save(tmp_path, 1, keep_last=2)
     path = save(tmp_path, 2, keep_last=2)
     (path / "extra.safetensors").write_bytes((path / "model.safetensors").read_bytes())
     assert_holds(load_checkpoint(tmp_path), 1)
-    path.rename(tmp_path / "step-000003")
-    (tmp_path / "step-000003/extra.safetensors").unlink()
-    assert load_checkpoint(tmp_path).step == 1
-    assert "says step 2" in warnings[-2]
+
+
+def all_files(folder) -> dict:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("how", ["renamed", "copied"])
+def test_a_step_under_another_name_is_left_alone_and_named(tmp_path, warnings, how):
+    """It is whole: to take the one before it, and to remove it at the next save, would lose work."""
+    save(tmp_path, 1, keep_last=2)
+    path, other = save(tmp_path, 2, keep_last=2), tmp_path / "step-000007"
+    if how == "renamed":
+        path.rename(other)
+    else:
+        shutil.copytree(path, other)
+    before = all_files(tmp_path)
+    told = r"step-000007 holds the checkpoint of step 2, .* call it step-000002 again, or move it"
+    for load in (load_checkpoint, lambda folder: read_step(folder, 7)):
+        with pytest.raises(checkpoint_check.ForeignError, match=told):
+            load(tmp_path)
+    assert all_files(tmp_path) == before
+    assert not warnings
+    manifest = json.loads((other / "manifest.json").read_text())
+    del manifest["name"]  # as it was written once
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(checkpoint_check.ForeignError, match=told):
+        load_checkpoint(tmp_path)
+    flip_bit(other / "model.safetensors")  # then it is damaged all the same
+    assert load_checkpoint(tmp_path).step == (2 if how == "copied" else 1)
+
+
+def test_one_of_a_newer_program_is_left_alone_and_named(tmp_path, warnings):
+    save(tmp_path, 1, keep_last=2)
+    path = save(tmp_path, 2, keep_last=2)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({"version": 7, "parts": ["another layout"]}))
+    before = all_files(tmp_path)
+    told = (
+        r"step-000002 was written by a newer r1fast \(layout 7; this one reads up to 4\): install"
+    )
+    for load in (load_checkpoint, lambda folder: read_step(folder, 2)):
+        with pytest.raises(ValueError, match=told):
+            load(tmp_path)
+    assert all_files(tmp_path) == before
+    assert not warnings
+    for odd in (3, 5, 6, 0, -1, "5", None, 5.0):  # no version of any program
+        (path / "manifest.json").write_text(json.dumps(manifest | {"version": odd}))
+        assert load_checkpoint(tmp_path).step == 1
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
@@ -340,7 +385,7 @@ def test_a_read_that_fails_for_now_says_nothing_of_the_checkpoint(tmp_path, monk
         raise OSError(code, "not now")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_sha256", fail)
+        patch.setattr(checkpoint_check, "_sha256", fail)
         with pytest.raises(OSError, match="not now"):
             load_checkpoint(tmp_path)
     assert load_checkpoint(tmp_path).step == 2
