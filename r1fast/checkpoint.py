@@ -40,6 +40,7 @@ from r1fast.checkpoint_layout import (
     set_of,
 )
 from r1fast.distributed import gather_objects, is_first, together
+from r1fast.file_errors import naming
 from r1fast.json_fields import is_number
 from r1fast.metrics import warn
 from r1fast.shards import Shard, has_shards, local
@@ -278,16 +279,17 @@ def _write(path: Path, chunks: Iterable[Bytes]) -> dict:
     """Write and flush to disk; returns the file's line in the manifest."""
     digest, size = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        for chunk in chunks:
-            digest.update(chunk)
-            size += len(chunk)
-            rest = memoryview(chunk)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with naming(path):
+        try:
+            for chunk in chunks:
+                digest.update(chunk)
+                size += len(chunk)
+                rest = memoryview(chunk)
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     return {"size": size, "sha256": digest.hexdigest()}
 
 
@@ -323,7 +325,8 @@ def _sync_folder(folder: Path) -> None:
     """Flush the names in a folder, so that a rename survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(folder):
+            os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network filesystems
             raise

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from r1fast.checkpoint_layout import MANIFEST, NAME, NEVER, READABLE, STATE, VERSION
+from r1fast.file_errors import naming
 
 FIELDS = {"version", "step", "name", "files"}  # of a manifest; the name came later
 CHUNK = 1 << 22  # bytes written or read at a time
@@ -108,10 +109,11 @@ def _sha256(path: Path, stop: Callable[[], bool], *, from_disk: bool) -> str:
         if from_disk and hasattr(os, "posix_fadvise"):
             with suppress(OSError):  # a hint, which not every filesystem takes
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        while chunk := os.read(descriptor, CHUNK):
-            if stop():
-                raise StoppedError
-            digest.update(chunk)
+        with naming(path):
+            while chunk := os.read(descriptor, CHUNK):
+                if stop():
+                    raise StoppedError
+                digest.update(chunk)
     finally:
         os.close(descriptor)
     return digest.hexdigest()

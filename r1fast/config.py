@@ -464,6 +464,7 @@ def config_of(values: dict, overrides: Sequence[str] = ()) -> Config:
                 raise ValueError(f"{key!r}: {section!r} is a value, not a section")
         table[name] = _parse(text)
     config = _build(Config(), values)
+    config = replace(config, output_dir=os.path.expanduser(config.output_dir))
     for name in config.stages:
         stage_config(config, name)  # a wrong key in a stage is an error now, not in an hour
     return config

@@ -114,6 +114,8 @@ def check(c: Config) -> None:
     _check_overlap(c, need)
     _check_parallel(c, need)
     steps_of(c.log.record)
+    out = c.output_dir
+    need(out.strip() and "\0" not in out, "output_dir", out, "a folder (. is the one you are in)")
     keep = c.checkpoint.keep_last
     need(keep >= 1, "checkpoint.keep_last", keep, "at least 1")
     seconds = c.checkpoint.deadline_seconds

@@ -6,13 +6,13 @@ tokenizer and, under adapters, the frozen weights, which are compared with those
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from r1fast.checkpoint import BEST, Checkpoint, load_checkpoint, read_step, steps_in
+from r1fast.checkpoint_layout import NAME
 from r1fast.checkpoint_state import checked
 from r1fast.config import Config, config_of, load_config
 from r1fast.lora import add_lora, merge_lora
@@ -25,7 +25,6 @@ from r1fast.training_state import base_digest, fill
 
 KEYS = ("model.path", "model.dtype")
 CHECKPOINTS = "checkpoints"
-_NAME = re.compile(r"step-(\d+)")
 
 
 def export(target: str, overrides: list[str], options: Mapping) -> None:
@@ -33,8 +32,7 @@ def export(target: str, overrides: list[str], options: Mapping) -> None:
     out = options.get("out", "")
     if not out:
         raise ValueError("export takes two folders: r1fast export RUN|CHECKPOINT OUT")
-    if Path(out).exists():
-        raise ValueError(f"{out} exists; not overwritten")
+    _check_out(Path(out).expanduser())
     asked = _asked(overrides)
     saved = find_checkpoint(Path(target), options.get("step", ""))
     policy = restored(saved, asked.get("model.path", ""))
@@ -51,6 +49,17 @@ def export(target: str, overrides: list[str], options: Mapping) -> None:
         policy.save(out)
     what = "adapter" if "adapter-only" in options else "model, adapters merged" if lora else "model"
     say(f"{saved.path}: {what} in {out}")
+
+
+def _check_out(out: Path) -> None:
+    if out.exists():
+        raise ValueError(f"{out} exists; not overwritten")
+    for folder in out.absolute().parents:
+        if steps_in(folder) or NAME.fullmatch(folder.name):
+            raise ValueError(
+                f"{out} would lie among the checkpoints in {folder}, where its run writes and removes: name a "
+                "folder outside"
+            )
 
 
 def _asked(overrides: list[str]) -> dict[str, str]:
@@ -70,8 +79,10 @@ def find_checkpoint(target: Path, step: str = "") -> Checkpoint:
     """Of a checkpoint's own folder, or of a run: the newest whole one, that of `step`, or the best."""
     if not target.is_dir():
         raise ValueError(f"no such folder: {str(target)!r}; name a run or one of its checkpoints")
-    if match := _NAME.fullmatch(target.resolve().name):
-        if step and step != match[1].lstrip("0"):
+    if step not in ("", "best") and not step.isdecimal():
+        raise ValueError(f"--step must be a whole number or best, got {step!r}")
+    if (match := NAME.fullmatch(target.resolve().name)) and not match[2]:
+        if step and (step == "best" or int(step) != int(match[1])):
             raise ValueError(f"{target} is of step {int(match[1])}, and --step asks for {step}")
         folder, step = target.resolve().parent, str(int(match[1]))
     elif steps_in(target):
@@ -86,8 +97,8 @@ def find_checkpoint(target: Path, step: str = "") -> Checkpoint:
         if not (folder / BEST).is_file():
             raise ValueError(f"no checkpoint in {str(folder)!r} is the best (checkpoint.keep_best)")
         step = (folder / BEST).read_text().strip().removeprefix("step-")
-    if step and not step.isdecimal():
-        raise ValueError(f"--step must be a whole number or best, got {step!r}")
+        if not step.isdecimal():
+            raise ValueError(f"{folder / BEST} must name a step folder, got {step!r:.80}")
     saved = read_step(folder, int(step)) if step else load_checkpoint(folder)
     if saved is None:
         there = ", ".join(str(n) for n, _ in reversed(steps_in(folder))) or "none"

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from r1fast.file_errors import naming
 from r1fast.partial import partial_of
 
 INDEX = "model.safetensors.index.json"
@@ -230,7 +231,8 @@ def write_json(path: Path, value: dict) -> None:
     """`value` as the whole of `path`, or the file as it was."""
     part = partial_of(path)
     try:
-        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        with naming(part):
+            part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -254,7 +256,8 @@ def write_folder(
     try:
         new, old = scratch / "new", scratch / "old"
         new.mkdir(parents=True)
-        write(new)
+        with naming(path):
+            write(new)
         if path.exists():
             path.rename(old)
         try:

@@ -12,6 +12,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import IO
 
+from r1fast.file_errors import naming
 from r1fast.partial import partial_of
 
 MAX_LINE = 1 << 28  # bytes of a line
@@ -109,7 +110,7 @@ def write_jsonl(path: str | Path, rows: Iterable) -> int:
     partial = partial_of(path)
     num_rows = 0
     try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
+        with naming(partial), partial.open("w", encoding="utf-8", newline="\n") as file:
             for row in rows:
                 row = asdict(row) if is_dataclass(row) and not isinstance(row, type) else row
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
@@ -125,7 +126,7 @@ def write_jsonl(path: str | Path, rows: Iterable) -> int:
 def append_jsonl(path: str | Path, rows: Iterable[Mapping]) -> None:
     """Append mappings, one a line, all or none: where the disk is full (OSError), no torn line stays."""
     rest = memoryview("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
-    with Path(path).open("ab", buffering=0) as file:
+    with naming(path), Path(path).open("ab", buffering=0) as file:
         end = file.tell()
         try:
             while rest:

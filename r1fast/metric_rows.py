@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from r1fast.file_errors import naming
 from r1fast.json_fields import is_number
 
 ASIDE = ".damaged"  # ends the name of the file that lines go to which are no rows
@@ -60,7 +61,7 @@ def cut_back(path: Path, resume_step: int | None) -> list[str]:
         return said
     if found.damaged:
         aside = path.with_name(path.name + ASIDE)
-        with aside.open("ab") as file:
+        with naming(aside), aside.open("ab") as file:
             file.writelines(line + b"\n" for _, line, _ in found.damaged)
             file.flush()
             os.fsync(file.fileno())
@@ -75,7 +76,7 @@ def cut_back(path: Path, resume_step: int | None) -> list[str]:
             f"{found.cut.decode(errors='replace')!r:.80}"
         )
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with naming(part), part.open("wb") as file:
         file.writelines(line + b"\n" for line in keep)
         file.flush()
         os.fsync(file.fileno())

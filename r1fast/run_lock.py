@@ -28,8 +28,11 @@ def only_run(folder: str | Path, *, patience: float = PATIENCE) -> Iterator[None
     if not distributed.is_main():
         yield
         return
-    path = Path(folder).expanduser()
-    path.mkdir(parents=True, exist_ok=True)
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"output_dir = {str(path)!r} cannot be a folder: {error}") from None
     with open(path / FILE, "a+", encoding="utf-8") as file:
         end, said = time.monotonic() + patience, False
         while not _lock(file):

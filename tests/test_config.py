@@ -234,3 +234,15 @@ def test_help_names_every_key_with_its_default_and_comment(capsys):
     assert "max_logprob_mismatch = 0.0 mean |sampler - trainer| in nats above which" in text
     assert main(["report", "--help"]) == 0
     assert "[grpo]" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", ["", " ", "a\\u0000b"])
+def test_an_output_folder_has_a_name(folder):
+    with pytest.raises(ValueError, match="output_dir must be a folder"):
+        load_config(None, [f'--output_dir="{folder}"'])
+
+
+def test_an_output_folder_may_be_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert load_config(None, ["--output_dir=~/runs"]).output_dir == "/somewhere/runs"
+    assert load_config(None, ["--output_dir=."]).output_dir == "."

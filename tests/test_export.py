@@ -148,6 +148,10 @@ def test_a_base_that_is_gone(run, adapted, tmp_path, capsys):
         (["{run}", "{out}", "--step=9"], "no checkpoint of step 9; steps: 1, 2, 3"),
         (["{run}", "{out}", "--step=x"], "--step must be a whole number or best, got 'x'"),
         (["{run}/checkpoints/step-000001", "{out}", "--step=2"], "of step 1, and --step asks for 2"),
+        (["{run}/checkpoints/step-000001", "{out}", "--step=best"], "and --step asks for best"),
+        (["{run}", "{run}/checkpoints/out"], "would lie among the checkpoints in"),
+        (["{run}", "{run}/checkpoints/step-000004"], "would lie among the checkpoints in"),
+        (["{run}", "{run}/checkpoints/step-000002/a/b"], "where its run writes and removes: name a folder outside"),
         (["{run}", "{out}", "--adapter-only"], "has no adapters"),
         (["{run}", "{out}", "--model.dtype=int8"], "model.dtype must be"),
         (["{run}", "{out}", "--grpo.kl_coef=0"], "no part of an export"),
@@ -157,6 +161,23 @@ def test_what_cannot_be_exported(run, tmp_path, words, message, capsys):
     assert main(["export", *(w.format(run=run, out=tmp_path / "out") for w in words)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    assert len(list((run / "checkpoints").iterdir())) == 5  # three steps, latest and best
+
+
+def test_leading_zeros_are_of_no_matter(run, tmp_path):
+    assert main(["export", str(run), str(tmp_path / "a"), "--step=002"]) == 0
+    step = run / "checkpoints" / "step-000002"
+    assert main(["export", str(step), str(tmp_path / "b"), "--step", "02"]) == 0
+    assert same(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_pointer_that_points_nowhere(run, tmp_path, capsys):
+    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    for text, told in (("../../x\n", "must name a step folder, got '../../x'"), ("", "got ''"),
+                       ("step-000009\n", "has no checkpoint of step 000009; steps: 1, 2, 3")):  # fmt: skip
+        (tmp_path / "checkpoints" / "best").write_text(text)
+        assert main(["export", str(tmp_path), str(tmp_path / "a"), "--step=best"]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_a_damaged_one_is_refused(run, tmp_path, capsys):

@@ -7,10 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from faults import no_room
 
+from r1fast.checkpoint import save_checkpoint
+from r1fast.evaluate.row_log import RowLog
 from r1fast.hf_folder import write_folder, write_json
 from r1fast.jsonl import append_jsonl, read_jsonl, write_jsonl
+from r1fast.metrics import MetricsWriter
 from r1fast.partial import partial_of
+from r1fast.report import write_report
 
 KILLED = """
 import os, signal, sys
@@ -92,3 +97,33 @@ def test_rows_are_appended_whole_or_not_at_all(tmp_path):
     assert "OSError: [Errno 27]" in done.stderr
     append_jsonl(path, [{"a": 3}])
     assert [row for _, row in read_jsonl(path)] == [{"a": 1}, {"a": 3}]
+
+
+def append_to_log(path: Path) -> None:
+    log = RowLog(path.parent, path.name, "x")
+    log.append({"problem_id": "p", "sample": 0})
+
+
+def resume(path: Path) -> None:
+    MetricsWriter(path.parent, resume_step=1)
+
+
+FULL = {  # who writes -> what is told of
+    "json": (WRITE["json"], ".made."),
+    "jsonl": (WRITE["jsonl"], ".made."),
+    "folder": (WRITE["folder"], "made"),
+    "append": (lambda path: append_jsonl(path, [{"a": 1}]), "made"),
+    "log": (append_to_log, "made.partial-0.jsonl"),
+    "checkpoint": (lambda path: save_checkpoint(path, 1, {}, {"a": 1}), "made/.saving-step-000001/state.json"),
+    "metrics": (resume, "metrics.jsonl.part"),
+    "report": (lambda path: write_report(path.parent), "report.html.part"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FULL)
+def test_a_full_disk_is_told_with_the_file(tmp_path, what):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    write, name = FULL[what]
+    with pytest.raises(OSError, match=r"\[Errno 27\] File too large: '") as caught, no_room():
+        write(tmp_path / "made")
+    assert f"{tmp_path}/{name}" in str(caught.value)

@@ -81,3 +81,10 @@ def test_the_command_is_refused(hold, tmp_path, monkeypatch, capsys):
     )
     assert "in use by another run" in capsys.readouterr().err
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "a").write_text("")
+    for path in (tmp_path / "a", tmp_path / "a" / "b"):
+        with pytest.raises(ValueError, match=r"output_dir = .* cannot be a folder"), only_run(path):
+            pytest.fail("no folder")

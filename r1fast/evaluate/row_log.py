@@ -13,6 +13,7 @@ from pathlib import Path
 
 from r1fast import distributed
 from r1fast.evaluate.sample_rows import Key, wrong_in
+from r1fast.file_errors import naming
 from r1fast.metrics import warn
 
 
@@ -43,12 +44,14 @@ class RowLog:
                 file.truncate(lengths[own])
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            own.write_text(json.dumps(head) + "\n", encoding="utf-8")
+            with naming(own):
+                own.write_text(json.dumps(head) + "\n", encoding="utf-8")
         self._file = own.open("a", encoding="utf-8", newline="\n")
 
     def append(self, row: Mapping) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()  # the system keeps it, even where this process is killed now
+        with naming(self._file.name):
+            self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            self._file.flush()  # the system keeps it, even where this process is killed now
 
     def add_costs(self, costs: Mapping) -> None:
         """What the rows appended since the last call have cost."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from r1fast import metrics
+from r1fast.file_errors import naming
 from r1fast.progress import duration
 from r1fast.report.page import page
 from r1fast.report.run import claim_rows, load_run, number, samples_note
@@ -22,7 +23,8 @@ def write_report(run_folder: str | Path) -> Path:
     title = str(run.manifest.get("title") or run.name)
     path = Path(run_folder) / "report.html"
     part = path.with_name("report.html.part")
-    part.write_text(page(f"{title} · r1fast", body(run, title)), encoding="utf-8")
+    with naming(part):
+        part.write_text(page(f"{title} · r1fast", body(run, title)), encoding="utf-8")
     part.replace(path)
     return path
 
