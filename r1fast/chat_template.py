@@ -7,29 +7,23 @@ ValueError here. What is rendered is what `tokenizer.apply_chat_template` of tra
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import select
 import signal
-import subprocess
-import sys
 import threading
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from r1fast.json_fields import is_sound
+from r1fast.worker_process import Ended, Late, WorkerProcess
 
 _WORKER = Path(__file__).with_name("chat_template_worker.py")
 _TIMEOUT = (
     120.0  # seconds of the clock, of a machine that is busy: processor time is what ends a template
 )
 MAX_CHARS = 1 << 24  # of a rendered chat, and of a template
-KEPT = ("PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LANG", "LC_ALL", "TZ", "SYSTEMROOT")
 
 
 def render_chat(
@@ -103,72 +97,49 @@ class _Renderer:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._process: subprocess.Popen | None = None
-        self._finalizer: weakref.finalize | None = None
+        self._worker: WorkerProcess | None = None
         self._last: str | None = None  # the template that this process has
         os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
-        """In a fork: the pipes are the parent's."""
-        self._lock, self._process = threading.Lock(), None
-        if self._finalizer is not None:
-            self._finalizer.detach()
+        if self._worker is not None:
+            self._worker.forget()
+        self._lock, self._worker = threading.Lock(), None
 
     def render(self, template: str, values: Mapping[str, Any]) -> str:
         with self._lock:
-            process = self._running()
+            worker = self._running()
             request = {"template": None if template == self._last else template, "values": values}
+            deadline = time.monotonic() + _TIMEOUT
             try:
-                reply = self._ask(process, json.dumps(request).encode() + b"\n")
-            except BaseException:  # a Ctrl-C too: its reply would be taken for the next one's
+                worker.send(request, deadline)
+                reply = worker.read(deadline)
+            except (
+                BaseException
+            ) as error:  # a Ctrl-C too: its reply would be taken for the next one's
                 self._end()
+                if isinstance(error, Late):
+                    raise ValueError(
+                        f"the model's chat template took over {_TIMEOUT:g} s"
+                    ) from None
+                if isinstance(error, Ended):
+                    raise ValueError(_why(error.status)) from None
                 raise
             self._last = None if "error" in reply else template
         if "error" in reply:
             raise ValueError(f"the model's chat template refuses these messages: {reply['error']}")
         return reply["text"]
 
-    def _running(self) -> subprocess.Popen:
-        if self._process is None or self._process.poll() is not None:
+    def _running(self) -> WorkerProcess:
+        if self._worker is None or not self._worker.is_running():
             self._end()
-            # -P: the folder of the script stays off sys.path, where types.py would hide the stdlib's
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", str(_WORKER), str(MAX_CHARS)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={name: os.environ[name] for name in KEPT if name in os.environ},
-                start_new_session=True,  # a Ctrl-C in the terminal is for the caller
-            )
-            self._finalizer = weakref.finalize(self, _kill, self._process)
-        return self._process
-
-    def _ask(self, process: subprocess.Popen, request: bytes) -> dict:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        deadline, answer = time.monotonic() + _TIMEOUT, bytearray()
-        os.set_blocking(process.stdin.fileno(), False)
-        rest = memoryview(request)
-        while not answer.endswith(b"\n"):
-            left = deadline - time.monotonic()
-            wanted = [process.stdin] if rest else []
-            readable, writable, _ = select.select([process.stdout], wanted, [], max(0.0, left))
-            if left <= 0:
-                raise ValueError(f"the model's chat template took over {_TIMEOUT:g} s")
-            if writable:
-                with contextlib.suppress(BrokenPipeError, BlockingIOError):
-                    rest = rest[os.write(process.stdin.fileno(), rest[:65536]) :]
-            if readable:
-                chunk = os.read(process.stdout.fileno(), 1 << 20)
-                if not chunk:
-                    raise ValueError(_why(process.wait()))
-                answer += chunk
-        return json.loads(answer)
+            self._worker = WorkerProcess(_WORKER, MAX_CHARS)
+        return self._worker
 
     def _end(self) -> None:
-        if self._finalizer is not None:
-            self._finalizer()
-        self._process = self._last = None
+        if self._worker is not None:
+            self._worker.kill()
+        self._worker = self._last = None
 
 
 def _why(status: int) -> str:
@@ -177,12 +148,3 @@ def _why(status: int) -> str:
         return "the model's chat template takes over two seconds of processor time"
     name = signal.Signals(-status).name if status < 0 else f"exit code {status}"
     return f"the model's chat template ended the process that rendered it ({name})"
-
-
-def _kill(process: subprocess.Popen) -> None:
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(OSError):
-                pipe.close()

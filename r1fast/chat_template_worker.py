@@ -100,6 +100,8 @@ def limit_memory() -> None:
 
 def main() -> None:
     max_chars = int(sys.argv[1])
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # of a whole job: for the caller, which ends us
+        signal.signal(number, signal.SIG_IGN)
     environment, template = make_environment(), None
     limit_memory()
     for line in sys.stdin.buffer:

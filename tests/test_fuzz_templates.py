@@ -191,11 +191,11 @@ def test_any_text_is_a_template_or_refused(template, content):
 
 def test_a_process_that_died_is_replaced_and_a_slow_one_waited_for(monkeypatch):
     assert render_chat(tokenizer("a"), HI) == "a"
-    process = chat_template._renderer()._process
+    process = chat_template._renderer()._worker.process
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert render_chat(tokenizer("a"), HI) == "a"
-    process = chat_template._renderer()._process
+    process = chat_template._renderer()._worker.process
     os.kill(process.pid, signal.SIGSTOP)
     monkeypatch.setattr(chat_template, "_TIMEOUT", 0.2)
     start = time.monotonic()
@@ -204,6 +204,15 @@ def test_a_process_that_died_is_replaced_and_a_slow_one_waited_for(monkeypatch):
     assert time.monotonic() - start < 30
     monkeypatch.undo()
     assert render_chat(tokenizer("a"), HI) == "a"
+
+
+def test_a_signal_to_a_whole_job_leaves_it_alone():
+    assert render_chat(tokenizer("a"), HI) == "a"
+    process = chat_template._renderer()._worker.process
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        os.kill(process.pid, number)
+    assert render_chat(tokenizer("b"), HI) == "b"
+    assert chat_template._renderer()._worker.process is process
 
 
 def test_a_tokenizer_with_its_own_way_is_asked_itself():

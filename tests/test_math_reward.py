@@ -531,15 +531,15 @@ def test_an_interrupted_comparison_does_not_shift_the_next(monkeypatch):
     """A Ctrl-C in a notebook leaves a reply in the pipe: the next question must not get it."""
     with MathReward() as grader:
         assert grader.pool.compare("1", r"\cos 0") == "correct"
-        real = symbolic._Worker._read
+        real = symbolic._Worker.read
         for lost in ("wrong", "right"):
 
             def interrupted(worker, timeout):
                 raise KeyboardInterrupt
 
-            monkeypatch.setattr(symbolic._Worker, "_read", interrupted)
+            monkeypatch.setattr(symbolic._Worker, "read", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 grader.pool.compare("1", r"\cos 0" if lost == "right" else r"\sin 0")
-            monkeypatch.setattr(symbolic._Worker, "_read", real)
+            monkeypatch.setattr(symbolic._Worker, "read", real)
             verdicts = [grader.pool.compare("1", a) for a in (r"\sin 0", r"\cos 0", r"\sin 0")]
             assert verdicts == ["wrong", "correct", "wrong"]

@@ -15,7 +15,8 @@ _CHAT = ("rewards/chat.py", "judge_engine.py")
 SOURCES = {  # what a verdict of each kind depends on, under r1fast/
     "math": (*_ALL, "rewards/math.py", "rewards/answers.py", "rewards/algebra.py", "rewards/equivalence.py",
              "rewards/expression.py", "rewards/latex.py", "rewards/regions.py", "rewards/symbolic.py",
-             "rewards/symbolic_worker.py", "rewards/trigonometry.py", "rewards/units.py", "rewards/messages.py"),
+             "rewards/symbolic_worker.py", "rewards/trigonometry.py", "rewards/units.py", "rewards/messages.py",
+             "worker_process.py"),
     "choice": (*_ALL, "rewards/choice.py"),
     "if": (*_ALL, "rewards/instructions.py", "rewards/text_language.py"),
     "code": (*_ALL, "rewards/code.py", "rewards/code_answer.py", "rewards/code_problem.py", "rewards/math.py",

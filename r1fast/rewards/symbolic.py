@@ -9,23 +9,19 @@ so any thread may ask.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import queue
-import select
 import signal
-import subprocess
-import sys
 import threading
 import time
-import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 from r1fast.types import Verdict
+from r1fast.worker_process import Late, WorkerProcess
 
 _WORKER = Path(__file__).with_name("symbolic_worker.py")
 _START_TIMEOUT = 60.0  # importing sympy on a busy machine
@@ -77,7 +73,7 @@ class SymbolicPool:
                 raise RuntimeError("the symbolic grader was closed")
             if until is not None and time.monotonic() >= until:
                 return "error"
-            if worker is not None and worker.process.poll() is not None:
+            if worker is not None and not worker.is_running():
                 worker.kill()
                 worker = None
             if worker is None:
@@ -86,7 +82,7 @@ class SymbolicPool:
                 return "error"
             left = self.timeout if until is None else min(self.timeout, until - time.monotonic())
             reply = worker.ask({"gold": gold, "answer": answer}, max(0.0, left))
-        except _Late:
+        except Late:
             with self._lock:
                 self.num_restarts += 1
             assert worker is not None
@@ -145,24 +141,9 @@ class SymbolicPool:
             self._slots.put(None)
 
 
-class _Late(Exception):
-    """No reply before the deadline."""
-
-
-class _Worker:
+class _Worker(WorkerProcess):
     def __init__(self, memory_bytes: int, cpu_timeout: float):
-        # -P: the folder of the script stays off sys.path, where math.py would hide the stdlib's
-        kept = ("PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LANG", "LC_ALL", "SYSTEMROOT")
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", str(_WORKER), str(memory_bytes), str(cpu_timeout)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={name: os.environ[name] for name in kept if name in os.environ},
-            start_new_session=True,  # a Ctrl-C in the terminal is for the trainer
-        )
-        self._finalizer = weakref.finalize(self, _end, self.process)
-        self.buffer = b""
+        super().__init__(_WORKER, memory_bytes, cpu_timeout)
         self._start_by: float | None = time.monotonic() + _START_TIMEOUT  # None once it is ready
         self._child = 0  # the process that compares
         self._number = 0  # of the last request
@@ -173,10 +154,10 @@ class _Worker:
             return True
         deadline = self._start_by if until is None else min(self._start_by, until)
         try:
-            ready = self._read(deadline - time.monotonic())
+            ready = self.read(deadline)
             while "pid" not in ready and ready.get("ready") is not False:  # of the last child
-                ready = self._read(deadline - time.monotonic())
-        except _Late:
+                ready = self.read(deadline)
+        except Late:
             if deadline == until:
                 return False
             raise OSError("symbolic worker did not come up in time") from None
@@ -188,7 +169,7 @@ class _Worker:
     def kill_child(self) -> bool:
         """End the comparison that is late; False where the worker itself has ended."""
         self._start_by = time.monotonic() + _FORK_TIMEOUT
-        if self.process.poll() is not None:
+        if not self.is_running():
             return False
         if self._child:
             with contextlib.suppress(ProcessLookupError):
@@ -197,52 +178,17 @@ class _Worker:
         return True
 
     def ask(self, request: dict, timeout: float) -> dict:
-        assert self.process.stdin is not None
-        self._number += 1
-        self.process.stdin.write(json.dumps(request | {"id": self._number}).encode() + b"\n")
-        self.process.stdin.flush()
         deadline = time.monotonic() + timeout
-        reply = self._read(timeout)
+        self._number += 1
+        self.send(request | {"id": self._number}, deadline)
+        reply = self.read(deadline)
         while (
             "late" not in reply and reply.get("id") != self._number
         ):  # of one that was interrupted
-            reply = self._read(deadline - time.monotonic())
+            reply = self.read(deadline)
         if "late" in reply:
             self._child = 0
             if reply["late"]:
-                raise _Late
+                raise Late
             raise OSError("the process that compares has died")
         return reply
-
-    def _read(self, timeout: float) -> dict:
-        """One line of JSON, by polling the pipe: nothing here blocks beyond the deadline."""
-        assert self.process.stdout is not None
-        descriptor = self.process.stdout.fileno()
-        deadline = time.monotonic() + timeout
-        while b"\n" not in self.buffer:
-            left = max(0.0, deadline - time.monotonic())
-            if not select.select([descriptor], [], [], left)[0]:
-                raise _Late
-            chunk = os.read(descriptor, 65536)
-            if not chunk:
-                raise OSError(f"worker ended with status {self.process.wait()}")
-            self.buffer += chunk
-        line, _, self.buffer = self.buffer.partition(b"\n")
-        reply = json.loads(line)
-        if not isinstance(reply, dict):
-            raise ValueError(f"not a reply: {line[:80]!r}")
-        return reply
-
-    def kill(self) -> None:
-        self._finalizer()
-
-
-def _end(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)  # its session: the child too
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(OSError):  # unsent bytes for a dead reader
-                pipe.close()
