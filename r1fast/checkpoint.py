@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from r1fast.checkpoint_check import CHUNK, StoppedError, problem_in, steps_in
+from r1fast.checkpoint_check import CHUNK, StoppedError, problem_in, read_small, steps_in
 from r1fast.checkpoint_layout import (
     MANIFEST,
     NAME,
@@ -215,6 +215,8 @@ def load_checkpoint(folder: str | Path, up_to: int | None = None) -> Checkpoint 
     for one of a newer layout, or under another step's name.
     """
     folder = Path(folder)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"{folder} is to hold checkpoints and is no folder, or a link to nothing")
     found = [(step, path) for step, path in steps_in(folder) if up_to is None or step <= up_to]
     damage = []
     for step, path in found:
@@ -336,14 +338,13 @@ def _sync_folder(folder: Path) -> None:
 
 def _make_way(final: Path) -> None:
     """Move a checkpoint of the same step aside, to a name that `load_checkpoint` also reads."""
-    if not final.exists():
+    if not os.path.lexists(final):
         return
     if problem_in(final, int(NAME.fullmatch(final.name)[1])):
-        shutil.rmtree(final)
+        _remove(final)
         return
     old = final.with_name(final.name + ".old")
-    if old.exists():
-        shutil.rmtree(old)
+    _remove(old)
     os.rename(final, old)
 
 
@@ -379,7 +380,7 @@ def _best(folder: Path, step: int, metric: str) -> Path | None:
         if NAME.fullmatch(path.name)[2]:
             continue
         try:
-            measure = json.loads((path / STATE).read_bytes()).get(MEASURE) or {}
+            measure = json.loads(read_small(path / STATE)).get(MEASURE) or {}
             metric, value = measure.get("metric"), measure.get("value", -math.inf)
         except (OSError, ValueError, AttributeError, RecursionError):
             continue  # damaged since: it will be found where it is loaded
@@ -390,7 +391,7 @@ def _best(folder: Path, step: int, metric: str) -> Path | None:
 
 
 def _read(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""
+    return path.read_text(errors="replace") if path.is_file() else ""
 
 
 def _remove(path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from r1fast.checkpoint_layout import MANIFEST, NAME, NEVER, READABLE, STATE, VERSION
 from r1fast.file_errors import naming
+from r1fast.hf_folder import MAX_JSON
 
 FIELDS = {"version", "step", "name", "files"}  # of a manifest; the name came later
 CHUNK = 1 << 22  # bytes written or read at a time
@@ -47,7 +48,7 @@ def problem_in(
     """What is wrong with a checkpoint; empty when it is whole. Raises ForeignError."""
     reading = MANIFEST
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = json.loads(read_small(path / MANIFEST))
         version = manifest["version"]
         if type(version) is int and version > VERSION and version not in NEVER:
             raise ForeignError(
@@ -74,7 +75,7 @@ def problem_in(
             odd = sorted(present ^ {STATE, *files})
             return f"its files are not those of {MANIFEST}: {', '.join(odd)}"
         for name, entry in files.items():
-            size = (path / name).stat().st_size
+            size = _size(path / name)
             if size != entry["size"]:
                 return f"{name} has {size} bytes, not {entry['size']}"
         for name, entry in files.items():
@@ -83,7 +84,7 @@ def problem_in(
             if _sha256(path / name, stop, from_disk=from_disk) != entry["sha256"]:
                 return f"the content of {name} has changed (sha256)"
         reading = STATE
-        state = json.loads((path / STATE).read_bytes())
+        state = json.loads(read_small(path / STATE))
     except ForeignError:
         raise
     except OSError as error:
@@ -100,6 +101,18 @@ def problem_in(
             f"again, or move it out of here"
         )
     return ""
+
+
+def _size(path: Path) -> int:
+    if not path.is_file() and path.exists():  # a pipe would be waited for, a device never ends
+        raise ValueError(f"{path.name} is no file")
+    return path.stat().st_size
+
+
+def read_small(path: Path) -> bytes:
+    if (size := _size(path)) > MAX_JSON:
+        raise ValueError(f"it has {size} bytes")
+    return path.read_bytes()
 
 
 def _sha256(path: Path, stop: Callable[[], bool], *, from_disk: bool) -> str:

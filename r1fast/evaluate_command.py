@@ -28,6 +28,7 @@ from r1fast.provenance import provenance
 from r1fast.report import report_on
 from r1fast.rewards.graders import JUDGED_KINDS
 from r1fast.rollout.vllm.start import started
+from r1fast.run_lock import only_run
 from r1fast.types import Problem
 
 Options = Mapping[str, str | list[str]]  # of the command line, without their dashes
@@ -102,7 +103,7 @@ def _evaluate(target: str, overrides: list[str], options: Options) -> None:
     if preset is not None:
         # a wrong file is refused before the model is loaded
         preset.load(str(options["data"]), str(options.get("baseline", "")))
-    with started(config) as config:
+    with only_run(config.output_dir), started(config) as config:
         _evaluate_by(config, preset, target, overrides, options)
 
 
@@ -184,7 +185,7 @@ def _rescore(folder: str, overrides: list[str], options: Options) -> None:
     config = _with_judge(stored_config(setup, overrides), options)
     if judged(stored_problems(folder)) and not has_judge(config):
         raise ValueError(f"{folder} was judged, and is to be again: {JUDGES}")
-    with make_scorer(config, rules_only=True) as scorer:
+    with only_run(folder), make_scorer(config, rules_only=True) as scorer:
         scorer.prompt_opens_think = setup["prompt_opens_think"]
         told = rescore(folder, scorer, setup | {"rewards": to_dict(config)["rewards"]})
     show_rescored(told, read_json(Path(folder) / "eval.json"))

@@ -29,6 +29,7 @@ from r1fast.progress import duration
 from r1fast.provenance import provenance
 from r1fast.recipe import RECIPE, asks_r1_zero, evaluate_general
 from r1fast.report import print_stage_table, report_on
+from r1fast.run_lock import only_run
 
 ALL_STAGES = ("seed", "model", "data", "template")
 OF_EVALUATION = (
@@ -168,7 +169,8 @@ class Pipeline:
         distributed.barrier()
         began, files = time.time(), data_digests(config)
         earlier = self._seconds_so_far(folder)
-        stage.run(self, config, folder)
+        with only_run(folder):  # the pipeline's own lock keeps nobody from a stage's folder
+            stage.run(self, config, folder)
         self._close_stage(name, config, time.time() - began + earlier, files)
 
     def _close_stage(

@@ -5,10 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from r1fast.__main__ import main
+from r1fast.config import load_config
+from r1fast.pipeline import Pipeline
 from r1fast.run_lock import only_run
 
 HOLDS = "import sys, time; from r1fast.run_lock import only_run\nwith only_run(sys.argv[1]): print('held', flush=True); time.sleep(float(sys.argv[2]))"
@@ -19,9 +22,9 @@ def hold(tmp_path):
     """Starts a process that holds the folder for some seconds."""
     started = []
 
-    def hold(seconds: float) -> subprocess.Popen:
+    def hold(seconds: float, folder: Path = tmp_path) -> subprocess.Popen:
         process = subprocess.Popen(
-            [sys.executable, "-c", HOLDS, str(tmp_path), str(seconds)],
+            [sys.executable, "-c", HOLDS, str(folder), str(seconds)],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -88,3 +91,24 @@ def test_a_file_is_no_folder(tmp_path):
     for path in (tmp_path / "a", tmp_path / "a" / "b"):
         with pytest.raises(ValueError, match=r"output_dir = .* cannot be a folder"), only_run(path):
             pytest.fail("no folder")
+
+
+def test_an_evaluation_is_refused_too(hold, tmp_path, monkeypatch, capsys):
+    """It would write between the lines of the other one's samples."""
+    monkeypatch.setattr(only_run.__wrapped__, "__kwdefaults__", {"patience": 0.2})
+    hold(60)
+    words = ["evaluate", "some/model", "--data.task=running_sum", f"--output_dir={tmp_path}"]
+    assert main(words) == 2
+    assert "in use by another run" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_stage_of_a_pipeline_is_refused_where_another_run_is_in_its_folder(
+    hold, tmp_path, monkeypatch
+):
+    """As `r1fast grpo --output_dir=run/base` is, beside `r1fast pipeline --output_dir=run`."""
+    monkeypatch.setattr(only_run.__wrapped__, "__kwdefaults__", {"patience": 0.2})
+    hold(60, tmp_path / "base")
+    demo = Path(__file__).parent.parent / "configs" / "demo.toml"
+    with pytest.raises(ValueError, match=r"base is in use by another run"):
+        Pipeline(load_config(demo, [f"--output_dir={tmp_path}", "--model.device=cpu"])).run()
