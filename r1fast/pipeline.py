@@ -254,7 +254,7 @@ class Pipeline:
                 aside = self.folder / "replaced" / f"{now}-{number}"
             aside.mkdir(parents=True)
             reused = names[0] == "cold_start" and self._may_reuse_collection()
-            for name in existing:
+            for name in reversed(existing):  # what a kill leaves is a beginning, whose stages fit
                 self.path(name).rename(aside / name)
             if reused:
                 cold_start.reuse(aside / "cold_start", self.path("cold_start"))

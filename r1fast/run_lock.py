@@ -33,7 +33,8 @@ def only_run(folder: str | Path, *, patience: float = PATIENCE) -> Iterator[None
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"output_dir = {str(path)!r} cannot be a folder: {error}") from None
-    with open(path / FILE, "a+", encoding="utf-8") as file:
+    # unbuffered: what a full disk has not taken would be an error once more when it is closed, after the run
+    with open(path / FILE, "ab", buffering=0) as file:
         end, said = time.monotonic() + patience, False
         while not _lock(file):
             if time.monotonic() >= end:
@@ -48,8 +49,7 @@ def only_run(folder: str | Path, *, patience: float = PATIENCE) -> Iterator[None
             time.sleep(0.2)
         with suppress(OSError):  # a full disk
             file.truncate(0)
-            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-            file.flush()
+            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         yield
 
 

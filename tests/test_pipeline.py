@@ -410,3 +410,19 @@ def test_a_stage_whose_manifest_lacks_a_field(copied):
     path.write_text(json.dumps({"status": "done", "seconds": 1}))
     with pytest.raises(ValueError, match=r"r1_zero/manifest\.json has no 'config'; --from r1_zero"):
         pipeline(copied).run()
+
+
+def test_a_kill_while_stages_are_set_aside_leaves_those_that_fit(copied, monkeypatch):
+    """Else a stage would be kept whose beginning is made again."""
+    order, real, calls = pipeline(copied).order, Path.rename, []
+
+    def rename(path, target):
+        calls.append(path.name)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline(copied).run(start=order[1])
+    assert [name for name in order if (copied / name).exists()] == order[:-3]

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from faults import no_room
 
 from r1fast.__main__ import main
 from r1fast.config import load_config
@@ -84,6 +85,12 @@ def test_the_command_is_refused(hold, tmp_path, monkeypatch, capsys):
     )
     assert "in use by another run" in capsys.readouterr().err
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_full_disk_ends_no_run(tmp_path):
+    with no_room(), only_run(tmp_path):
+        pass
+    assert (tmp_path / ".lock").read_bytes() == b""
 
 
 def test_a_file_is_no_folder(tmp_path):
