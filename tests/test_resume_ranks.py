@@ -118,6 +118,9 @@ def in_ranks(out: Path) -> None:
                   out / name / f"rank{distributed.rank()}.safetensors")  # fmt: skip
         run(make(name, out / name / "one_to_two"))  # begun by one process
         run(make(name, out / name / "two_to_one"), STOP)
+        run(
+            make(name, out / name / "there_and_back"), STOP + 1
+        )  # begun by one process, and ended by one
     between_updates(out)
     try:  # the second rank is not to see what the first has
         make("sft", out / ("sft" if distributed.is_main() else "elsewhere") / "whole")
@@ -162,6 +165,7 @@ def out(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     for name in RUNS:
         run(make(name, folder / name / "one_to_two"), STOP)
+        run(make(name, folder / name / "there_and_back"), STOP - 1)
     ranks = Ranks(__file__, folder)
     for name in RUNS:  # meanwhile
         run(make(name, folder / name / "one"))
@@ -204,15 +208,32 @@ def test_another_number_of_ranks_learns_from_the_same_in_the_same_order(out, nam
     rows = read_metrics(folder)
     assert [row["step"] for row in rows if "note" in row] == [STOP + 1]
     assert rows[STOP]["note"] in told
-    ours, theirs = learned(folder, 2), learned(out / name / "one", 2)
+    assert_alike(folder, out / name / "one")
+
+
+def assert_alike(folder: Path, one: Path) -> None:
+    """The same data in the same order, and metrics up to rounding."""
+    ours, theirs = learned(folder, 2), learned(one, 2)
     assert ours == theirs
     assert sorted(ours) == list(range(1, STEPS + 1))
-    assert learned(folder, 3)[1] == learned(out / name / "one", 3)[1]  # sampled by equal weights
-    expected = read_metrics(out / name / "one")
-    for a, b in zip(rows, expected, strict=True):
+    assert learned(folder, 3)[1] == learned(one, 3)[1]  # sampled by equal weights
+    for a, b in zip(read_metrics(folder), read_metrics(one), strict=True):
         for key in ("loss", "entropy", "kl", "grad_norm", "learning_rate", "epoch"):
             if key in b:
                 assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), (a["step"], key)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_one_process_two_and_one_again(out, name):
+    folder = out / name / "there_and_back"
+    run(make(name, folder))
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    notes = {row["step"]: row["note"] for row in rows if "note" in row}
+    assert notes.keys() == {STOP, STOP + 2}
+    assert "processes 1 -> 2" in notes[STOP]
+    assert "processes 2 -> 1" in notes[STOP + 2]
+    assert_alike(folder, out / name / "one")
 
 
 @pytest.mark.parametrize("name", ["grpo", "lora"])
