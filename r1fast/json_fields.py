@@ -48,6 +48,7 @@ def is_row(value: Any) -> bool:
 
 
 TEXT = Kind("a text", is_text)
+ANY_TEXT = Kind("a text", is_sound)  # of a model, which may hold NUL
 FLAG = Kind("true or false", lambda x: isinstance(x, bool))
 COUNT = Kind("a whole number of at least 0", lambda x: type(x) is int and 0 <= x < 2**63)
 POSITIVE = Kind("a whole number of at least 1", lambda x: type(x) is int and 0 < x < 2**63)

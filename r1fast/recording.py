@@ -24,12 +24,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from r1fast import distributed
+from r1fast import distributed, recorded_fields
 from r1fast.checkpoint import STATE, read_step, steps_in, write_step
 from r1fast.config import to_dict
 from r1fast.config_check import steps_of
 from r1fast.metrics import warn
 from r1fast.provenance import rounding
+from r1fast.recorded_fields import check_numbers, check_recording, read_recorded_rows
 from r1fast.tensor_file import json_bytes, safetensors_bytes
 from r1fast.training import Trainer
 from r1fast.types import Completion, Problem, Reward, RolloutGroup
@@ -118,14 +119,12 @@ def read_recording(folder: Path, step: int) -> Recording:
             f"{shown_steps(recorded_steps(folder)) or 'none'}. --record=12,20-30 or --record "
             "(all) records the steps of a run, as log.record does"
         )
-    problems, completions = (
-        [
-            json.loads(line)
-            for line in (saved.path / name).read_text(encoding="utf-8").split("\n")[:-1]
-        ]
-        for name in (PROBLEMS, COMPLETIONS)
-    )
-    groups = _groups(saved.tensors(NUMBERS), problems, completions)
+    check_recording(saved.path, saved.state)
+    problems = read_recorded_rows(saved.path / PROBLEMS, recorded_fields.PROBLEM)
+    completions = read_recorded_rows(saved.path / COMPLETIONS, recorded_fields.COMPLETION)
+    tensors = saved.tensors(NUMBERS)
+    check_numbers(tensors, len(problems), len(completions), saved.path / f"{NUMBERS}.safetensors")
+    groups = _groups(tensors, problems, completions)
     row = {name: float(x) if isinstance(x, str) else x for name, x in saved.state["row"].items()}
     return Recording(step, groups, [p["rank"] for p in problems], saved.state | {"row": row})
 

@@ -1,6 +1,5 @@
 """A state.json that a person has made or edited, with its hash made right: a ValueError that names file and field."""
 
-import hashlib
 import json
 import math
 import random
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import forge
 from safetensors.torch import load_file, save_file
 from tiny import TokenScorer, tiny_checkpoint, tiny_config, tiny_problems
 
@@ -44,14 +44,6 @@ def run(tmp_path_factory) -> tuple[str, Path]:
     return base, folder / "run"
 
 
-def with_file(path: Path, name: str, raw: bytes) -> None:
-    """Put a file into a checkpoint, as one whose hash is right."""
-    (path / name).write_bytes(raw)
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"][name] = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    (path / "manifest.json").write_text(json.dumps(manifest))
-
-
 @pytest.fixture
 def edited(run):
     """Replaces files of the checkpoint, which is whole again after the test."""
@@ -61,7 +53,7 @@ def edited(run):
     def edit(name: str, raw: bytes) -> None:
         for file, kept in before.items():
             (path / file).write_bytes(kept)
-        with_file(path, name, raw)
+        forge(path, name, raw)
 
     yield edit
     for file, kept in before.items():

@@ -2,17 +2,22 @@
 
 import json
 import os
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from faults import forge
+from safetensors.torch import load_file, save_file
 from test_trainer import Stopped, StoppingScorer, assert_same_tensors, timeless
-from tiny import TokenScorer, tiny_config, tiny_policy, tiny_problems
+from tiny import TokenScorer, tiny_checkpoint, tiny_config, tiny_policy, tiny_problems
 
 from r1fast.__main__ import parse
 from r1fast.config import load_config
+from r1fast.policy import policy_of
 from r1fast.recording import read_recording, recorded_steps, shown_steps
+from r1fast.replay import replay
 from r1fast.trainer import GRPOTrainer
 from r1fast.types import Problem, Reward
 
@@ -207,3 +212,102 @@ def test_a_metric_that_is_not_finite_is_read_back(tmp_path, monkeypatch):
     assert torch.isnan(torch.tensor(row["grad_norm"]))
     assert row["loss"] == -float("inf")
     assert "NaN" not in (tmp_path / "recorded/step-000001/state.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """A run of one recorded step."""
+    folder = tmp_path_factory.mktemp("one")
+    base = tiny_checkpoint(folder / "base")
+    config = tiny_config(f"--model.path={base}", "--grpo.num_steps=1", ALL)
+    GRPOTrainer(policy_of(config), config, folder / "run", tiny_problems(), TokenScorer()).run()
+    return folder / "run"
+
+
+@pytest.fixture
+def edited(one):
+    """Replaces files of the recording, which is whole again after the test."""
+    path = one / "recorded" / "step-000001"
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+
+    def restore() -> None:
+        for file, kept in before.items():
+            (path / file).write_bytes(kept)
+
+    def edit(name: str, raw: bytes) -> None:
+        restore()
+        forge(path, name, raw)
+
+    yield edit, before
+    restore()
+
+
+@pytest.mark.parametrize(("file", "change", "told"), [
+    ("state.json", lambda s: s | {"versions": []}, r"state.json: 'versions' must be an object, got \[\]"),
+    ("state.json", lambda s: s | {"row": {"loss": "x"}}, "'row' must be an object of numbers"),
+    ("state.json", lambda s: {k: v for k, v in s.items() if k != "data"}, "state.json has no 'data'; it was not"),
+    ("state.json", lambda s: s | {"before": {"digests": {}}}, "has no 'before.counters'"),
+    ("problems.jsonl", lambda rows: [*rows[:1], {"rank": 0}], r"problems.jsonl:2 has no 'position'; .* record the step again"),
+    ("problems.jsonl", lambda rows: [rows[0] | {"prompt": 1}, *rows[1:]], r"problems.jsonl:1: 'prompt' must be a text, got 1"),
+    ("problems.jsonl", lambda rows: rows[1:], r"'num_completions' must have one number for each of 3 problems, got \(4,\)"),
+    ("completions.jsonl", lambda rows: rows[1:], r"'completion_lengths' must have one number for each of 15 completions"),
+    ("completions.jsonl", lambda rows: [3, *rows[1:]], "completions.jsonl:1: '' must be an object, got 3"),
+])  # fmt: skip
+def test_an_edited_recording_is_named(one, edited, file, change, told):
+    edit, before = edited
+    text = before[file].decode()
+    lines = file.endswith("l")
+    found = change([json.loads(x) for x in text.splitlines()] if lines else json.loads(text))
+    edit(
+        file,
+        ("".join(json.dumps(x) + "\n" for x in found) if lines else json.dumps(found)).encode(),
+    )
+    with pytest.raises(ValueError, match=told):
+        replay(one, 1)
+
+
+def test_lines_that_are_no_json_are_named(one, edited):
+    edit, before = edited
+    edit("completions.jsonl", before["completions.jsonl"] + b"[" * 100_000 + b"\n")
+    with pytest.raises(ValueError, match=r"completions\.jsonl:17 is not valid JSON"):
+        read_recording(one, 1)
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    (lambda t: t.pop("logprobs"), "has no 'logprobs'"),
+    (lambda t: t.update(logprobs=t["logprobs"][1:].clone()), "'logprobs' must have one number for each of"),
+    (lambda t: t.update(rewards=t["rewards"][1:].clone()), "'rewards' must have one number for each of 16 completions"),
+    (lambda t: t.update(prompt_lengths=t["prompt_lengths"].neg()), "'prompt_lengths' must be at least 0"),
+    (lambda t: t.update(num_completions=t["num_completions"] + 1), "'num_completions' must add up to 16"),
+    (lambda t: t.update(prompt_ids=t["prompt_ids"][None].clone()), "'prompt_ids' must have one number"),
+])  # fmt: skip
+def test_numbers_that_do_not_fit(one, edited, tmp_path, change, told):
+    edit, before = edited
+    (tmp_path / "x").write_bytes(before["rollouts.safetensors"])
+    tensors = load_file(tmp_path / "x")
+    tensors = {key.removeprefix("rollouts."): x for key, x in tensors.items()}
+    change(tensors)
+    save_file(tensors, tmp_path / "x")
+    edit("rollouts.safetensors", (tmp_path / "x").read_bytes())
+    with pytest.raises(ValueError, match=told):
+        read_recording(one, 1)
+
+
+JUNK = [None, True, -1, 2**63, 10**400, 1e400, 0.5, "x", "\ud800", [], [1], [{}], {}, {"a": 1}]
+
+
+def test_any_state_of_a_recording_is_replayed_or_refused(one, edited):
+    edit, before = edited
+    rng, refused = random.Random(0), 0
+    for _ in range(40):
+        state = json.loads(before["state.json"])
+        inner, keys = state, list(state)
+        while isinstance(inner[key := rng.choice(keys)], dict) and inner[key] and rng.random() < 0.6:  # fmt: skip
+            inner, keys = inner[key], list(inner[key])
+        inner[key] = rng.choice(JUNK)
+        edit("state.json", json.dumps(state).encode())
+        try:
+            replay(one, 1)
+        except ValueError:
+            refused += 1
+    assert 20 < refused < 40
