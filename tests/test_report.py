@@ -400,7 +400,9 @@ def test_a_folder_that_is_no_run_says_what_one_holds(tmp_path, content):
 
 def test_a_broken_manifest_is_named(tmp_path):
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"manifest\.json is not a JSON object"):
+    with pytest.raises(
+        ValueError, match=r"manifest\.json (is not valid JSON|must hold a JSON object)"
+    ):
         write_report(tmp_path)
 
 
@@ -572,3 +574,25 @@ def test_steps_without_signal_are_reported(tmp_path):
     _dump_rows(path, rows)
     page = write_report(tmp_path).read_text()
     assert "no completion had an advantage: 6 of R1-Zero;" in page
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    ({"claims": [[1]]}, r"'claims\[0\]' must be an object, got \[1\]"),
+    ({"stages": [3]}, r"'stages\[0\]' must be an object, got 3"),
+    ({"config": []}, "'config' must be an object"),
+    ({"config": {"rewards": {"lexicon": {"zh": 7}}}}, "'config.rewards.lexicon' must be an object of lists of texts"),
+    ({"lexicon": "x"}, "'lexicon' must be an object of lists of texts, got 'x'"),
+])  # fmt: skip
+def test_a_manifest_that_somebody_has_edited_is_named(tmp_path, change, told):
+    build_run(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=rf"manifest\.json: {told}.*; mend it, or remove it"):
+        write_report(tmp_path)
+
+
+def test_numbers_beyond_all_floats_are_none(tmp_path):
+    build_run(tmp_path)
+    path = tmp_path / "base" / "eval.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pass@1": 10**400}))
+    assert write_report(tmp_path).is_file()

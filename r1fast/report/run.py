@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from r1fast.hf_folder import read_json
+from r1fast.json_fields import OBJECT, TEXT, Kind, check_fields, is_number
 from r1fast.metrics import read_metrics
 from r1fast.report.charts import NUM_COLORS
+
+_LEXICON = Kind(
+    "an object of lists of texts",
+    lambda x: (
+        isinstance(x, dict)
+        and all(isinstance(w, list) and all(isinstance(t, str) for t in w) for w in x.values())
+    ),
+)
+_CONFIG = {"rewards?": {"lexicon?": _LEXICON}, "data?": {"language?": TEXT}}
+MANIFEST = {"stages?": [OBJECT], "claims?": [OBJECT], "config?": _CONFIG, "lexicon?": _LEXICON}
 
 
 @dataclass(slots=True)
@@ -54,7 +65,7 @@ class Run:
 def load_run(folder: str | Path) -> Run:
     """Read a run folder. Raises ValueError where it is none."""
     folder = Path(folder)
-    manifest = _read_json(folder / "manifest.json")
+    manifest = _read_manifest(folder / "manifest.json")
     if isinstance(manifest.get("stages"), list):
         known = {str(entry.get("name")): entry for entry in manifest["stages"]}
         stages = [_load_stage(folder, entry) for entry in manifest["stages"]]
@@ -77,7 +88,7 @@ def load_run(folder: str | Path) -> Run:
 def _load_stage(root: Path, entry: Mapping) -> Stage:
     name = str(entry.get("name") or "stage")
     folder = root / str(entry.get("folder") or name)
-    manifest = _read_json(folder / "manifest.json")
+    manifest = _read_manifest(folder / "manifest.json")
     known = {**manifest, **entry}
     return Stage(
         name=name,
@@ -100,12 +111,15 @@ def _load_stage(root: Path, entry: Mapping) -> Stage:
 
 
 def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a JSON object: {error}") from None
+    return read_json(path, default={})
+
+
+def _read_manifest(path: Path) -> dict:
+    manifest = _read_json(path)
+    check_fields(
+        manifest, MANIFEST, path, "mend it, or remove it: the report is then made without it"
+    )
+    return manifest
 
 
 def _read_rows(path: Path) -> list[dict]:
@@ -114,9 +128,7 @@ def _read_rows(path: Path) -> list[dict]:
 
 def number(value: Any) -> float | None:
     """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if is_number(value) and math.isfinite(value) else None
 
 
 def claim_rows(run: Run) -> list[list[str]]:
