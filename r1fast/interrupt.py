@@ -177,18 +177,28 @@ def any_rank(flag: bool) -> bool:
 def interrupts() -> Iterator[None]:
     """Outside of training: SIGTERM and SIGUSR1 are KeyboardInterrupt, as SIGINT is.
 
-    What was sampled or graded is on disk by then.
+    What was sampled or graded is on disk by then. An error after a signal is one too: a module that was
+    interrupted amid its import fails later, and as something else.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    noted: list[int] = []
 
     def stop(number: int, frame: object) -> None:
+        noted.append(number)
         raise KeyboardInterrupt
 
-    before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    numbers = [signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored
+        numbers.append(signal.SIGINT)
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
+    except Exception as error:
+        if noted:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -223,6 +223,23 @@ def test_a_signal_while_sampling(tmp_path, monkeypatch, stage, number, base, und
     assert_ends_as_if_nothing_was(stage, tmp_path / "run", base, undisturbed)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_an_error_after_a_signal_is_the_signal(number):
+    """As where a module swallows it amid its import, and what it has not defined is missed later."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt) as stopped, interrupts():
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+            raise RecursionError("maximum recursion depth exceeded")
+        assert type(stopped.value.__cause__) is RecursionError
+        with pytest.raises(RecursionError), interrupts():
+            raise RecursionError("without a signal")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("size", [0, 100, 700])
 @pytest.mark.parametrize("stage", STAGES)
 def test_no_room_on_the_disk(tmp_path, stage, size, base, undisturbed):
