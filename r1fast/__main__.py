@@ -136,11 +136,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else EXIT_USAGE
     # before torch: idle threads that spin for long take the core another program is using
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    from r1fast.interrupt import interrupts
-
     try:
-        with interrupts():
-            _command(argv)
+        _command(argv)
     except FloatingPointError as error:  # a ValueError too where it was found in a checkpoint
         return _fail(f"r1fast: {type(error).__name__}: {error}", EXIT_NOT_FINITE)
     except ValueError as error:
@@ -181,8 +178,10 @@ def _command(argv: list[str]) -> None:
 
         load_config(target if target.endswith(".toml") else None, overrides)
     from r1fast import commands
+    from r1fast.interrupt import interrupts
 
-    commands.run(command, target, overrides, options)
+    with interrupts():
+        commands.run(command, target, overrides, options)
 
 
 def _is_memory(error: BaseException) -> bool:
@@ -205,10 +204,20 @@ def _fail(text: str, code: int) -> int:
     return code
 
 
+def _stop_at_once(number: int, frame: object) -> None:
+    """While it starts there is nothing to save, and an exception amid the import of a library may be swallowed by it."""
+    os.write(2, b"\nr1fast: stopped while it started, nothing was begun\n")
+    os._exit(EXIT_INTERRUPTED)
+
+
 def run() -> NoReturn:
     """The command of a shell, which ends the process."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    for number in numbers:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell's `&` sets for SIGINT
+            signal.signal(number, _stop_at_once)
     code = main()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in numbers:
         signal.signal(number, signal.SIG_IGN)  # all is done and said: torch takes a while to leave
     stopped = code == EXIT_INTERRUPTED and "torch" in sys.modules  # a reward's thread may hang
     if stopped or int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -63,6 +63,7 @@ class StopRequest:
         return self.received and self._gives_up(self.left)
 
     def __enter__(self) -> Self:
+        _raise_again()
         if threading.current_thread() is threading.main_thread():
             _open.append(self)
             for number in SIGNALS:
@@ -114,6 +115,7 @@ class StopRequest:
 
 
 _open: list[StopRequest] = []  # of this process; the innermost is last
+_raised: list[int] = []  # signals that `interrupts` has made a KeyboardInterrupt of
 
 
 def is_launched() -> bool:
@@ -128,6 +130,7 @@ def giving_up() -> bool:
 def boundary(phase: str, detail: str = "") -> None:
     """Between two pieces of work, in any thread: something has moved. Raises Stopped where it is to end here."""
     beat(phase, detail)
+    _raise_again()
     if not _open or not (request := _open[-1]).received:
         return
     if request.depth and threading.get_ident() == request._main and request.gives_up:
@@ -177,28 +180,31 @@ def any_rank(flag: bool) -> bool:
 def interrupts() -> Iterator[None]:
     """Outside of training: SIGTERM and SIGUSR1 are KeyboardInterrupt, as SIGINT is.
 
-    What was sampled or graded is on disk by then. An error after a signal is one too: a module that was
-    interrupted amid its import fails later, and as something else.
+    What was sampled or graded is on disk by then. A library may swallow it amid an import: then it is
+    raised again at the next boundary or beginning of a training, and what fails before that is it too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    noted: list[int] = []
 
     def stop(number: int, frame: object) -> None:
-        noted.append(number)
+        _raised.append(number)
         raise KeyboardInterrupt
 
-    numbers = [signal.SIGTERM, signal.SIGUSR1]
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored
-        numbers.append(signal.SIGINT)
+    numbers = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     except Exception as error:
-        if noted:
+        if _raised:
             raise KeyboardInterrupt from error
         raise
     finally:
+        _raised.clear()
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _raise_again() -> None:
+    if _raised and threading.current_thread() is threading.main_thread():
+        raise KeyboardInterrupt

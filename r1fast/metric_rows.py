@@ -82,3 +82,22 @@ def cut_back(path: Path, resume_step: int | None) -> list[str]:
         os.fsync(file.fileno())
     os.replace(part, path)
     return said
+
+
+def missing_rows(path: Path, resume_step: int) -> str:
+    """What to say of rows that a run which goes on after `resume_step` should find, and of rows without a checkpoint."""
+    found = {row.get("step", 0) for _, row in parse_lines(path).rows} if path.exists() else set()
+    if resume_step == 0:
+        if not (later := sum(step > 0 for step in found)):
+            return ""
+        return (
+            f"{path} has {later} steps of a run of which there is no checkpoint here: they are done again, from "
+            "the first. Where there were checkpoints, stop this, and see where that folder has gone"
+        )
+    missing = sorted(set(range(1, resume_step + 1)) - found)
+    if not missing:
+        return ""
+    return (
+        f"{path} lacks {len(missing)} of the {resume_step} steps that the checkpoint has seen, the first "
+        f"step {missing[0]}: the weights are those of all, charts have a gap"
+    )

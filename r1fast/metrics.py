@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from r1fast.metric_rows import cut_back, parse_lines
+from r1fast.metric_rows import cut_back, missing_rows, parse_lines
 
 LOGGER_EXTRA = "loggers"  # pip install r1fast[loggers]
 LINE_WIDTH = 100
@@ -202,6 +202,9 @@ class MetricsWriter:
         self.path = self.folder / "metrics.jsonl"
         self._board = _tensorboard(self.folder, resume_step) if tensorboard else None
         self._wandb = _wandb(self.folder, project, run_name, config) if wandb else None
+        if resume_step is not None and resume_step >= 0:
+            if text := missing_rows(self.path, resume_step):
+                warn(text)
         drop_rows(self.path, resume_step)
         self._file = self.path.open("ab", buffering=0)
         self._unwritten = b""  # what a full disk has not taken yet

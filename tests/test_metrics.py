@@ -465,3 +465,23 @@ def test_every_number_of_a_reward_model_and_of_an_update_is_explained():
         assert metric_help(name)[1], name
     line = step_line({"step": 3, "stage": "safety model", "loss": 0.5, "accuracy": 0.81})
     assert "acc .81" in line
+
+
+def test_rows_that_a_resumed_run_misses_are_told(tmp_path, capsys):
+    def told(resume_step: int) -> str:
+        MetricsWriter(tmp_path, stage="grpo", resume_step=resume_step).close()
+        return capsys.readouterr().err
+
+    def write(*steps: int) -> None:
+        rows = [{"step": step, "stage": "grpo"} for step in steps]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    assert told(0) == ""
+    assert "lacks 3 of the 3 steps that the checkpoint has seen, the first step 1" in told(3)
+    write(1, 2, 3, 4)
+    assert told(3) == ""
+    write(1, 3, 4)
+    assert "lacks 1 of the 3 steps that the checkpoint has seen, the first step 2" in told(3)
+    write(1, 2)
+    assert "has 2 steps of a run of which there is no checkpoint here: they are done again" in told(0)
+    assert told(0) == ""  # they are dropped

@@ -4,6 +4,7 @@ What a stage was doing then is an error or is told; the same call again ends wit
 nothing has happened to.
 """
 
+import contextlib
 import errno
 import itertools
 import signal
@@ -19,7 +20,7 @@ from tiny import tiny_checkpoint, tiny_config, tiny_policy, tiny_problems
 from r1fast import sft
 from r1fast.checkpoint import load_checkpoint
 from r1fast.evaluate import evaluate
-from r1fast.interrupt import Stopped, interrupts
+from r1fast.interrupt import Stopped, StopRequest, boundary, interrupts
 from r1fast.jsonl import read_jsonl
 from r1fast.metrics import read_metrics
 from r1fast.pipeline import Pipeline
@@ -235,6 +236,15 @@ def test_an_error_after_a_signal_is_the_signal(number):
         assert type(stopped.value.__cause__) is RecursionError
         with pytest.raises(RecursionError), interrupts():
             raise RecursionError("without a signal")
+        for goes_on in (lambda: boundary("rollout"), StopRequest().__enter__):
+            went_on = False
+            with pytest.raises(KeyboardInterrupt), interrupts():
+                with contextlib.suppress(KeyboardInterrupt):  # as a library amid its import
+                    signal.raise_signal(number)
+                goes_on()
+                went_on = True
+            assert not went_on
+        boundary("rollout")  # the next command knows nothing of it
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
