@@ -16,20 +16,17 @@ layer by layer is in its seconds of training. Ranks read one clock, the machine'
 """
 
 import argparse
-import contextlib
 import json
 import os
 import random
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from bench_step import MODELS, config_of, make_checkpoint
 from common import append_rows, print_table
+from rank_programs import run_ranks
 from step_orders import reward_of
 
 PROMPTS, PROMPT_TOKENS, GROUP, MAX_TOKENS = 8, 64, 8, 128
@@ -115,29 +112,13 @@ def rank_program(path: str, steps: int, overrides: list[str]) -> None:
 
 def launch(path: str, num_ranks: int, copies: int, steps: int, overrides: list[str]) -> list:
     """What each step took: of each of the `copies`, of each rank."""
-    runs = []
-    with contextlib.ExitStack() as stack:
-        for copy in range(copies):
-            with socket.socket() as s:
-                s.bind(("127.0.0.1", 0))
-                port = str(s.getsockname()[1])
-            for rank in range(num_ranks):
-                env = os.environ | {
-                    "RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                }  # fmt: skip
-                order = json.dumps([path, steps, overrides])
-                process = subprocess.Popen(
-                    ["taskset", "-c", str(CORES[copy + rank]), sys.executable, __file__, "--rank-program", order],
-                    env=env, stdout=subprocess.PIPE, text=True,
-                )  # fmt: skip
-                stack.callback(process.kill)
-                runs.append(process)
-        lines = [process.communicate(timeout=3600)[0] for process in runs]
-    if any(process.returncode for process in runs):
-        raise SystemExit(f"a rank ended with {[process.returncode for process in runs]}")
-    ranks = [[json.loads(line) for line in text.splitlines() if line[:1] == "{"] for text in lines]
-    return [list(zip(*ranks[i : i + num_ranks], strict=True)) for i in range(0, len(ranks), num_ranks)]  # fmt: skip
+    order = [path, steps, overrides]
+    said = run_ranks(__file__, order, num_ranks, copies=copies, cores=CORES)
+    return [
+        list(zip(*([json.loads(line) for line in text.splitlines() if line[:1] == "{"]
+                   for text in ranks), strict=True))
+        for ranks in said
+    ]  # fmt: skip
 
 
 CORES = sorted(os.sched_getaffinity(0))

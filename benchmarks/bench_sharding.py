@@ -15,11 +15,8 @@ and gathering is as large a share of a step as it can be.
 
 import argparse
 import json
-import os
 import random
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +26,7 @@ from unittest import mock
 
 from bench_step import make_checkpoint
 from common import append_rows, print_table
+from rank_programs import run_ranks
 
 MODEL = {
     "model_type": "qwen2", "vocab_size": 16384, "hidden_size": 768, "intermediate_size": 2048,
@@ -125,24 +123,7 @@ def rank_program(path: str, kind: str, dtype: str, steps: int, overrides: list[s
 
 def launch(path: str, kind: str, dtype: str, steps: int, overrides: list[str]) -> dict[str, float]:
     """The mean over two ranks."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    order = json.dumps([path, kind, dtype, steps, overrides])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--rank-program", order],
-            env=os.environ | {
-                "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-            },
-            stdout=subprocess.PIPE, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=1800)[0] for process in processes]
-    if any(process.returncode for process in processes):
-        raise SystemExit(f"a rank ended with {[process.returncode for process in processes]}")
+    (said,) = run_ranks(__file__, [path, kind, dtype, steps, overrides], 2, timeout=1800)
     ranks = [json.loads(text.splitlines()[-1]) for text in said]
     return {name: statistics.mean(rank[name] for rank in ranks) for name in ranks[0]}
 

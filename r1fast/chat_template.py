@@ -114,10 +114,8 @@ class _Renderer:
             try:
                 worker.send(request, deadline)
                 reply = worker.read(deadline)
-            except (
-                BaseException
-            ) as error:  # a Ctrl-C too: its reply would be taken for the next one's
-                self._end()
+            except BaseException as error:
+                self._end()  # after a Ctrl-C too: its reply would be taken for the next one's
                 if isinstance(error, Late):
                     raise ValueError(
                         f"the model's chat template took over {_TIMEOUT:g} s"

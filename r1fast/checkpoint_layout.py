@@ -12,9 +12,7 @@ VERSION = 4  # of this layout; in 2 no set had shares, in 1 no file its name bef
 READABLE = (1, 2, 4)
 NEVER = (3, 5, 6)  # a flipped bit away from one that was written: the next is 7
 MANIFEST, STATE = "manifest.json", "state.json"
-NAME = re.compile(
-    r"step-([0-9]{1,18})(\.old)?"
-)  # .old: was there when the same step was saved again
+NAME = re.compile(r"step-([0-9]{1,18})(\.old)?")  # .old: when the same step was saved again
 _STEM = re.compile(r"([A-Za-z0-9_]+)(-\d{5}-of-\d{5})?")  # of a file of tensors; of which share
 
 

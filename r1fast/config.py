@@ -48,9 +48,8 @@ class ParallelConfig:
     # other in training, the whole model once a rollout or evaluation
     mode: Literal["ddp", "fsdp"] = "ddp"
     replicas: int = 1  # fsdp: times that the model is held by all processes together (HSDP)
-    reshard_after_forward: bool = (
-        True  # fsdp: a layer is freed after its forward, and gathered again
-    )
+    # fsdp: a layer is freed after its forward, and gathered again for its backward
+    reshard_after_forward: bool = True
     cpu_offload: bool = False  # fsdp on GPUs: shares and the optimizer lie in the host's memory
 
 

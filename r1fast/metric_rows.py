@@ -15,9 +15,8 @@ ASIDE = ".damaged"  # ends the name of the file that lines go to which are no ro
 
 @dataclass
 class Lines:
-    rows: list[tuple[bytes, dict]] = field(
-        default_factory=list
-    )  # as they stand there, as they read
+    # as they stand there, as they read
+    rows: list[tuple[bytes, dict]] = field(default_factory=list)
     damaged: list[tuple[int, bytes, str]] = field(default_factory=list)  # number, line, why
     cut: bytes = b""  # the last line, where a crash came in the middle of its write
     is_ended: bool = True  # by a newline
@@ -48,12 +47,16 @@ def _row(line: bytes) -> dict:
     return row
 
 
-def cut_back(path: Path, resume_step: int | None) -> list[str]:
+def cut_back(path: Path, resume_step: int | None, *, has_every_step: bool = False) -> list[str]:
     """Rewrite `path` without rows after `resume_step`, and without lines that are no rows. Returns what to say of those.
 
-    Damaged lines are put into a file beside it: a run goes on without them, and nothing is lost.
+    Damaged lines are put into a file beside it: a run goes on without them, and nothing is lost. Where the file
+    `has_every_step`, rows that are missing are told too.
     """
-    found, said = parse_lines(path), []
+    found = parse_lines(path) if path.exists() else Lines()
+    said = []
+    if has_every_step and resume_step is not None and resume_step >= 0:
+        said += _missing(path, {row.get("step", 0) for _, row in found.rows}, resume_step)
     keep = [
         line for line, row in found.rows if resume_step is None or row.get("step", 0) <= resume_step
     ]
@@ -84,20 +87,17 @@ def cut_back(path: Path, resume_step: int | None) -> list[str]:
     return said
 
 
-def missing_rows(path: Path, resume_step: int) -> str:
+def _missing(path: Path, found: set, resume_step: int) -> list[str]:
     """What to say of rows that a run which goes on after `resume_step` should find, and of rows without a checkpoint."""
-    found = {row.get("step", 0) for _, row in parse_lines(path).rows} if path.exists() else set()
     if resume_step == 0:
-        if not (later := sum(step > 0 for step in found)):
-            return ""
-        return (
+        later = sum(step > 0 for step in found)
+        return [
             f"{path} has {later} steps of a run of which there is no checkpoint here: they are done again, from "
             "the first. Where there were checkpoints, stop this, and see where that folder has gone"
-        )
+        ] * (later > 0)
     missing = sorted(set(range(1, resume_step + 1)) - found)
-    if not missing:
-        return ""
-    return (
+    return [
         f"{path} lacks {len(missing)} of the {resume_step} steps that the checkpoint has seen, the first "
-        f"step {missing[0]}: the weights are those of all, charts have a gap"
-    )
+        f"step {step}: the weights are those of all, charts have a gap"
+        for step in missing[:1]
+    ]

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from r1fast.metric_rows import cut_back, missing_rows, parse_lines
+from r1fast.metric_rows import cut_back, parse_lines
 
 LOGGER_EXTRA = "loggers"  # pip install r1fast[loggers]
 LINE_WIDTH = 100
@@ -202,10 +202,7 @@ class MetricsWriter:
         self.path = self.folder / "metrics.jsonl"
         self._board = _tensorboard(self.folder, resume_step) if tensorboard else None
         self._wandb = _wandb(self.folder, project, run_name, config) if wandb else None
-        if resume_step is not None and resume_step >= 0:
-            if text := missing_rows(self.path, resume_step):
-                warn(text)
-        drop_rows(self.path, resume_step)
+        drop_rows(self.path, resume_step, has_every_step=True)
         self._file = self.path.open("ab", buffering=0)
         self._unwritten = b""  # what a full disk has not taken yet
 
@@ -282,11 +279,10 @@ def read_metrics(path: str | Path) -> list[dict]:
     return [row for _, row in found.rows]
 
 
-def drop_rows(path: Path, resume_step: int | None) -> None:
-    """Rewrite `path` without rows after `resume_step`; says what else was in it (`metric_rows.cut_back`)."""
-    if path.exists():
-        for text in cut_back(path, resume_step):
-            warn(text)
+def drop_rows(path: Path, resume_step: int | None, *, has_every_step: bool = False) -> None:
+    """Rewrite `path` without rows after `resume_step`; says what else is odd in it (`metric_rows.cut_back`)."""
+    for text in cut_back(path, resume_step, has_every_step=has_every_step):
+        warn(text)
 
 
 def _tensorboard(folder: Path, resume_step: int | None) -> Any:

@@ -133,10 +133,8 @@ class ShardedReference(Reference):
 
     def refresh(self, model: Decoder, version: int) -> None:
         assert model is self.parallel.model
-        for (
-            name,
-            x,
-        ) in self.parallel.stored().items():  # rounded as the policy's forward rounds them
+        # rounded as the policy's forward rounds them
+        for name, x in self.parallel.stored().items():
             home = torch.device("cpu") if self.on_cpu else x.part.device
             self.shards[name] = x.of(x.part.to(home, self.dtype, copy=True))
         self.version = version
