@@ -215,7 +215,6 @@ def _check_parallel(c: Config, need: Callable[[bool, str, Any, str], None]) -> N
         (not c.lora.rank, "lora.rank", c.lora.rank, "0: adapters are trained with every process holding the base"),
         (not c.rollout.batch_invariant, "rollout.batch_invariant", True,
          "false: the loss would need the whole model in the engine beside the divided one"),
-        (c.rollout.engine == "embedded", "rollout.engine", c.rollout.engine, '"embedded"'),
         (not c.log.record, "log.record", c.log.record, "empty: a recording holds digests of whole tensors"),
     ):  # fmt: skip
         need(ok, key, value, f'{rule} (parallel.mode = "fsdp"; or take "ddp")')

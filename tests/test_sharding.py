@@ -226,10 +226,6 @@ def test_an_empty_model_is_nan_and_has_no_memory():
         (("--parallel.mode=fsdp", "--rollout.batch_invariant=true"), "batch_invariant must be false"),
         (("--parallel.mode=fsdp", "--log.record=all"), "log.record must be empty"),
         (("--parallel.mode=fsdp", "--parallel.replicas=0"), "parallel.replicas must be at least 1"),
-        (
-            ("--parallel.mode=fsdp", "--rollout.engine=vllm", '--rollout.vllm.servers=["http://x:1"]'),
-            "rollout.engine must be .embedded",
-        ),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(overrides, message):

@@ -372,13 +372,14 @@ def test_what_is_held_is_sent_with_the_next_weights(fleet):  # noqa: F811
     assert [event.weight_versions for event in events] == [(2, 2)] * 2
 
 
-def test_two_ranks(tmp_path, servers):
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_ranks(tmp_path, servers, mode):
     """Each asks for its own share ahead; rank 0 gives the weights when both have drained."""
     more = ("--grpo.num_steps=4", "--grpo.prompts_per_step=3", "--optim.eps=0.001", FAST,
             *ahead(1, "wait"))  # fmt: skip
     (tmp_path / "two").mkdir()
     made = servers(2, delay=0.02)
-    Ranks(__file__, tmp_path / "two", *words(made, *more)).succeed()
+    Ranks(__file__, tmp_path / "two", *words(made, *more), f"--parallel.mode={mode}").succeed()
     _, own = run(tmp_path / "one", servers(1), *more)
     rows = read_metrics(tmp_path / "two")
     for row, other in zip(rows, own, strict=True):

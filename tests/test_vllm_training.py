@@ -174,12 +174,14 @@ def test_a_run_whose_servers_are_all_lost_saves_and_goes_on_later(tmp_path, serv
 RANKS = ("--grpo.num_steps=2", "--grpo.prompts_per_step=3", "--optim.eps=0.001")
 
 
-def test_two_ranks_over_two_servers(tmp_path, servers):
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_ranks_over_two_servers(tmp_path, servers, mode):
     """Rank 0 gives the weights, both sample; where all servers are lost, both end and one saves."""
+    parallel = f"--parallel.mode={mode}"
     made = servers(none, none)
     lost = FakeVllm(tiny_policy(), fault=at("/v1/completions", *range(9, 999), what="reset"))
     with lost:
-        ended = Ranks(__file__, tmp_path, lost.url, *words(made, *RANKS)).wait()
+        ended = Ranks(__file__, tmp_path, lost.url, *words(made, *RANKS, parallel)).wait()
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert [len(s.updates) for s in made] == [2, 2]
     make_trainer(tmp_path / "one", servers(none)[-1:], *RANKS).run()
