@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from torch import Tensor
 
@@ -68,3 +69,13 @@ def prefix_of(file: str) -> str:
     HuggingFaceStorageReader takes all files for one dict, of which any rank reads any slices."""
     name = set_of(file)
     return "" if name == "model" else f"{name}."
+
+
+def checkpoints_around(path: Path) -> Path | None:
+    """The folder of checkpoints that `path` is or lies in, or the checkpoint: what is there may be removed."""
+    for folder in (path.absolute(), *path.absolute().parents):
+        if NAME.fullmatch(folder.name) and (folder / MANIFEST).is_file():
+            return folder
+        if any(NAME.fullmatch(x.parent.name) for x in folder.glob(f"step-*/{MANIFEST}")):
+            return folder
+    return None

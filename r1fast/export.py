@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from r1fast.checkpoint import BEST, Checkpoint, load_checkpoint, read_step, steps_in
-from r1fast.checkpoint_layout import NAME
+from r1fast.checkpoint_layout import NAME, checkpoints_around
 from r1fast.checkpoint_state import checked
 from r1fast.config import Config, config_of, load_config
 from r1fast.lora import add_lora, merge_lora
@@ -54,12 +54,11 @@ def export(target: str, overrides: list[str], options: Mapping) -> None:
 def _check_out(out: Path) -> None:
     if out.exists():
         raise ValueError(f"{out} exists; not overwritten")
-    for folder in out.absolute().parents:
-        if steps_in(folder) or NAME.fullmatch(folder.name):
-            raise ValueError(
-                f"{out} would lie among the checkpoints in {folder}, where its run writes and removes: name a "
-                "folder outside"
-            )
+    if folder := checkpoints_around(out):
+        raise ValueError(
+            f"{out} would lie among the checkpoints in {folder}, where its run writes and removes: name a "
+            "folder outside"
+        )
 
 
 def _asked(overrides: list[str]) -> dict[str, str]:

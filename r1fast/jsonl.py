@@ -23,7 +23,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     """(line number, object) of each line that is not blank."""
     for line, text in read_lines(path):
         try:
-            row = json.loads(text, parse_constant=_no_constant)
+            row = _parsed(text)
         except (ValueError, RecursionError) as error:
             hint = ""
             if line == 1 and str(path).removesuffix(".gz").endswith((".csv", ".tsv")):
@@ -53,7 +53,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
             raise ValueError(f"{path}: an array of over {MAX_ARRAY >> 30} GiB; use JSON Lines")
     text = "\n".join(parts)
     try:
-        rows = json.loads(text, parse_constant=_no_constant)
+        rows = _parsed(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -61,8 +61,21 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
     yield from enumerate(rows, 1)
 
 
+def _parsed(text: str) -> object:
+    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_each_once)
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands there more than once, and only one can count")
+    return found
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from r1fast import distributed
+from r1fast.checkpoint_layout import checkpoints_around
 
 FILE = ".lock"
 PATIENCE = 30  # seconds for one that was told to stop: checkpoint.deadline_seconds is 25
@@ -29,6 +30,11 @@ def only_run(folder: str | Path, *, patience: float = PATIENCE) -> Iterator[None
         yield
         return
     path = Path(folder)
+    if around := checkpoints_around(path):
+        raise ValueError(
+            f"output_dir = {str(path)!r} would lie among the checkpoints in {around}, where their run writes and "
+            "removes: take a folder outside"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:

@@ -67,6 +67,7 @@ def test_bom_crlf_and_line_separators_inside_strings(tmp_path):
         (b'{"prompt": "a", "answer": [1]}\n', 1, "'answer' must be a string or a number"),
         (b'{"prompt": "a", "answer": true}\n', 1, "'answer' must be a string or a number"),
         (b'{"prompt": "a", "answer": NaN}\n', 1, "NaN is not JSON"),
+        (b'{"prompt": "a", "answer": "1", "answer": "2"}\n', 1, "the key 'answer' stands .* once"),
         (b'{"prompt": " ", "answer": "1"}\n', 1, "'prompt' is empty"),
         (b'{"prompt": "a", "answer": " "}\n', 1, "'answer' is empty"),
         (b'{"prompt": "a", "question": "b", "answer": "1"}\n', 1, "'prompt' and 'question'"),

@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from faults import no_room
 
 from r1fast.__main__ import main
+from r1fast.checkpoint import write_step
+from r1fast.checkpoint_layout import checkpoint_files
 from r1fast.config import load_config
 from r1fast.pipeline import Pipeline
 from r1fast.run_lock import only_run
@@ -98,6 +101,20 @@ def test_a_file_is_no_folder(tmp_path):
     for path in (tmp_path / "a", tmp_path / "a" / "b"):
         with pytest.raises(ValueError, match=r"output_dir = .* cannot be a folder"), only_run(path):
             pytest.fail("no folder")
+
+
+def test_a_folder_among_checkpoints_is_refused(tmp_path):
+    """A run removes its older checkpoints, and what lies in them."""
+    run = tmp_path / "step-3"  # a name that anybody's folder may have
+    step = run / "checkpoints" / "step-000004"
+    files = checkpoint_files({"model": {"a": torch.ones(2)}}, {})
+    write_step(run / "checkpoints", 4, files)
+    for path in (step, step / "mine", run / "checkpoints", run / "checkpoints" / "mine"):
+        with pytest.raises(ValueError, match="would lie among the checkpoints in"), only_run(path):
+            pytest.fail("it was taken")
+    assert not (run / "checkpoints" / "mine").exists()
+    with only_run(run), only_run(run / "mine"):
+        pass
 
 
 def test_an_evaluation_is_refused_too(hold, tmp_path, monkeypatch, capsys):
