@@ -1,7 +1,8 @@
-"""Which rank trains on which completion, so that all have as much to compute, and how they get there.
+"""Which data rank trains on which completion, so that all have as much to compute, and how they get there.
 
 Every rank knows the lengths of all completions and so the new places; what moves is sent once a rollout,
-a mini-batch at a time: P + 2 R + 1 numbers of 4 bytes for a prompt of P tokens and a completion of R.
+a mini-batch at a time: P + 2 R + 1 numbers of 4 bytes for a prompt of P tokens and a completion of R. All ranks of a
+model-parallel group get what their data rank trains on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from r1fast import _C, distributed
+from r1fast.distributed import RankGrid
 from r1fast.step_plan import Fact, Key, MiniBatch, StepPlan
 from r1fast.types import Sequence
 
@@ -21,11 +23,11 @@ def new_ranks(
     facts: Mapping[Key, Fact],
     num_ranks: int,
     *,
-    token_budget: int,
+    token_budget: int,  # of a micro-batch
     cost_per_token: float,  # outside attention, in pairs of query and key
     share_prompts: bool,
 ) -> dict[Key, int]:
-    """The rank of each live completion, by estimated cost: whole groups, cut where one alone is too much."""
+    """The data rank, of `num_ranks`, of each live completion, by estimated cost: whole groups, cut where one alone is too much."""
     groups: dict[Key, list[Key]] = {}
     for key in part.live:
         groups.setdefault((key[0], -1) if share_prompts else key, []).append(key)
@@ -48,16 +50,22 @@ def new_ranks(
     }
 
 
+def sampled_ranks(part: MiniBatch, facts: Mapping[Key, Fact], grid: RankGrid) -> dict[Key, int]:
+    """The data rank of each live completion that one of its ranks has sampled."""
+    return {key: grid.data_rank_of(facts[key].rank) for key in part.live}
+
+
 def move(
-    sequences: Mapping[Key, Sequence], plan: StepPlan, ranks: Mapping[Key, int]
+    sequences: Mapping[Key, Sequence], plan: StepPlan, ranks: Mapping[Key, int], grid: RankGrid
 ) -> dict[Key, Sequence]:
-    """This rank's `sequences` after each of `ranks` is where it belongs; all ranks call it together."""
-    rank, num_ranks = distributed.rank(), distributed.world_size()
-    moving = [[] for _ in range(num_ranks)]  # of every rank, in one order everywhere
+    """This rank's `sequences` after each of `ranks` (data ranks) is where it belongs; all ranks call it together."""
+    rank, own_rank = distributed.rank(), grid.data_rank
+    moving = [[] for _ in range(distributed.world_size())]  # of every rank, in one order everywhere
     for key in sorted(ranks):
-        if plan.facts[key].rank != ranks[key]:
-            moving[plan.facts[key].rank].append(key)
-    own = {key: s for key, s in sequences.items() if ranks.get(key, rank) == rank}
+        source = plan.facts[key].rank
+        if grid.group_size > 1 or source != ranks[key]:  # others of its group do not have it
+            moving[source].append(key)
+    own = {key: s for key, s in sequences.items() if ranks.get(key, own_rank) == own_rank}
     sizes = [sum(_size(plan.facts[key]) for key in keys) for keys in moving]
     if not any(sizes):
         return own
@@ -66,7 +74,7 @@ def move(
     for keys, numbers in zip(moving, received, strict=True):
         starts = np.cumsum([0, *(_size(plan.facts[key]) for key in keys)])
         for key, start, end in zip(keys, starts[:-1], starts[1:], strict=True):
-            if ranks[key] == rank:
+            if ranks[key] == own_rank:
                 own[key] = _decode(numbers[start:end].numpy(), plan.facts[key])
     return dict(sorted(own.items()))
 

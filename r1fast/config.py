@@ -42,7 +42,7 @@ class LoraConfig:
 
 @dataclass(frozen=True, slots=True)
 class ParallelConfig:
-    """What each process of a torchrun launch holds of the model."""
+    """What each process of a torchrun launch holds of the model, and which of them train the same sequences."""
 
     # ddp: all of it. fsdp (FSDP2): a share of weights, masters and moments; layers are gathered one after the
     # other in training, the whole model once a rollout or evaluation
@@ -51,6 +51,10 @@ class ParallelConfig:
     # fsdp: a layer is freed after its forward, and gathered again for its backward
     reshard_after_forward: bool = True
     cpu_offload: bool = False  # fsdp on GPUs: shares and the optimizer lie in the host's memory
+    # neighbouring processes that train the same sequences, each a piece of their tokens, for sequences whose
+    # activations no process has room for; they exchange attention's heads (Ulysses)
+    context_parallel: int = 1
+    tensor_parallel: int = 1  # processes that divide every layer's weights: 1 alone is there
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,6 +204,15 @@ def _check_by_kind(tables: dict) -> None:
 def _check_parallel(c: Config, need: Callable[[bool, str, Any, str], None]) -> None:
     p = c.parallel
     need(p.replicas >= 1, "parallel.replicas", p.replicas, "at least 1")
+    need(p.context_parallel >= 1, "parallel.context_parallel", p.context_parallel, "at least 1")
+    need(p.tensor_parallel == 1, "parallel.tensor_parallel", p.tensor_parallel,
+         '1: layers are not divided within themselves; parallel.mode = "fsdp" divides the model by its rows')  # fmt: skip
+    if p.context_parallel > 1:
+        need(not c.rollout.batch_invariant, "rollout.batch_invariant", True,
+             "false with parallel.context_parallel above 1: the loss would need the engine's own "
+             "forward of whole sequences")  # fmt: skip
+        need(not c.log.record, "log.record", c.log.record,
+             "empty with parallel.context_parallel above 1: a recording is of one rank's whole sequences")  # fmt: skip
     if p.mode == "ddp":
         need(p.replicas == 1, "parallel.replicas", p.replicas,
              'with parallel.mode = "fsdp": in ddp every process holds the whole model')  # fmt: skip

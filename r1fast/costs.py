@@ -10,7 +10,7 @@ H query heads, K kv heads, Dh head width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -53,6 +53,11 @@ class Counts:
     micro_batches: int
     largest: int  # tokens of the largest micro-batch
     largest_targets: int
+
+    def over(self, num_ranks: int) -> Counts:
+        """What one of so many ranks has that share every micro-batch."""
+        shares = {f.name: -(-getattr(self, f.name) // num_ranks) for f in fields(self)}
+        return replace(self, **shares | {"micro_batches": self.micro_batches})
 
 
 def count(groups: Groups, token_budget: int, *, cost_per_token: float = 0.0) -> Counts:

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ ATTEMPT = datetime.timedelta(seconds=2)  # to reach rank 0 where it may no longe
 PORT_KEY = "r1fast/port of rank 0"
 _beside: dict[dist.ProcessGroup, dist.ProcessGroup] = {}  # of the process's own group
 _meshes: dict[tuple[dist.ProcessGroup, int], DeviceMesh] = {}
+_grids: dict[tuple[dist.ProcessGroup, int, int], "RankGrid"] = {}
 
 
 class RankFailedError(OSError):
@@ -92,9 +94,60 @@ def mesh(replicas: int, device_type: str) -> DeviceMesh:
     return _meshes[key]
 
 
+@dataclass(frozen=True, slots=True)
+class RankGrid:
+    """All ranks as data x context x tensor, the last one fastest.
+
+    Neighbours of one data rank are a model-parallel group: they train the same sequences, each a piece of their
+    tokens (context) with a part of the weights (tensor).
+    """
+
+    num_data_ranks: int
+    context: int = 1
+    tensor: int = 1
+    # this rank's; None of one rank
+    context_group: dist.ProcessGroup | None = None
+    tensor_group: dist.ProcessGroup | None = None
+
+    @property
+    def group_size(self) -> int:
+        """Ranks of a model-parallel group."""
+        return self.context * self.tensor
+
+    def data_rank_of(self, rank: int) -> int:
+        return rank // self.group_size
+
+    @property
+    def data_rank(self) -> int:
+        return self.data_rank_of(rank())
+
+
+def grid(context: int, tensor: int, device_type: str) -> RankGrid:
+    """The layout of this launch. Ranks ask for it together; ValueError where they cannot be laid out so."""
+    num_ranks, size = world_size(), context * tensor
+    if num_ranks % size:
+        raise ValueError(
+            f"parallel.context_parallel x parallel.tensor_parallel = {context} x {tensor} does not divide the "
+            f"number of processes, {num_ranks}: start a multiple of {size} (torchrun --nproc-per-node)"
+        )
+    if size == 1:
+        return RankGrid(num_ranks)
+    key = (dist.group.WORLD, context, tensor)
+    if key not in _grids:
+        names = ("data", "context", "tensor")
+        made = init_device_mesh(
+            device_type, (num_ranks // size, context, tensor), mesh_dim_names=names
+        )
+        groups = [made.get_group(name) for name in names[1:]]
+        own = (group if n > 1 else None for group, n in zip(groups, (context, tensor), strict=True))
+        _grids[key] = RankGrid(num_ranks // size, context, tensor, *own)
+    return _grids[key]
+
+
 def stop() -> None:
     _beside.clear()
     _meshes.clear()
+    _grids.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from r1fast.context_parallel import UlyssesAttention, all_targets
 from r1fast.kernels.attention import PackedAttention
 from r1fast.kernels.gather_rows import gather_rows, plan_gather
 from r1fast.kernels.linear_logprobs import linear_logprobs
@@ -16,13 +17,18 @@ from r1fast.types import PackedBatch
 
 
 def hidden_states(model: Decoder, batch: PackedBatch) -> Tensor:  # (N, D)
-    """What predicts each completion token: the last hidden states of the tokens before them."""
+    """What predicts each completion token: the last hidden states of the tokens before them.
+
+    Of a piece of a micro-batch those that are this rank's; the ranks of its context group call it together.
+    """
     if any(prefix >= 0 for prefix in batch.prefix_of):
         attend: Attend = PrefixAttention(batch.bounds, batch.prefix_of)
     else:
         cu_seqlens = torch.tensor(batch.bounds, dtype=torch.int32)
         longest = int(cu_seqlens.diff().max())
         attend = PackedAttention(cu_seqlens.to(batch.input_ids.device, non_blocking=True), longest)
+    if batch.context is not None:
+        attend = UlyssesAttention(attend, batch.bounds[-1], batch.context.group)
     hidden = model(batch.input_ids, batch.position_ids, attend)  # (T, D)
     return gather_rows(hidden, plan_gather(batch.target_rows, device=hidden.device))
 
@@ -53,6 +59,8 @@ def sequence_logprobs(
     found: dict[int, list[float]] = {}
     for batch in batches:
         logprobs, _ = completion_logprobs(model, batch, temperature)
+        if batch.context is not None:
+            logprobs, batch = all_targets(logprobs, batch.context), batch.context.whole
         values, bounds = logprobs.tolist(), batch.cu_seqlens.tolist()
         for i, start, end in zip(batch.sequence_index, bounds[:-1], bounds[1:], strict=True):
             found[i] = values[start:end]

@@ -154,7 +154,7 @@ def grpo_objective(
     sums = {name: mean * report["num_evaluated"] for name, mean in report.items()}
     del sums["num_evaluated"]
     sums |= {"num_tokens": num_tokens, "entropy": entropy.sum()}
-    return loss, sums | {"logprobs": logprobs}
+    return loss, sums | {"loss": loss.detach(), "logprobs": logprobs}
 
 
 def token_coefficients(

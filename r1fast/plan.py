@@ -148,10 +148,11 @@ class Plan:
         table("", ["FLOPs a step and process", "number"],
               [[name, number(value)] for name, value in whole.items()])  # fmt: skip
         counts = training_counts(self.job, self.work.trained, self.token_budget)
+        alone = sum(p + n - 1 for p, ns in self.work.trained for n in ns)
         notes = [
             f"with {self.lengths}; {sum(c.tokens for c in counts):,} tokens forwarded in "
             f"{_counted(sum(c.micro_batches for c in counts), 'micro-batch', 'micro-batches')}, of "
-            f"{sum(p + n - 1 for p, ns in self.work.trained for n in ns):,} with a prompt for each "
+            f"{-(-alone // self.job.context):,} with a prompt for each "
             "completion"
         ]
         planned = self.seconds()

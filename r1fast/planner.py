@@ -84,6 +84,16 @@ class Job:
         )
 
     @property
+    def context(self) -> int:
+        """Ranks that have pieces of the same micro-batches."""
+        return self.config.parallel.context_parallel
+
+    @property
+    def longest_piece(self) -> int:
+        """What one rank forwards of the longest sequence."""
+        return -(-(self.longest - 1) // self.context)
+
+    @property
     def budget(self) -> int | str:
         return getattr(self.config, self.kind).token_budget
 
@@ -102,6 +112,10 @@ class Job:
 
     def packed(self, groups: Groups) -> Groups:
         return groups if self.shares else apart(groups)
+
+    def work(self, groups: Groups) -> Work:
+        """Of a step with these `groups`: in RL what one rank samples, of which all of a context group train."""
+        return Work(groups, list(groups) * (self.context if self.kind == "grpo" else 1))
 
     def at_longest(self) -> Groups:
         """As many sequences, all of the greatest length."""
@@ -130,7 +144,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A rank's step: what is sampled, and what of it is trained."""
+    """A rank's step: what it samples, and what it trains together with its context group."""
 
     sampled: Groups
     trained: Groups
@@ -271,7 +285,7 @@ def choose_budget(job: Job, available: int) -> tuple[int, str]:
     Enough for the longest sequence, whether or not that is thought to fit.
     """
     most, reason = _most_tokens(job)
-    longest = job.longest - 1
+    longest = job.longest_piece
     sizes = [n for n in _round_sizes() if longest < n < most]
     for tokens in (max(most, longest), *reversed(sizes), longest):
         if fits(job, tokens, available):
@@ -284,23 +298,24 @@ def has_room(job: Job, budget: int | str, available: int) -> bool:
     """Whether micro-batches of `budget`, or with "auto" of as many tokens as pay, fit with the job's checkpointing."""
     if budget == "auto":
         budget = min(_most_tokens(job)[0], ENOUGH[job.checkpointing])
-    return fits(job, max(int(budget), job.longest - 1), available)
+    return fits(job, max(int(budget), job.longest_piece), available)
 
 
 def fits(job: Job, tokens: int, available: int) -> bool:
     """Micro-batches of so many tokens, of the longest sequences."""
     whole = _tokens_of_step(job)
-    size, several = min(tokens, max(whole, job.longest - 1)), tokens < whole
+    size, several = min(tokens, max(whole, job.longest_piece)), tokens < whole
     phases = memory(job, job.at_longest(), size, size, several=several, available=available)
     return peak(phases)[1] <= FILLED * available
 
 
 def _tokens_of_step(job: Job) -> int:
-    """Forwarded in the largest mini-batch, at the longest."""
-    return max(
+    """Forwarded by a rank in the largest mini-batch, at the longest."""
+    largest = max(
         sum(p + sum(n - 1 for n in ns) for p, ns in job.packed(part))
-        for part in job.mini_batches(job.at_longest())
+        for part in job.mini_batches(job.work(job.at_longest()).trained)
     )
+    return -(-largest // job.context)
 
 
 def _most_tokens(job: Job) -> tuple[int, str]:
@@ -328,8 +343,12 @@ def _round_sizes() -> Iterable[int]:
 
 
 def training_counts(job: Job, groups: Groups, budget: int) -> list[Counts]:
-    """Of every mini-batch of a pass."""
-    return [count(job.packed(part), budget) for part in job.mini_batches(groups) if part]
+    """Of every mini-batch of a pass over what is trained, on one rank."""
+    return [_counted(job, part, budget) for part in job.mini_batches(groups) if part]
+
+
+def _counted(job: Job, groups: Groups, budget: int) -> Counts:
+    return count(job.packed(groups), budget * job.context).over(job.context)
 
 
 def flops(job: Job, work: Work, budget: int) -> dict[str, float]:
@@ -339,7 +358,7 @@ def flops(job: Job, work: Work, budget: int) -> dict[str, float]:
     if job.kind == "grpo":
         found |= rollout_flops(spec, size, work.sampled)
     if job.has_reference:
-        one = forward_flops(spec, size, count(job.packed(work.trained), budget))
+        one = forward_flops(spec, size, _counted(job, work.trained, budget))
         found["reference"] = sum(one.values())
     times = (2.0 + size.trained / size.total) * job.passes  # frozen weights have no gradient
     for part in training_counts(job, work.trained, budget):
@@ -360,7 +379,7 @@ def seconds(job: Job, speed: Speed, work: Work, budget: int) -> dict[str, float]
     if job.kind == "grpo":
         found["rollout"] = speed.rollout(work.sampled, job.config.rollout.max_batch_size)
     if job.has_reference:
-        found["reference"] = speed.forward(count(job.packed(work.trained), budget))
+        found["reference"] = speed.forward(_counted(job, work.trained, budget))
     parts = training_counts(job, work.trained, budget)
     found["train"] = job.passes * sum(map(speed.train, parts)) + speed.update * job.num_updates()
     return found

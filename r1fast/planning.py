@@ -15,7 +15,7 @@ from r1fast.machine import GPU, GPUS, available_memory, device_name, measure_ban
 from r1fast.metrics import warn
 from r1fast.model import DTYPES, ModelSpec
 from r1fast.plan import Plan, PlanWatch, number
-from r1fast.planner import Job, Work, choose_budget, has_room, memory_of
+from r1fast.planner import Job, choose_budget, has_room, memory_of
 from r1fast.probe import Footprint, Speed, measure_footprint, measure_gemm, measure_speed
 from r1fast.recompute import MODES
 from r1fast.rollout.sampler import SamplingParams
@@ -112,7 +112,7 @@ def make_plan(
     notes: list[str] = []
     if gpu is None:
         name = device_name(job.device)
-        peak_flops, speed = _speed_here(job, max(budget, job.longest - 1))
+        peak_flops, speed = _speed_here(job, max(budget, job.longest_piece))
         notes = busy()
         if job.device.type == "cuda":
             notes += [
@@ -125,10 +125,16 @@ def make_plan(
         speed = roofline(job, _layer_bytes(job), peak_flops, gpu.bandwidth)
     if job.divided is not None:
         notes = [*notes, job.divided.says()]
-    longest = Work.of(job.at_longest())
-    phases = memory_of(job, longest, max(budget, job.longest - 1), available)
+    if job.context > 1:
+        notes = [
+            *notes,
+            f"parallel.context_parallel = {job.context}: as many ranks have the tokens of a micro-batch between "
+            "them; what exchanging attention's heads takes is not in the seconds",
+        ]
+    longest = job.work(job.at_longest())
+    phases = memory_of(job, longest, max(budget, job.longest_piece), available)
     return Plan(
-        job, stage, name, available, budget, reason, phases, Work.of(job.groups), lengths,
+        job, stage, name, available, budget, reason, phases, job.work(job.groups), lengths,
         speed, peak_flops, notes,
     )  # fmt: skip
 

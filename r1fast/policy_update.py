@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from r1fast import distributed
-from r1fast.balance import move, new_ranks
+from r1fast.balance import move, new_ranks, sampled_ranks
 from r1fast.batch import pack
 from r1fast.config import Config
+from r1fast.context_parallel import coupled_objective
 from r1fast.costs import Size
 from r1fast.forward import cost_per_token, hidden_states, nothing, sequence_logprobs
 from r1fast.grpo import (
@@ -80,7 +81,10 @@ class PolicyUpdate(Trainer):
     ):
         config = settled_correction(config)
         g, r = config.grpo, config.rollout
-        self.drops = g.drop_without_signal and check_loss_options(config).learns_by_advantage_alone
+        options = check_loss_options(config)
+        # its sequences are in pieces, and their tokens' losses are not each its own
+        self.couples = config.parallel.context_parallel > 1 and options.coupling != "token"
+        self.drops = g.drop_without_signal and options.learns_by_advantage_alone
         super().__init__(
             policy,
             config,
@@ -131,20 +135,20 @@ class PolicyUpdate(Trainer):
         )
         sequences, plan = self._plan(groups)
         split = f"{self.config.seed}/split/{step}/"
-        if self.world_size > 1 and g.balance_ranks:
+        if self.world_size > 1 and (g.balance_ranks or self.grid.group_size > 1):
             with self.timer("balance"):
                 for part in plan.mini_batches(f"{split}0"):
                     sequences = self._move(sequences, plan, part)
         self.work = self._work(groups, sequences, plan)
         self.batch = own = [s for key, s in sequences.items() if key in plan.live]
         if self.reference is not None:
-            with self.timer("reference"), stoppable():
+            with self.timer("reference"), stoppable(in_step=self.parallel.in_step):
                 self.token_budget.fitting(lambda: self._fill_ref_logprobs(own))
         sums = self._counts(groups) | dict.fromkeys(("loss", "forwarded", "num_tokens"), 0.0)
         norms, lr, mismatch, replaced = [], 0.0, {}, False
         num_parts = g.num_mini_batches * g.num_iterations
         if self.corrects:
-            with self.timer("train"), stoppable(in_step=self.parallel.is_sharded):
+            with self.timer("train"), stoppable(in_step=self.parallel.in_step):
                 sums["forwarded"] += self._take_apart(own, num_parts)
         for iteration in range(g.num_iterations):
             for part in plan.mini_batches(f"{split}{iteration}"):
@@ -153,7 +157,7 @@ class PolicyUpdate(Trainer):
                     continue
                 with self.timer("train"):
                     backward = partial(self._backward, part, sequences)
-                    with stoppable(in_step=self.parallel.is_sharded):
+                    with stoppable(in_step=self.parallel.in_step):
                         mini, diffs = self.token_budget.fitting(backward)
                     if not norms:  # the weights are those that sampled
                         mismatch = self._mismatch(diffs)
@@ -222,16 +226,18 @@ class PolicyUpdate(Trainer):
     def _move(
         self, sequences: dict[Key, Sequence], plan: StepPlan, part: MiniBatch
     ) -> dict[Key, Sequence]:
-        """This rank's sequences after those of a mini-batch are dealt out by their cost."""
+        """This rank's sequences after those of a mini-batch are dealt out, by their cost or where they are."""
+        if not self.config.grpo.balance_ranks:
+            return move(sequences, plan, sampled_ranks(part, plan.facts, self.grid), self.grid)
         ranks = new_ranks(
             part,
             plan.facts,
-            self.world_size,
-            token_budget=self.token_budget.num_tokens,
+            self.grid.num_data_ranks,
+            token_budget=self.micro_batch_tokens,
             cost_per_token=cost_per_token(self.model),
             share_prompts=self.config.grpo.shared_prompt,
         )
-        return move(sequences, plan, ranks)
+        return move(sequences, plan, ranks, self.grid)
 
     @staticmethod
     def _work(groups: list[RolloutGroup], sequences: dict[Key, Sequence], plan: StepPlan) -> Work:
@@ -379,19 +385,21 @@ class PolicyUpdate(Trainer):
             for s, logprobs in zip(own, scored, strict=True):
                 s.policy_logprobs = logprobs
         batches = self._in_step(own, weights)
+        objective = coupled_objective if self.couples else grpo_objective
         totals: dict[str, Tensor] = {}
         diffs = torch.zeros(3, dtype=torch.float64, device=self.policy.device)
         forwarded = 0
         for batch in batches:
             with self.timer.part("forward"):
                 hidden = hidden_states(self.model, batch)
-            if batch.is_idle:
-                nothing(hidden, self.model.head_weight).backward()
-                continue
             forwarded += batch.num_tokens
+            if (batch.context.whole if self.couples else batch).is_idle:
+                nothing(hidden, self.model.head_weight).backward()
+                self.optimizer.accumulate()  # of others' losses, where they have other pieces
+                continue
             try:
                 with self.timer.part("forward"):
-                    loss, sums = grpo_objective(
+                    loss, sums = objective(
                         hidden,
                         self.model.head_weight,
                         batch,
@@ -401,7 +409,7 @@ class PolicyUpdate(Trainer):
                     )
             except NonFiniteError as error:
                 warn(str(error))
-                if self.parallel.is_sharded:  # other ranks gather and sum with this one
+                if self.parallel.in_step:  # other ranks exchange with this one
                     nothing(hidden, self.model.head_weight).backward()
                 self.optimizer.spoil()
                 totals["loss"] = diffs.new_tensor(math.nan)  # there is none, on any rank
@@ -409,14 +417,14 @@ class PolicyUpdate(Trainer):
             with self.timer.part("backward"):
                 loss.backward()
             self.optimizer.accumulate()
-            sums["loss"] = loss.detach()
             logprobs = sums.pop("logprobs")
             self.on_logprobs(owned, batch, logprobs)
-            taken = logprobs if batch.policy_logprobs is None else batch.policy_logprobs
-            off = (taken - batch.sampler_logprobs).abs()
-            diffs[0] += off.sum(dtype=torch.float64)
-            diffs[1] = diffs[1].maximum(off.max())
-            diffs[2] = diffs[2].maximum((logprobs - taken).abs().max())
+            if not batch.is_idle:
+                taken = logprobs if batch.policy_logprobs is None else batch.policy_logprobs
+                off = (taken - batch.sampler_logprobs).abs()
+                diffs[0] += off.sum(dtype=torch.float64)
+                diffs[1] = diffs[1].maximum(off.max())
+                diffs[2] = diffs[2].maximum((logprobs - taken).abs().max())
             for key, value in sums.items():
                 totals[key] = totals.get(key, 0) + value.double()
         result = {key: float(value) for key, value in totals.items()}
@@ -429,22 +437,18 @@ class PolicyUpdate(Trainer):
     def _in_step(
         self, sequences: list[Sequence], weights: list[float] | None = None
     ) -> Iterator[PackedBatch]:
-        """Micro-batches of the trained model, for `token_budget.fitting`: as many on all ranks where they must."""
-        return self.token_budget.each(self.parallel.even(self._packed(sequences, weights)))
-
-    def _pack(self, sequences: list[Sequence]) -> Iterator[PackedBatch]:
-        """Micro-batches of a model that this rank has to itself."""
-        return self.token_budget.each(self._packed(sequences))
+        """This rank's parts of micro-batches, for `token_budget.fitting`: as many on all ranks where they are in step."""
+        return self.token_budget.each(self.parallel.parts(self._packed(sequences, weights)))
 
     def _num_forwarded(self, sequences: list[Sequence]) -> int:
-        return sum(batch.num_tokens for batch in self._packed(sequences))
+        return sum(batch.num_tokens for batch in self.parallel.parts(self._packed(sequences)))
 
     def _packed(
         self, sequences: list[Sequence], weights: list[float] | None = None
     ) -> list[PackedBatch]:
         return pack(
             sequences,
-            self.token_budget.num_tokens,
+            self.micro_batch_tokens,
             [0.0] * len(sequences) if weights is None else weights,
             device=self.policy.device,
             share_prompts=self.config.grpo.shared_prompt,
@@ -453,7 +457,7 @@ class PolicyUpdate(Trainer):
         )
 
     def _fill_ref_logprobs(self, sequences: list[Sequence]) -> None:
-        logprobs = self.reference.logprobs(sequences, self._pack)
+        logprobs = self.reference.logprobs(sequences, self._in_step)
         for s, values in zip(sequences, logprobs, strict=True):
             s.ref_logprobs = values
 

@@ -31,7 +31,7 @@ def encode_examples(examples: list[Example], policy: Policy, config: Config) -> 
     """Prompt and completion ids of the kept examples; too long ones are counted and reported."""
     room = min(config.sft.max_seq_tokens, policy.model.spec.max_position_embeddings)
     if config.sft.token_budget != "auto":
-        room = min(room, config.sft.token_budget)
+        room = min(room, config.sft.token_budget * config.parallel.context_parallel)
     tokenizer, sequences, dropped = policy.tokenizer, [], []
     unknown = 0
     for example in examples:
@@ -105,7 +105,7 @@ class SFTTrainer(Trainer):
             Size.of(self.model),
             self.config,
             self.policy.device,
-            sft_groups(self.config, lengths, self.world_size),
+            sft_groups(self.config, lengths, self.grid.num_data_ranks),
             max(map(sum, lengths)),
             self.world_size,
         )
@@ -132,14 +132,14 @@ class SFTTrainer(Trainer):
             chosen = batch_indices(len(self.sequences), s.batch_size, self.config.seed, step)
         batch_of = [self.sequences[i] for i in chosen]
         num_tokens = sum(len(x.completion_ids) for x in batch_of)
-        self.batch = owned = batch_of[self.rank :: self.world_size]
+        self.batch = owned = batch_of[self.grid.data_rank :: self.grid.num_data_ranks]
         if s.loss == "token":
             weights = [1.0 / num_tokens] * len(owned)
         else:
             weights = [1.0 / (len(batch_of) * len(x.completion_ids)) for x in owned]
         self.work = Work.of([(p, [n]) for p, n in map(_lengths, owned)])
         with self.timer("train"):
-            with stoppable(in_step=self.parallel.is_sharded):
+            with stoppable(in_step=self.parallel.in_step):
                 sums = self.token_budget.fitting(lambda: self._backward(owned, weights))
             with self.timer.part("optimizer"):
                 norm, lr = self.optimize()
@@ -157,16 +157,17 @@ class SFTTrainer(Trainer):
         sums = {"loss": 0.0, "entropy": 0.0}
         batches = pack(
             owned,
-            self.token_budget.num_tokens,
+            self.micro_batch_tokens,
             weights,
             device=self.policy.device,
             longer_alone=self.token_budget.was_halved,
         )
-        for batch in self.token_budget.each(self.parallel.even(batches)):
+        for batch in self.token_budget.each(self.parallel.parts(batches)):
             with self.timer.part("forward"):
                 hidden = hidden_states(self.model, batch)
             if batch.is_idle:
                 nothing(hidden, self.model.head_weight).backward()
+                self.optimizer.accumulate()  # of others' losses, where they have other pieces
                 continue
             try:
                 with self.timer.part("forward"):
@@ -180,7 +181,7 @@ class SFTTrainer(Trainer):
                     )
             except NonFiniteError as error:
                 warn(str(error))
-                if self.parallel.is_sharded:  # other ranks gather and sum with this one
+                if self.parallel.in_step:  # other ranks exchange with this one
                     nothing(hidden, self.model.head_weight).backward()
                 self.optimizer.spoil()
                 sums["loss"] = math.nan  # there is none, on any rank

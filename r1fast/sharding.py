@@ -1,4 +1,5 @@
-"""Who holds what of a model in training: every rank all of it (ddp), or each a share (fsdp, PyTorch's FSDP2).
+"""Who holds what of a model in training: every rank all of it (ddp), or each a share (fsdp, PyTorch's FSDP2);
+and which ranks train the same sequences.
 
                  ddp                              fsdp
     weights      whole, in model.dtype            float32 rows of this rank, which are the masters
@@ -7,8 +8,9 @@
     gradients    summed once an optimizer step    summed once a micro-batch, each rank keeping its own rows
     sampling     from the same weights            from the policy's model, which is whole inside of `whole` alone
 
-Each gathering, and so each forward and backward of a layer, is something that all ranks do together: in fsdp they have
-equally many micro-batches (`even`), and stop at the same one.
+Each gathering, and so each forward and backward of a layer, is something that all ranks do together, and so do those
+that have pieces of one micro-batch (parallel.context_parallel). Ranks that are so `in_step` have equally many micro-batches
+(`parts`), and stop at the same one.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from r1fast import distributed
 from r1fast.batch import idle_batch
 from r1fast.config import Config, OptimConfig, ParallelConfig
+from r1fast.context_parallel import check_heads, cut
+from r1fast.distributed import RankGrid
 from r1fast.model import Decoder, ModelSpec
 from r1fast.optim import Optimizer
 from r1fast.policy import Policy
@@ -34,10 +38,12 @@ from r1fast.types import PackedBatch
 class Ddp:
     """Every rank holds, samples from and trains the policy's own model."""
 
-    is_sharded, name = False, "ddp"
+    is_sharded = False
 
-    def __init__(self, policy: Policy):
-        self.model = policy.model
+    def __init__(self, policy: Policy, grid: RankGrid):
+        self.model, self.grid, self.device = policy.model, grid, policy.device
+        self.name = "ddp" + _pieces(grid)
+        self.in_step = grid.group_size > 1
 
     def make_optimizer(self, config: OptimConfig) -> Optimizer:
         return Optimizer(self.model.named_parameters(), config)
@@ -50,9 +56,9 @@ class Ddp:
         """The same as a checkpoint holds it."""
         return self.trained()
 
-    def even(self, batches: list[PackedBatch]) -> list[PackedBatch]:
-        """The micro-batches of this rank, as many as the others have where they must."""
-        return batches
+    def parts(self, batches: list[PackedBatch]) -> list[PackedBatch]:
+        """What this rank has of its data rank's micro-batches, as many as the others have where they are in step."""
+        return _parts(batches, self.grid, self.device) if self.in_step else batches
 
     def sum_gradients(self, masters: Iterable[Tensor]) -> None:
         """Over ranks, before an optimizer step."""
@@ -68,15 +74,15 @@ class Ddp:
 class Fsdp:
     """`model` is the policy's with its rows divided; the policy's own is empty but between `gather` and `free`."""
 
-    is_sharded = True
+    is_sharded = in_step = True
 
-    def __init__(self, policy: Policy, config: ParallelConfig):
+    def __init__(self, policy: Policy, config: ParallelConfig, grid: RankGrid):
         if config.cpu_offload and policy.device.type != "cuda":
             raise ValueError(
                 "parallel.cpu_offload keeps shares in the host's memory for a GPU; on a CPU they are there"
             )
-        self.policy, self.replicas = policy, config.replicas
-        self.name = "fsdp" + f" in {config.replicas} copies" * (config.replicas > 1)
+        self.policy, self.replicas, self.grid = policy, config.replicas, grid
+        self.name = "fsdp" + f" in {config.replicas} copies" * (config.replicas > 1) + _pieces(grid)
         self.dtype, self.device = policy.model.head_weight.dtype, policy.device
         mesh = distributed.mesh(config.replicas, policy.device.type)
         self.model = divided(policy.model, config, mesh)
@@ -93,9 +99,8 @@ class Fsdp:
     def stored(self) -> dict[str, Tensor | Shard]:
         return {name: x.of(x.part.to(self.dtype)) for name, x in self.shards.items()}
 
-    def even(self, batches: list[PackedBatch]) -> list[PackedBatch]:
-        missing = max(distributed.gather_objects(len(batches))) - len(batches)
-        return [*batches, *(idle_batch(self.device) for _ in range(missing))]
+    def parts(self, batches: list[PackedBatch]) -> list[PackedBatch]:
+        return _parts(batches, self.grid, self.device)
 
     def sum_gradients(self, masters: Iterable[Tensor]) -> None:
         """They were, as they were made. What a forward without a backward has left gathered is freed."""
@@ -109,14 +114,34 @@ class Fsdp:
 
 
 def make_parallel(policy: Policy, config: Config, *, can_shard: bool) -> Ddp | Fsdp:
-    if config.parallel.mode == "ddp":
-        return Ddp(policy)
+    p = config.parallel
+    if p.context_parallel > 1 and not can_shard:
+        raise ValueError(
+            "parallel.context_parallel divides the sequences of SFT and RL; what is trained here has whole ones on "
+            "each process: set parallel.context_parallel = 1 for it ([stages.<stage>.parallel] in a pipeline)"
+        )
+    grid = distributed.grid(p.context_parallel, p.tensor_parallel, policy.device.type)
+    if p.context_parallel > 1:
+        check_heads(policy.model.spec, p.context_parallel)
+    if p.mode == "ddp":
+        return Ddp(policy, grid)
     if not can_shard:
         raise ValueError(
             'parallel.mode = "fsdp" divides the policies of SFT and RL; what is trained here has every process '
             'hold all of it: set parallel.mode = "ddp" for it ([stages.<stage>.parallel] in a pipeline)'
         )
-    return Fsdp(policy, config.parallel)
+    return Fsdp(policy, p, grid)
+
+
+def _parts(batches: list[PackedBatch], grid: RankGrid, device: torch.device) -> list[PackedBatch]:
+    missing = max(distributed.gather_objects(len(batches))) - len(batches)
+    batches = [*batches, *(idle_batch(device) for _ in range(missing))]
+    group = grid.context_group
+    return batches if group is None else [cut(batch, group) for batch in batches]
+
+
+def _pieces(grid: RankGrid) -> str:
+    return f" with sequences over {grid.context} ranks" * (grid.context > 1)
 
 
 def divided(model: Decoder, config: ParallelConfig, mesh: DeviceMesh) -> Decoder:

@@ -45,7 +45,8 @@ class TokenBudget:
 
     Where a sequence alone does not fit, `relieve` makes room and says how; where it says nothing, it could
     not, and `advice` is in the error. Ranks that do every micro-batch `in_step`, with each other on that device,
-    give one up together, and cannot do a mini-batch again: the others are amid it.
+    give one up together, and cannot do a mini-batch again: the others are amid it. Where several have pieces of
+    one micro-batch, `num_tokens` is of a rank's piece.
     """
 
     def __init__(
@@ -100,8 +101,9 @@ class TokenBudget:
                 said = str(error).strip().partition("\n")[0]
                 if self.in_step is not None:
                     raise OutOfMemoryForGood(
-                        f"out of memory in a micro-batch of {self._size[0]} tokens, which no rank can do again "
-                        f'alone with parallel.mode = "fsdp" ({said}). Lower the token_budget. {self.advice}'
+                        f"out of memory in a micro-batch of {self._size[0]} tokens, which no rank can do again alone "
+                        f'with parallel.mode = "fsdp" or parallel.context_parallel above 1 ({said}). Lower the '
+                        f"token_budget. {self.advice}"
                     ) from error
             # outside of the clause: the error's frames hold what the attempt had in memory
             self.discard()

@@ -120,13 +120,16 @@ class GRPOTrainer(PolicyUpdate):
         budget, cut = config.grpo.token_budget, config.rollout.max_completion_tokens
         if budget == "auto":
             return
+        context = config.parallel.context_parallel
         longest = max(map(len, [*self.prompt_ids, *self.general_ids]))
         num_tokens = min(longest + cut, policy.model.spec.max_position_embeddings)
-        if num_tokens > budget:
+        needed = -(-num_tokens // context)  # of one rank
+        if needed > budget:
+            over = f" over {context} ranks (parallel.context_parallel)" * (context > 1)
             raise ValueError(
                 f"grpo.token_budget = {budget} is less than the longest prompt ({longest} tokens) "
-                f"with a completion of rollout.max_completion_tokens = {cut}: {num_tokens} tokens. "
-                f'Set grpo.token_budget to {num_tokens} or more (or "auto"), or lower '
+                f"with a completion of rollout.max_completion_tokens = {cut}: {num_tokens} tokens{over}. "
+                f'Set grpo.token_budget to {needed} or more (or "auto"), or lower '
                 "rollout.max_prompt_tokens or rollout.max_completion_tokens"
             )
 

@@ -138,6 +138,7 @@ class TrainingState:
         self.folder, self.stage = Path(folder), stage
         self.num_steps, self.num_optimizer_steps = num_steps, num_optimizer_steps
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self.grid = self.parallel.grid
         self.group = distributed.beside()  # of the threads that write checkpoints
         # now, as it takes half a second for a large vocabulary: a save would keep a step waiting
         self.tokenizer = tokenizer_facts(policy, config) if resume else {}
@@ -250,7 +251,7 @@ class TrainingState:
             advice=f"Lower {self.shorter}, take model.activation_checkpointing = full, "
             "model.dtype = bfloat16, or a smaller model",
             was_halved=was_halved,
-            in_step=self.policy.device if self.parallel.is_sharded else None,
+            in_step=self.policy.device if self.parallel.in_step else None,
         )
         budget.agree(self.policy.device)
         return budget
@@ -258,6 +259,11 @@ class TrainingState:
     def settle(self, token_budget: int | str) -> tuple[int, str]:
         """(token budget, what layers keep): what is "auto" of them, by the memory that is there."""
         raise NotImplementedError
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """That a micro-batch may have, on all ranks together that have pieces of it."""
+        return self.token_budget.num_tokens * self.grid.context
 
     def _keep_less(self) -> str:
         """Where it was left to us, layers keep their inputs alone from now on. Says so; empty: no more can be done."""

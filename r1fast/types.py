@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import ProcessGroup
 
 Verdict = Literal["correct", "wrong", "no_answer", "unparseable", "timeout", "error"]
 VERDICTS: tuple[str, ...] = get_args(Verdict)
@@ -134,18 +135,32 @@ class PackedBatch:
     sequence_index: list[int]  # (S,) where each sequence stood before packing
     policy_logprobs: Tensor | None = None  # (N,) float32, where the sequences have them
     rollout_logprobs: Tensor | None = None  # (N,) float32, likewise
+    # where a rank has a piece of it: then `bounds` and `prefix_of` are of all tokens, everything else is its own
+    context: ContextPart | None = None
 
     @property
     def num_tokens(self) -> int:
-        """T, what is forwarded."""
-        return self.bounds[-1]
+        """T, what this rank forwards of sequences."""
+        if self.context is not None:
+            return self.context.num_tokens
+        return 0 if self.is_idle else self.bounds[-1]
 
     @property
     def is_idle(self) -> bool:
-        """Of no sequence: forwarded because other ranks, which gather weights with this one, have more."""
+        """Without a target: forwarded because other ranks, which are in step with this one, have some."""
         return not self.sequence_index
 
     @property
     def sampler_logprobs(self) -> Tensor:  # (N,)
         """As the tokens were drawn."""
         return self.old_logprobs if self.rollout_logprobs is None else self.rollout_logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class ContextPart:
+    """Which part of a micro-batch a rank of a context group has."""
+
+    group: ProcessGroup
+    num_tokens: int  # of sequences
+    targets: Tensor  # (n,) int64, ascending: which of the N are predicted by its tokens
+    whole: PackedBatch

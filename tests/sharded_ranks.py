@@ -21,7 +21,7 @@ from r1fast.forward import hidden_states
 from r1fast.interrupt import Stopped
 from r1fast.sft import SFTTrainer
 from r1fast.sharding import Fsdp
-from r1fast.shards import Shard
+from r1fast.shards import Shard, local
 from r1fast.trainer import GRPOTrainer
 from r1fast.types import Sequence
 
@@ -185,13 +185,13 @@ def straight(out: Path, layout: str, num: int = 0) -> None:
         some_steps(name, folder, *LAYOUTS[layout][1], num=num or len(MOVES))
 
 
-def not_finite(out: Path) -> None:
+def not_finite(out: Path, *overrides: str) -> None:
     """The second rank's loss, then its gradient, is NaN in the second of three steps."""
     for name in ("grpo", "sft"):
         for what in ("loss", "gradient"):
             folder = out / "not_finite" / f"{name}-{what}"
-            trainer = make(name, folder, *FSDP, "--grpo.num_mini_batches=1", "--sft.max_steps=3",
-                           "--grpo.num_steps=3")  # fmt: skip
+            trainer = make(name, folder, *overrides, "--grpo.num_mini_batches=1",
+                           "--sft.max_steps=3", "--grpo.num_steps=3")  # fmt: skip
             before: list = []
 
             def poisoned(model, batch, trainer=trainer, what=what):
@@ -206,22 +206,24 @@ def not_finite(out: Path) -> None:
             train_step = trainer.train_step
 
             def watched(step, trainer=trainer, train_step=train_step, before=before):
-                before.append([x.part.clone() for x in trainer.parallel.shards.values()])
+                before.append([local(x).clone() for x in trainer.trained().values()])
                 return train_step(step)
 
             trainer.train_step = watched
             module = "sft" if name == "sft" else "policy_update"
             with mock.patch(f"r1fast.{module}.hidden_states", poisoned):
                 trainer.run()
-            before.append([x.part for x in trainer.parallel.shards.values()])
+            before.append([local(x) for x in trainer.trained().values()])
             same = [all(map(torch.equal, a, b)) for a, b in pairwise(before)]
             (folder / f"same-{distributed.rank()}.json").write_text(json.dumps(same))
 
 
-def signalled(out: Path, when: str) -> None:
+def signalled(out: Path, when: str, *overrides: str) -> None:
     """A signal to the second rank alone, inside of a backward of the second step, and no time left."""
     deadline = "--checkpoint.deadline_seconds=0.001"
-    trainer = make("grpo", out / "signalled", *FSDP, *steps(2), "--grpo.token_budget=30", deadline)
+    trainer = make(
+        "grpo", out / "signalled", *overrides, *steps(2), "--grpo.token_budget=30", deadline
+    )
     if when == "again":
         trainer.run()
         return
@@ -299,9 +301,9 @@ def main(out: Path) -> None:
     for num in (2, len(MOVES) - 2):
         launch(2, out, "straight", "fsdp2", num)
     launch(1, out, "straight", "ddp1")
-    launch(2, out, "not_finite")
-    launch(2, out, "signalled", "killed")
-    launch(2, out, "signalled", "again")
+    launch(2, out, "not_finite", *FSDP)
+    launch(2, out, "signalled", "killed", *FSDP)
+    launch(2, out, "signalled", "again", *FSDP)
     launch(4, out, "odd_shapes")
 
 

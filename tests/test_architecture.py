@@ -15,7 +15,7 @@ LAYERS = {  # bottom first; a module may import from layers below its own
     "compute": "kernels _C",
     "model": "lora recompute model peft_folder policy",
     "stages": "rollout rewards batch grpo step_plan optim checkpoint data templates",
-    "loop": "running_sum token_budget machine costs probe sharded_memory planner roofline plan planning paper_shape cluster_plan profiling checkpoint_state checkpoint_writer forward sharded_optimizer sharding training_state training recorded_fields recording reference balance policy_update dynamic_sampling rollouts_ahead trainer sft evaluate examples rejection cold_start reward_model reward_training assemble preferences judge_engine hacking_monitor hf_classifier preference_pairs",
+    "loop": "running_sum token_budget machine costs probe sharded_memory planner roofline plan planning paper_shape cluster_plan profiling checkpoint_state checkpoint_writer context_parallel forward sharded_optimizer sharding training_state training recorded_fields recording reference balance policy_update dynamic_sampling rollouts_ahead trainer sft evaluate examples rejection cold_start reward_model reward_training assemble preferences judge_engine hacking_monitor hf_classifier preference_pairs",
     "entry": "__init__ __main__ config_keys commands evaluate_command evaluation_table plan_config cluster_report replay pipeline recipe report generate export serve integrations claims",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}

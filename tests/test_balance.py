@@ -8,6 +8,7 @@ from tiny import tiny_config
 
 from r1fast import balance, distributed
 from r1fast.balance import move, new_ranks
+from r1fast.distributed import RankGrid
 from r1fast.step_plan import Fact, StepPlan
 from r1fast.types import Sequence
 
@@ -87,20 +88,20 @@ def test_what_moves_arrives_as_it_was(monkeypatch):
 
     sent = {}
 
-    def run(rank, gather):
+    def run(rank, gather, size=1):
         monkeypatch.setattr(distributed, "rank", lambda: rank)
         monkeypatch.setattr(distributed, "world_size", lambda: 2)
         monkeypatch.setattr(balance.distributed, "gather_tensors", gather)
-        return move(own(rank), plan, ranks)
+        return move(own(rank), plan, ranks, RankGrid(2 // size, size))
 
-    def keep(rank):
+    def keep(rank, size=1):
         def gather(numbers, sizes):
             assert len(numbers) == sizes[rank]
             sent[rank] = numbers
             raise InterruptedError
 
         with pytest.raises(InterruptedError):
-            run(rank, gather)
+            run(rank, gather, size)
 
     keep(0)
     keep(1)
@@ -116,4 +117,15 @@ def test_what_moves_arrives_as_it_was(monkeypatch):
 
     still = {key: plan.facts[key].rank for key in ranks}
     monkeypatch.setattr(distributed, "gather_tensors", None)  # nothing moves, nothing is sent
-    assert move(own(1), plan, still) == own(1)
+    assert move(own(1), plan, still, RankGrid(2)) == own(1)
+
+    # both in one model-parallel group: each has everything, in the same bits
+    ranks = dict.fromkeys(ranks, 0)
+    keep(0, size=2)
+    keep(1, size=2)
+    everywhere = [run(rank, lambda numbers, sizes: [sent[0], sent[1]], size=2) for rank in (0, 1)]
+    assert everywhere[0] == everywhere[1]
+    assert list(everywhere[0]) == sorted(sequences)
+    assert [s.completion_ids for s in everywhere[0].values()] == [
+        sequences[key].completion_ids for key in sorted(sequences)
+    ]

@@ -50,7 +50,7 @@ def test_the_step_is_that_of_the_trainers_own_logprobs(tmp_path, options):
     def plan(groups):
         sequences, plan = real(groups)
         live = [s for key, s in sequences.items() if key in plan.live]
-        own = sequence_logprobs(other.model, other._pack(live))
+        own = sequence_logprobs(other.model, other._in_step(live))
         for s, logprobs in zip(live, own, strict=True):
             s.old_logprobs = logprobs
         return sequences, plan
