@@ -245,6 +245,21 @@ def signalled(out: Path, when: str, *overrides: str) -> None:
             raise AssertionError("the run was not stopped")
 
 
+def uneven(out: Path, *overrides: str) -> None:
+    """The first rank has what is long, and more micro-batches, in the reference's forward too."""
+    trainer = make("grpo", out / "uneven", *overrides, "--grpo.balance_ranks=false",
+                   "--grpo.prompts_per_step=6", "--grpo.num_mini_batches=1")  # fmt: skip
+    n, rank = distributed.world_size(), distributed.rank()
+    groups = random_groups(6, 4, trainer.model.spec.vocab_size, longest=30)
+    for position, group in enumerate(groups):
+        for i, (c, reward) in enumerate(zip(group.completions, group.rewards, strict=True)):
+            length = 1 if position % 2 else 20 + 2 * i
+            c.token_ids, c.logprobs = (c.token_ids * 30)[:length], (c.logprobs * 30)[:length]
+            reward.total = float((position + i) % 3)
+    row = trainer.update(groups[rank::n], 0)
+    (out / f"uneven-{n}-{rank}.json").write_text(json.dumps(row["loss"]))
+
+
 def odd_shapes(out: Path) -> None:
     """Tensors of fewer rows than ranks, and of rows that do not divide by them."""
     mesh = distributed.mesh(1, "cpu")
@@ -261,7 +276,9 @@ def odd_shapes(out: Path) -> None:
         distributed.mesh(3, "cpu")
 
 
-CASES = {f.__name__: f for f in (layouts, move, straight, not_finite, signalled, odd_shapes)}
+CASES = {
+    f.__name__: f for f in (layouts, move, straight, not_finite, signalled, uneven, odd_shapes)
+}
 
 
 def launch(num_ranks: int, out: Path, case: str, *words: str | int) -> None:
@@ -304,6 +321,8 @@ def main(out: Path) -> None:
     launch(2, out, "not_finite", *FSDP)
     launch(2, out, "signalled", "killed", *FSDP)
     launch(2, out, "signalled", "again", *FSDP)
+    launch(1, out, "uneven")
+    launch(2, out, "uneven", *FSDP)
     launch(4, out, "odd_shapes")
 
 

@@ -178,6 +178,13 @@ def test_a_signal_on_one_rank_stops_all_at_the_same_micro_batch(out):
     assert rows[1]["loss"] == pytest.approx(alone[1]["loss"], rel=1e-4)
 
 
+def test_ranks_of_other_numbers_of_micro_batches_stay_in_step(out):
+    alone, *both = (
+        json.loads((out / f"uneven-{x}.json").read_text()) for x in ("1-0", "2-0", "2-1")
+    )
+    assert both == [pytest.approx(alone, rel=1e-5)] * 2
+
+
 def test_ranks_in_step_do_not_try_again_alone():
     budget = TokenBudget(64, discard=lambda: None, advice="Take less.", in_step=torch.device("cpu"))
 
