@@ -1,11 +1,12 @@
 """What a second rank brings, and where the rest goes: GRPO steps of one and of two processes, a core each.
 
-    python benchmarks/bench_scale.py [--models 3.5M 25M] [--steps N] [--rounds N] [--no-append]
+    python benchmarks/bench_scale.py [--models 3.5M 25M] [--variants NAME ...] [--steps N] [--rounds N] [--no-append]
 
 The global batch stays as it is (strong scaling): 8 prompts x 8 completions of at most 128 tokens, float32, the
 models of bench_step.py, gloo on loopback. `one` is a process on one core; `two` is two ranks, each on its own core;
-`two, FSDP` the same with parallel.mode = fsdp; `apart` is two processes that know nothing of each other, at the same
-time, each with the whole batch: what is slower there than in `one` is the machine's (memory, caches, clock), not ours.
+`two, FSDP` the same with parallel.mode = fsdp; in `8 slots` a rank samples 8 of its 32 at a time, with and without
+rollout.work_stealing. `apart` is two processes that know nothing of each other, at the same time, each with the
+whole batch: what is slower there than in `one` is the machine's (memory, caches, clock), not ours.
 
     efficiency           seconds of `one` / (2 x seconds of `two`)
     of what there is     seconds of `apart` / (2 x seconds of `two`)
@@ -31,11 +32,14 @@ from step_orders import reward_of
 
 PROMPTS, PROMPT_TOKENS, GROUP, MAX_TOKENS = 8, 64, 8, 128
 WARM_UP = 2  # steps
+SLOTS = "--rollout.max_batch_size=8"  # of a rank's 32 samples: most wait for a slot
 VARIANTS = {  # name -> (ranks, processes that know nothing of each other, config)
     "one": (1, 1, []),
     "apart": (1, 2, []),
     "two": (2, 1, []),
     "two, FSDP": (2, 1, ["--parallel.mode=fsdp"]),
+    "two, 8 slots": (2, 1, [SLOTS]),
+    "two, 8 slots, stealing": (2, 1, [SLOTS, "--rollout.work_stealing=true"]),
 }
 LOSSES = {
     "waiting for a rollout": lambda ranks: _behind(ranks, "rollout ends"),
@@ -85,10 +89,10 @@ def rank_program(path: str, steps: int, overrides: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(policy, config, folder, problems, Scorer())
         events: dict[str, float] = {}
-        generate, sum_gradients = trainer.engine.generate, trainer.parallel.sum_gradients
+        rollout, sum_gradients = trainer.rollout, trainer.parallel.sum_gradients
 
-        def generated(*args, **kwargs):
-            found = generate(*args, **kwargs)
+        def sampled(step):
+            found = rollout(step)
             events["rollout ends"] = time.monotonic()
             return found
 
@@ -97,7 +101,7 @@ def rank_program(path: str, steps: int, overrides: list[str]) -> None:
             sum_gradients(parameters)
             events["sum ends"] = time.monotonic()
 
-        trainer.engine.generate, trainer.parallel.sum_gradients = generated, summed
+        trainer.rollout, trainer.parallel.sum_gradients = sampled, summed
         for step in range(steps):
             distributed.barrier()
             events["begins"] = time.monotonic()
@@ -124,11 +128,12 @@ def launch(path: str, num_ranks: int, copies: int, steps: int, overrides: list[s
 CORES = sorted(os.sched_getaffinity(0))
 
 
-def measure(path: str, steps: int, rounds: int) -> dict[str, list]:
+def measure(path: str, variants: list[str], steps: int, rounds: int) -> dict[str, list]:
     """variant -> steps, each with what its ranks have noted."""
-    found: dict[str, list] = {name: [] for name in VARIANTS}
+    found: dict[str, list] = {name: [] for name in variants}
     for number in range(rounds):
-        for name, (num_ranks, copies, overrides) in VARIANTS.items():
+        for name in variants:
+            num_ranks, copies, overrides = VARIANTS[name]
             for copy in launch(path, num_ranks, copies, steps + WARM_UP, overrides):
                 found[name] += copy[WARM_UP:]
             seconds = statistics.median(seconds_of(step) for step in found[name])
@@ -143,6 +148,7 @@ def seconds_of(ranks) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--no-append", action="store_true")
@@ -155,7 +161,7 @@ def main() -> None:
     for model in args.models:
         with tempfile.TemporaryDirectory() as folder:
             path = make_checkpoint(Path(folder) / model, config_of(model), MODELS[model][-1])
-            found = measure(path, args.steps, args.rounds)
+            found = measure(path, args.variants, args.steps, args.rounds)
         report(model, found, append=not args.no_append)
 
 
@@ -170,14 +176,15 @@ def report(model: str, found: dict[str, list], *, append: bool) -> None:
             values[part] = (statistics.median(slowest), "s")
         values["tokens forwarded"] = (statistics.median(r[0]["tokens"] for r in steps), "tokens")
         if num_ranks > 1:
-            values["efficiency"] = (seconds["one"] / (num_ranks * seconds[name]), "ratio")
-            values["of what there is"] = (seconds["apart"] / (num_ranks * seconds[name]), "ratio")
+            for ratio, peer in (("efficiency", "one"), ("of what there is", "apart")):
+                if peer in seconds:
+                    values[ratio] = (seconds[peer] / (num_ranks * seconds[name]), "ratio")
             for loss, of in LOSSES.items():
                 if "gradient" not in loss or "FSDP" not in name:
                     values[loss] = (statistics.median(map(of, steps)), "s")
         rows += [(f"GRPO, {model}", name, metric, *value) for metric, value in values.items()]
         table += [[f"{name}: {m}", f"{x:.4g}", unit] for m, (x, unit) in values.items()]
-    print(f"\n{model}, medians of {len(found['two'])} steps")
+    print(f"\n{model}, medians of {len(next(iter(found.values())))} steps")
     print_table(["", "", ""], table)
     if append:
         append_rows("scaling over ranks", rows)
