@@ -243,7 +243,8 @@ R1FAST_AVX512_INLINE void add_products(const Product& p, int64_t num_k, BlockPla
     for (int j = 0; j < N; ++j) v[j] = _mm512_loadu_ps(at.b + kLanes * j);
 #pragma GCC unroll 6
     for (int i = 0; i < M; ++i) {
-      const __m512 value = _mm512_set1_ps(kTurned ? at.a0[i] : (i < 3 ? at.a0 : at.a3)[i % 3 * lda]);
+      // not (...)[i % 3 * lda], which GCC 12 computes for i < 3 alone under -fsanitize=undefined
+      const __m512 value = _mm512_set1_ps(*(kTurned ? at.a0 + i : (i < 3 ? at.a0 : at.a3) + i % 3 * lda));
       for (int j = 0; j < N; ++j) sums[i][j] = _mm512_fmadd_ps(value, v[j], sums[i][j]);
     }
     at.b += p.ldb;
