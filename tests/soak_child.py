@@ -33,7 +33,7 @@ from r1fast.trainer import GRPOTrainer
 from r1fast.training import Trainer
 from r1fast.watchdog import Watchdog
 
-REWARD_TIMEOUT = 1.0  # seconds of a call of the reward function that faults are put into
+REWARD_TIMEOUT = 4.0  # seconds of a call of the reward function that faults are put into; on a loaded machine 1 was one
 DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 SAVES = {"kill -9 inside a save": 0, "ENOSPC in a save": errno.ENOSPC, "EIO in a save": errno.EIO}
 
