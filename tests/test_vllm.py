@@ -1,20 +1,24 @@
 """The vLLM engine against a real vLLM, its CPU build: `make test-vllm` installs it and runs this.
 
 Three servers, two of a model with tied embeddings and one without, are started once; the tests give them
-weights of their own.
+weights of their own. This file is also the program of a rank: MODEL OUT OVERRIDES...
 """
 
 import copy
 import os
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from ranks import Ranks
 from safetensors.torch import load_file, save_file
 from test_vllm_overlap import Watched
 from tiny import TokenScorer, tiny_config, tiny_policy, tiny_problems
 
+from r1fast import distributed
 from r1fast.config import load_config
 from r1fast.lora import merge_lora
 from r1fast.metrics import read_metrics
@@ -336,6 +340,24 @@ def test_a_short_run_of_grpo_with_adapters_over_two_servers(servers, tmp_path):
         engine.close()
 
 
+def test_two_ranks_that_hold_halves_of_the_model(servers, tmp_path):
+    """FSDP: the servers get the weights that rank 0 has gathered."""
+    child = servers.children["untied-0"]
+    words = [
+        "--parallel.mode=fsdp", "--rollout.engine=vllm", f"--rollout.vllm.servers=['{child.url}']",
+        "--optim.lr=0.02", "--grpo.num_steps=3", "--rollout.max_completion_tokens=16",
+    ]  # fmt: skip
+    Ranks(__file__, servers.folder / "untied", tmp_path, *words).succeed()
+    rows = read_metrics(tmp_path)
+    assert len(rows) == 3
+    for row in rows:
+        assert row["vllm/canary_max"] < CLOSE
+        assert row["logprob_mismatch/max"] < CLOSE
+        assert row["vllm/version_lag_max"] == row["vllm/retries"] == 0
+    versions = [row["vllm/weight_version"] for row in rows]
+    assert versions == list(range(int(versions[0]), int(versions[0]) + 3))
+
+
 @pytest.mark.parametrize("update", ["keep", "wait"])
 def test_rollouts_that_overlap_training(servers, tmp_path, update):
     """Each token was drawn by the weights of a step that its sample may be of; none is older than the bound."""
@@ -411,3 +433,14 @@ def test_a_server_that_is_killed_and_comes_back(servers):
     engine.fleet.lose(engine.fleet.servers[0], "the other has to answer")
     assert worst(policy, engine.generate(PROMPTS, 4, SAMPLING, seed=9)) < CLOSE
     engine.close()
+
+
+def main(model: str, out: Path, words: list[str]) -> None:
+    distributed.start()
+    policy = load_policy(model, device="cpu")
+    GRPOTrainer(policy, tiny_config(*words), out, tiny_problems(), TokenScorer()).run()
+    distributed.leave(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
