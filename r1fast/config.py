@@ -54,7 +54,10 @@ class ParallelConfig:
     # neighbouring processes that train the same sequences, each a piece of their tokens, for sequences whose
     # activations no process has room for; they exchange attention's heads (Ulysses)
     context_parallel: int = 1
-    tensor_parallel: int = 1  # processes that divide every layer's weights: 1 alone is there
+    # neighbouring processes that train the same tokens, each with its heads and MLP channels of every layer; a
+    # rollout has the whole model on each of them
+    tensor_parallel: int = 1
+    vocab_parallel: bool = True  # with tensor_parallel: the embedding and the head too, by tokens
 
 
 @dataclass(frozen=True, slots=True)

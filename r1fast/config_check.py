@@ -205,8 +205,7 @@ def _check_parallel(c: Config, need: Callable[[bool, str, Any, str], None]) -> N
     p = c.parallel
     need(p.replicas >= 1, "parallel.replicas", p.replicas, "at least 1")
     need(p.context_parallel >= 1, "parallel.context_parallel", p.context_parallel, "at least 1")
-    need(p.tensor_parallel == 1, "parallel.tensor_parallel", p.tensor_parallel,
-         '1: layers are not divided within themselves; parallel.mode = "fsdp" divides the model by its rows')  # fmt: skip
+    need(p.tensor_parallel >= 1, "parallel.tensor_parallel", p.tensor_parallel, "at least 1")
     if p.context_parallel > 1:
         need(not c.rollout.batch_invariant, "rollout.batch_invariant", True,
              "false with parallel.context_parallel above 1: the loss would need the engine's own "
@@ -219,6 +218,13 @@ def _check_parallel(c: Config, need: Callable[[bool, str, Any, str], None]) -> N
         need(
             not p.cpu_offload, "parallel.cpu_offload", True, 'false without parallel.mode = "fsdp"'
         )
+    why, remedy = [], []
+    if p.mode == "fsdp":
+        why, remedy = ['parallel.mode = "fsdp"'], ['"ddp"']
+    if p.tensor_parallel > 1:
+        why += [f"parallel.tensor_parallel = {p.tensor_parallel}"]
+        remedy += ["parallel.tensor_parallel = 1"]
+    if not why:
         return
     for ok, key, value, rule in (
         (not c.lora.rank, "lora.rank", c.lora.rank, "0: adapters are trained with every process holding the base"),
@@ -226,7 +232,7 @@ def _check_parallel(c: Config, need: Callable[[bool, str, Any, str], None]) -> N
          "false: the loss would need the whole model in the engine beside the divided one"),
         (not c.log.record, "log.record", c.log.record, "empty: a recording holds digests of whole tensors"),
     ):  # fmt: skip
-        need(ok, key, value, f'{rule} (parallel.mode = "fsdp"; or take "ddp")')
+        need(ok, key, value, f"{rule} ({' and '.join(why)}; or take {' and '.join(remedy)})")
 
 
 def _check_vllm(c: Config, need: Callable) -> None:

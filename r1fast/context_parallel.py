@@ -97,6 +97,7 @@ def coupled_objective(
     *,
     temperature: float,
     num_tokens: int,
+    process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`grpo_objective` of a piece, for losses that take the log-probabilities of whole sequences together.
 
@@ -107,7 +108,12 @@ def coupled_objective(
     part, whole, failure = batch.context, batch.context.whole, None
     try:
         logprobs, entropy = linear_logprobs(
-            hidden, head_weight, batch.target_ids, temperature=temperature, return_entropy=True
+            hidden,
+            head_weight,
+            batch.target_ids,
+            temperature=temperature,
+            return_entropy=True,
+            process_group=process_group,
         )
     except NonFiniteError as error:  # the others wait for what is here
         failure = error

@@ -20,7 +20,7 @@ MEETING = datetime.timedelta(minutes=10)  # of ranks that start
 ATTEMPT = datetime.timedelta(seconds=2)  # to reach rank 0 where it may no longer be
 PORT_KEY = "r1fast/port of rank 0"
 _beside: dict[dist.ProcessGroup, dist.ProcessGroup] = {}  # of the process's own group
-_meshes: dict[tuple[dist.ProcessGroup, int], DeviceMesh] = {}
+_meshes: dict[tuple, DeviceMesh] = {}  # by it, names and shape
 _grids: dict[tuple[dist.ProcessGroup, int, int], "RankGrid"] = {}
 
 
@@ -73,25 +73,38 @@ def _own_store(own_rank: int) -> dist.Store:
             return store
 
 
-def mesh(replicas: int, device_type: str) -> DeviceMesh:
-    """All ranks, in `replicas` rows of neighbours; one row has one dimension. Ranks ask for it together.
+def mesh(
+    replicas: int, device_type: str, num_slices: int = 1
+) -> tuple[DeviceMesh, DeviceMesh | None]:
+    """(ranks that train one slice of the model, those that have all slices of it and so train the same tokens).
 
-    A process that is alone becomes a group of one. Raises ValueError where ranks cannot be divided so.
+    The former in `replicas` rows, or of one dimension; the latter, neighbours, are None for one slice. Ranks ask for it
+    together. A process that is alone becomes a group of one. Raises ValueError where ranks cannot be divided so.
     """
     if not dist.is_initialized():
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if world_size() % replicas:
+    if world_size() % num_slices:
         raise ValueError(
-            f"parallel.replicas = {replicas} does not divide the {world_size()} processes"
+            f"parallel.tensor_parallel = {num_slices} does not divide the {world_size()} processes"
         )
-    key = (dist.group.WORLD, replicas)
+    num_data = world_size() // num_slices
+    if num_data % replicas:
+        each = f" / tensor_parallel {num_slices}" * (num_slices > 1)
+        raise ValueError(
+            f"parallel.replicas = {replicas} does not divide the {world_size()} processes{each}"
+        )
+    shape, names = [num_data // replicas], ["shard"]
+    if replicas > 1:
+        shape, names = [replicas, *shape], ["replica", *names]
+    data_names = tuple(names)
+    if num_slices > 1:
+        shape, names = [*shape, num_slices], [*names, "tensor"]
+    key = (dist.group.WORLD, *names, *shape)
     if key not in _meshes:
-        shape, names = (world_size(),), ("shard",)
-        if replicas > 1:
-            shape, names = (replicas, world_size() // replicas), ("replica", "shard")
-        _meshes[key] = init_device_mesh(device_type, shape, mesh_dim_names=names)
-    return _meshes[key]
+        _meshes[key] = init_device_mesh(device_type, tuple(shape), mesh_dim_names=tuple(names))
+    found = _meshes[key]
+    return (found, None) if num_slices == 1 else (found[data_names], found["tensor"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +133,15 @@ class RankGrid:
     @property
     def data_rank(self) -> int:
         return self.data_rank_of(rank())
+
+    @property
+    def tensor_rank(self) -> int:
+        """Of this rank among those of its tensor group."""
+        return rank() % self.tensor
+
+    def once(self, values: dict[str, float]) -> dict[str, float]:
+        """Numbers that all ranks of a tensor group have, for a sum over ranks: they are of the first of each."""
+        return dict.fromkeys(values, 0.0) if self.tensor_rank else values
 
 
 def grid(context: int, tensor: int, device_type: str) -> RankGrid:
@@ -248,11 +270,11 @@ def sum_dict(values: dict[str, float]) -> dict[str, float]:
     return total
 
 
-def gather_objects(value) -> list:
-    """`value` of every rank, in rank order, on every rank. Small plain data: it travels as JSON."""
+def gather_objects(value, group: dist.ProcessGroup | None = None) -> list:
+    """`value` of every rank (of `group`), in rank order, on every rank. Small plain data: it travels as JSON."""
     if not dist.is_initialized():
         return [value]
-    return [json.loads(part) for part in gather_bytes(json.dumps(value).encode())]
+    return [json.loads(part) for part in gather_bytes(json.dumps(value).encode(), group)]
 
 
 def gather_bytes(data: bytes, group: dist.ProcessGroup | None = None) -> list[bytes]:
@@ -294,8 +316,10 @@ def gather_problems(rows: list[dict], ids: Iterable[str], key: str = "problem_id
     return sorted(rows, key=lambda row: place[row[key]])
 
 
-def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Sum every gradient over ranks in one flat all-reduce. A missing gradient counts as zero."""
+def sum_gradients(
+    parameters: Iterable[torch.nn.Parameter], group: dist.ProcessGroup | None = None
+) -> None:
+    """Sum every gradient over ranks (of `group`) in one flat all-reduce. A missing gradient counts as zero."""
     if not dist.is_initialized():
         return
     parameters = [p for p in parameters if p.requires_grad]
@@ -303,6 +327,6 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     flat = torch.cat([p.grad.reshape(-1) for p in parameters])
-    dist.all_reduce(flat)
+    dist.all_reduce(flat, group=group)
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.grad.copy_(part.view_as(p))

@@ -48,6 +48,7 @@ def completion_logprobs(
         batch.target_ids,
         temperature=temperature,
         return_entropy=True,
+        process_group=model.head_group,
     )
 
 

@@ -11,6 +11,7 @@ from math import isfinite
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from r1fast.config import GRPOConfig
 from r1fast.kernels.advantages import group_advantages, has_signal
@@ -127,6 +128,7 @@ def grpo_objective(
     *,
     temperature: float,
     num_tokens: int,  # completion tokens of the optimizer step, over all ranks and micro-batches
+    process_group: ProcessGroup | None = None,  # whose ranks have a slice of the vocabulary each
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, metrics) of one micro-batch: sums over its N completion tokens, and their logprobs.
 
@@ -147,6 +149,7 @@ def grpo_objective(
         num_tokens=num_tokens,
         temperature=temperature,
         want=("logprobs", "entropy"),
+        process_group=process_group,
         **loss_options(config),
     )
     logprobs, entropy = report.pop("logprobs"), report.pop("entropy")

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from r1fast.hf_folder import (
@@ -414,6 +415,7 @@ class Decoder(nn.Module):
         self.hf_config: dict[str, Any] = {}  # config.json of the source folder, kept by save_model
         self.generation_config: dict[str, Any] = {}  # and its generation_config.json
         self.checkpointing = "none"
+        self.head_group: ProcessGroup | None = None  # with a slice of the head's rows on each rank
         self.embed = nn.Embedding(V, D, _weight=torch.empty(V, D, **factory))
         self.layers = nn.ModuleList(
             DecoderLayer(spec, index, **factory) for index in range(spec.num_layers)

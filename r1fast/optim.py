@@ -121,6 +121,10 @@ class Optimizer:
                 tensors[f"master.{name}"] = self._stored(name, master.detach())
         return tensors
 
+    def _shape(self, name: str, p: nn.Parameter) -> torch.Size:
+        """Of what a checkpoint holds of it."""
+        return p.shape
+
     def _stored(self, name: str, x: Tensor) -> Tensor | Shard:
         """What a checkpoint holds of a master, or of a moment of it."""
         return x
@@ -136,10 +140,11 @@ class Optimizer:
             if f"step.{name}" in tensors:
                 needed |= {f"exp_avg.{name}", f"exp_avg_sq.{name}"}
             for key in needed:
-                if key not in tensors or tensors[key].shape != p.shape:
+                shape = self._shape(name, p)
+                if key not in tensors or tensors[key].shape != shape:
                     found = tuple(tensors[key].shape) if key in tensors else "nothing"
                     raise ValueError(
-                        f"the optimizer state has {found} for {key!r}, not {tuple(p.shape)}"
+                        f"the optimizer state has {found} for {key!r}, not {tuple(shape)}"
                     )
             step = tensors.get(f"step.{name}", torch.zeros(()))
             if step.shape or step.dtype != torch.float32 or not 0 <= step.item() < math.inf:

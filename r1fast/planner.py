@@ -29,6 +29,7 @@ from r1fast.machine import GIB
 from r1fast.model import DTYPES, ModelSpec
 from r1fast.probe import Footprint, Speed
 from r1fast.sharded_memory import Shares
+from r1fast.tensor_parallel import local_spec
 
 CPU_TOKENS = (
     4096  # a micro-batch above these is no faster on a CPU, and slower where layers are narrow
@@ -52,6 +53,7 @@ class Job:
     kind: str  # grpo | sft
     spec: ModelSpec
     size: Size
+    slice: Size  # of what parallel.tensor_parallel gives the first rank of it
     config: Config
     device: torch.device
     world_size: int
@@ -76,12 +78,17 @@ class Job:
     @property
     def divided(self) -> Shares | None:
         """What a rank holds of the model where it is not all of it."""
-        parallel = self.config.parallel
-        if parallel.mode == "ddp":
+        p = self.config.parallel
+        if p.mode == "ddp" and p.tensor_parallel == 1:
             return None
-        return Shares(
-            self.size, self.spec.num_layers, self.dtype.itemsize, self.world_size, parallel
-        )
+        L, item = self.spec.num_layers, self.dtype.itemsize
+        return Shares(self.size, self.slice, L, item, self.world_size, p)
+
+    @property
+    def own_spec(self) -> ModelSpec:
+        """The shape of what a rank forwards in training."""
+        p = self.config.parallel
+        return local_spec(self.spec, p.tensor_parallel, p.vocab_parallel)
 
     @property
     def context(self) -> int:
@@ -167,8 +174,9 @@ def resident(job: Job, groups: Groups, available: int) -> dict[str, int]:
     on_gpu = job.device.type == "cuda"
     if job.has_reference:
         is_away = on_gpu and (g.ref_device == "cpu" or job.config.parallel.cpu_offload)
-        num_shares = 1 if divided is None else divided.num_shares
-        kinds["reference"] = 0 if is_away else -(-_reference_bytes(job) // num_shares)
+        kinds["reference"] = 0 if is_away else _reference_bytes(job)
+        if divided is not None and not is_away:
+            kinds["reference"] = divided.share(_reference_dtype(job).itemsize)
     if job.kind != "grpo":
         return kinds
     has_tails = not on_gpu and r.block_size == 16 and not r.num_draft_tokens
@@ -199,8 +207,11 @@ def _packed_bytes(job: Job) -> int:
 def _reference_bytes(job: Job) -> int:
     if job.config.lora.rank:  # the base, under a copy of the adapters at most
         return job.size.trained * job.trained_item
-    dtype = DTYPES.get(job.config.grpo.ref_dtype, job.dtype)
-    return job.size.total * dtype.itemsize
+    return job.size.total * _reference_dtype(job).itemsize
+
+
+def _reference_dtype(job: Job) -> torch.dtype:
+    return DTYPES.get(job.config.grpo.ref_dtype, job.dtype)
 
 
 def memory_of(job: Job, work: Work, budget: int, available: int) -> Memory:
@@ -216,7 +227,7 @@ def memory(
     job: Job, groups: Groups, tokens: int, targets: int, *, several: bool, available: int
 ) -> Memory:
     """Where the largest micro-batch has so many tokens, and `several` follow one another."""
-    f, size, item, divided = job.footprint, job.size, job.dtype.itemsize, job.divided
+    f, size, item, divided = job.footprint, job.slice, job.dtype.itemsize, job.divided
     kept = resident(job, groups, available)
     phases: Memory = {}
     if job.kind == "grpo":
@@ -236,13 +247,13 @@ def memory(
         elif not kept["reference"]:
             phases["reference"]["reference"] = _reference_bytes(job)
     saved = f.layer * job.spec.num_layers * tokens
-    chunk = head_chunk_bytes(job.spec, job.dtype, job.device.type, targets)
+    chunk = head_chunk_bytes(job.own_spec, job.dtype, job.device.type, targets)
     table = size.table * 4 * job.trains_head  # dweight is a float32 sum
-    summed = 4 * size.trained if divided is None else divided.rows_of_gradients()
+    summed = 4 * size.trained if divided is None else divided.gradients()
     before = summed * several  # of the micro-batches before
     # the embedding's gradient, beside the head's
     tied = size.table * item * (job.trains_head and job.spec.tie_word_embeddings)
-    tied *= divided is None
+    tied *= divided is None or not divided.has_rows
     dhidden = 4 * targets * job.spec.hidden_size
     moments = (
         {"activations": int(saved + f.loss * tokens), "head": chunk + table + dhidden},
@@ -258,7 +269,7 @@ def memory(
     flat = summed * (job.world_size > 1)  # summed over ranks in one piece
     if divided is not None:
         phases["training"]["gathered"] = divided.gathered()
-        flat = 0
+        flat = divided.flat()
     phases["update"] = kept | {"gradients": summed + flat}
     return phases
 
@@ -266,7 +277,7 @@ def memory(
 def _fresh(job: Job, several: bool) -> int:
     """Gradients as a backward makes them, beside those that are added up already."""
     if job.divided is not None:
-        return job.divided.fresh()
+        return job.divided.fresh(several)
     if several and job.trained_item == 4:
         return job.size.table * 4 * job.trains_head  # one at a time is added
     return job.size.trained * job.trained_item

@@ -13,7 +13,7 @@ from r1fast.config import Config, LoraConfig, OptimConfig
 from r1fast.costs import Groups, Size
 from r1fast.machine import GPU, GPUS, available_memory, device_name, measure_bandwidth
 from r1fast.metrics import warn
-from r1fast.model import DTYPES, ModelSpec
+from r1fast.model import DTYPES, Decoder, ModelSpec
 from r1fast.plan import Plan, PlanWatch, number
 from r1fast.planner import Job, choose_budget, has_room, memory_of
 from r1fast.probe import Footprint, Speed, measure_footprint, measure_gemm, measure_speed
@@ -21,6 +21,7 @@ from r1fast.recompute import MODES
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.roofline import SHARE, roofline
 from r1fast.shards import local
+from r1fast.tensor_parallel import check_divides, local_spec
 from r1fast.training import Trainer
 
 MAX_LAYER = 32 << 20  # parameters of a layer that is timed itself
@@ -56,12 +57,23 @@ def make_job(
     asked = config.model.activation_checkpointing
     mode = "none" if asked == "auto" else asked
     shares = kind == "grpo" and config.grpo.shared_prompt
+    own_size, p = size, config.parallel
+    if p.tensor_parallel > 1:
+        check_divides(spec, p.tensor_parallel, p.vocab_parallel)
+        own_size = Size.of(Decoder(_own_spec(spec, config), device="meta"))
     footprint = _footprint_of(spec, config, shares, mode)
-    return Job(kind, spec, size, config, device, num_ranks, mode, footprint, groups, longest)
+    return Job(
+        kind, spec, size, own_size, config, device, num_ranks, mode, footprint, groups, longest
+    )  # fmt: skip
+
+
+def _own_spec(spec: ModelSpec, config: Config) -> ModelSpec:
+    """Of what a rank forwards in training."""
+    return local_spec(spec, config.parallel.tensor_parallel, config.parallel.vocab_parallel)
 
 
 def _footprint_of(spec: ModelSpec, config: Config, shares: bool, mode: str) -> Footprint:
-    dtype = DTYPES[config.model.dtype]
+    spec, dtype = _own_spec(spec, config), DTYPES[config.model.dtype]
     return _footprint(_plain(spec), dtype, shares, _key(config.lora), mode)
 
 

@@ -144,7 +144,7 @@ class PolicyUpdate(Trainer):
         if self.reference is not None:
             with self.timer("reference"), stoppable(in_step=self.parallel.in_step):
                 self.token_budget.fitting(lambda: self._fill_ref_logprobs(own))
-        sums = self._counts(groups) | dict.fromkeys(("loss", "forwarded", "num_tokens"), 0.0)
+        sums = dict.fromkeys(("loss", "forwarded", "num_tokens"), 0.0)
         norms, lr, mismatch, replaced = [], 0.0, {}, False
         num_parts = g.num_mini_batches * g.num_iterations
         if self.corrects:
@@ -173,6 +173,7 @@ class PolicyUpdate(Trainer):
                 for key, value in mini.items():
                     sums[key] = sums.get(key, 0.0) + value
         loads = distributed.gather_objects(sums["forwarded"])
+        sums = self._counts(groups) | self.grid.once(sums)
         row = self._row(distributed.sum_dict(sums), plan, num_parts)
         if self.world_size > 1 and sum(loads):
             row["train/rank_imbalance"] = max(loads) * self.world_size / sum(loads)
@@ -234,7 +235,7 @@ class PolicyUpdate(Trainer):
             plan.facts,
             self.grid.num_data_ranks,
             token_budget=self.micro_batch_tokens,
-            cost_per_token=cost_per_token(self.model),
+            cost_per_token=cost_per_token(self.policy.model),
             share_prompts=self.config.grpo.shared_prompt,
         )
         return move(sequences, plan, ranks, self.grid)
@@ -261,7 +262,7 @@ class PolicyUpdate(Trainer):
         return make_job(
             "grpo",
             spec,
-            Size.of(self.model),
+            Size.of(self.policy.model),
             self.config,
             self.policy.device,
             grpo_groups(self.config, prompts, cut, self.world_size),
@@ -406,6 +407,7 @@ class PolicyUpdate(Trainer):
                         g,
                         temperature=self.sampling.temperature,
                         num_tokens=part.num_tokens,
+                        process_group=self.model.head_group,
                     )
             except NonFiniteError as error:
                 warn(str(error))
@@ -452,14 +454,18 @@ class PolicyUpdate(Trainer):
             [0.0] * len(sequences) if weights is None else weights,
             device=self.policy.device,
             share_prompts=self.config.grpo.shared_prompt,
-            cost_per_token=cost_per_token(self.model),
+            cost_per_token=cost_per_token(self.policy.model),
             longer_alone=self.token_budget.was_halved,
         )
 
     def _fill_ref_logprobs(self, sequences: list[Sequence]) -> None:
-        logprobs = self.reference.logprobs(sequences, self._in_step)
-        for s, values in zip(sequences, logprobs, strict=True):
-            s.ref_logprobs = values
+        """The reference is whole on each rank of a tensor group: each takes some of their sequences."""
+        num_parts, group = self.grid.tensor, self.grid.tensor_group
+        own = self.reference.logprobs(sequences[self.grid.tensor_rank :: num_parts], self._in_step)
+        found = [own] if group is None else distributed.gather_objects(own, group)
+        for n, logprobs in enumerate(found):
+            for s, values in zip(sequences[n::num_parts], logprobs, strict=True):
+                s.ref_logprobs = values
 
     def _refresh_reference(self, num_done: int) -> None:
         """reference := policy when the optimizer has passed a multiple of `ref_refresh_steps`."""

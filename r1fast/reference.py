@@ -17,7 +17,7 @@ from r1fast.lora import adapters_off, exchanged, is_untrained, lora_tensors
 from r1fast.model import DTYPES, Decoder
 from r1fast.policy import Policy
 from r1fast.rollout.engine import Engine
-from r1fast.sharding import Ddp, Fsdp, empty, fill_whole, hollow
+from r1fast.sharding import Ddp, Divided, empty, fill_whole, hollow
 from r1fast.shards import Shard
 from r1fast.training_state import check_same, fill
 from r1fast.types import PackedBatch, Sequence
@@ -118,7 +118,7 @@ class LoraReference(Reference):
 class ShardedReference(Reference):
     """A copy that is divided as the policy is, and whole on each rank during a forward alone."""
 
-    def __init__(self, config: Config, parallel: Fsdp):
+    def __init__(self, config: Config, parallel: Divided):
         g = config.grpo
         self.temperature, self.version = config.rollout.temperature, 0
         self.parallel = parallel
@@ -148,8 +148,8 @@ class ShardedReference(Reference):
             empty(self.model)
 
 
-def make_reference(policy: Policy, config: Config, parallel: Ddp | Fsdp) -> Reference:
-    if isinstance(parallel, Fsdp):
+def make_reference(policy: Policy, config: Config, parallel: Ddp | Divided) -> Reference:
+    if isinstance(parallel, Divided):
         return ShardedReference(config, parallel)
     return (LoraReference if config.lora.rank else Reference)(policy, config)
 

@@ -102,7 +102,7 @@ class SFTTrainer(Trainer):
         return make_job(
             "sft",
             self.model.spec,
-            Size.of(self.model),
+            Size.of(self.policy.model),
             self.config,
             self.policy.device,
             sft_groups(self.config, lengths, self.grid.num_data_ranks),
@@ -143,7 +143,7 @@ class SFTTrainer(Trainer):
                 sums = self.token_budget.fitting(lambda: self._backward(owned, weights))
             with self.timer.part("optimizer"):
                 norm, lr = self.optimize()
-        total = distributed.sum_dict(sums)
+        total = distributed.sum_dict(self.grid.once(sums))
         self.num_tokens += sum(x.num_tokens for x in batch_of)
         return {
             "loss": total["loss"],
@@ -178,6 +178,7 @@ class SFTTrainer(Trainer):
                         token_weights=batch.token_weights,
                         reduction="sum",
                         return_entropy=True,
+                        process_group=self.model.head_group,
                     )
             except NonFiniteError as error:
                 warn(str(error))

@@ -1,11 +1,13 @@
-"""Bytes of a rank that holds a share of a model (parallel.mode = "fsdp"), for planner.py.
+"""Bytes of a rank that holds a share of a model (parallel.mode = "fsdp", parallel.tensor_parallel), for planner.py.
 
-between steps   4 bytes a weight for its rows, which are the masters, 8 for their moments, the reference's
-training        embedding, norm and head whole from forward to backward; of the layers three: the one that
+between steps   fsdp: 4 bytes a weight for its rows, which are the masters, 8 for their moments, the reference's;
+                ddp: its slice's weights, masters and moments
+training        fsdp: embedding, norm and head whole from forward to backward; of the layers three: the one that
                 computes, and the next one as it arrives and as it is laid out
-gradients       this rank's rows in float32; whole those of a layer, as made and as sent in float32, and at the
-                end those of the embedding and the head
+gradients       those of its rows, or of its slice, in float32; fsdp: whole those of a layer, as made and as sent in
+                float32, and at the end those of the embedding and the head
 rollout         all weights, gathered
+With tensor_parallel "whole" is of a slice in training: the first rank's, which has the most of the vocabulary.
 """
 
 from __future__ import annotations
@@ -21,26 +23,42 @@ SENT = 4  # bytes of a gradient that is summed over ranks
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """Of one rank of `num_ranks` that together hold the model `replicas` times."""
+    """Of one rank of `num_ranks` that together hold the model `replicas` times, or in ddp as often as it fits."""
 
     size: Size
+    slice: Size  # of what a rank would hold in ddp
     num_layers: int
     item: int  # bytes of a weight in the forward
     num_ranks: int
     parallel: ParallelConfig
 
     @property
+    def has_rows(self) -> bool:
+        return self.parallel.mode == "fsdp"
+
+    @property
     def num_shares(self) -> int:
-        return max(1, self.num_ranks // self.parallel.replicas)
+        """Ranks that have the rows of one slice."""
+        num_slices = self.parallel.tensor_parallel * self.parallel.replicas
+        return max(1, self.num_ranks // num_slices) if self.has_rows else 1
 
     def kept(self) -> dict[str, int]:
         """Between two steps, on the device."""
         if self.parallel.cpu_offload:
             return {"weights": 0, "optimizer": 0}
-        return {"weights": self._share(4), "optimizer": self._share(8)}
+        if self.has_rows:
+            return {"weights": self.share(4), "optimizer": self.share(8)}
+        masters = 4 * (self.item < 4)
+        return {"weights": self.share(self.item), "optimizer": self.share(masters + 8)}
 
-    def rows_of_gradients(self) -> int:
-        return 0 if self.parallel.cpu_offload else self._share(4)
+    def gradients(self) -> int:
+        """As an optimizer step has them."""
+        return 0 if self.parallel.cpu_offload else self.share(4)
+
+    def flat(self) -> int:
+        """Gradients that are summed over ranks in one piece."""
+        others = self.num_ranks > self.parallel.tensor_parallel
+        return 0 if self.has_rows else self.share(4) * others
 
     def whole(self) -> int:
         """All weights, to sample from."""
@@ -48,25 +66,43 @@ class Shares:
 
     def gathered(self) -> int:
         """At a time in training."""
+        if not self.has_rows:
+            return 0
         L = self.num_layers
         layers = min(GATHERED, L) if self.parallel.reshard_after_forward else L
-        return (self._outside() + layers * self.size.linears // L) * self.item
+        return (self._outside() + layers * self.slice.linears // L) * self.item
 
-    def fresh(self) -> int:
-        """Gradients that are not divided yet, at the end of a backward, where they are the most."""
-        layer = self.size.linears // self.num_layers
+    def fresh(self, several: bool) -> int:
+        """Gradients at the end of a backward, where they are the most, beside those that `gradients` counts."""
+        if not self.has_rows:
+            added_up = several and self.item == 4  # but for the one that is being added
+            return self.slice.table * 4 if added_up else self.share(self.item)
+        layer = self.slice.linears // self.num_layers
         return max(layer, self._outside()) * (self.item + SENT)
 
     def says(self) -> str:
-        copies = f", {self.parallel.replicas} times" if self.parallel.replicas > 1 else ""
+        p = self.parallel
+        if not self.has_rows:
+            over = f"divided over {p.tensor_parallel} ranks"
+        else:
+            copies = f", {p.replicas} times" if p.replicas > 1 else ""
+            over = f"divided over {self.num_shares * p.tensor_parallel} ranks{copies}"
+        keys = ['parallel.mode = "fsdp"'] * self.has_rows
+        keys += [f"parallel.tensor_parallel = {p.tensor_parallel}"] * (p.tensor_parallel > 1)
+        sums = (
+            "what gathering takes"
+            if p.tensor_parallel == 1
+            else "what gathering and summing over ranks takes"
+        )
         return (
-            f'parallel.mode = "fsdp": weights, optimizer and reference are divided over {self.num_shares} '
-            f"ranks{copies}; whole weights in rollouts; what gathering takes is not in the seconds"
+            f"{' and '.join(keys)}: weights, optimizer and reference are {over}; whole weights in rollouts; "
+            f"{sums} is not in the seconds"
         )
 
-    def _share(self, item: int) -> int:
-        return -(-self.size.trained * item // self.num_shares)
+    def share(self, item: int) -> int:
+        """Of this rank's rows, or its slice, at so many bytes a weight."""
+        return -(-self.slice.trained * item // self.num_shares)
 
     def _outside(self) -> int:
-        """Weights outside of the layers."""
-        return self.size.total - self.size.linears
+        """Weights of a slice outside of the layers."""
+        return self.slice.total - self.slice.linears

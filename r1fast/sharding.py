@@ -8,9 +8,12 @@ and which ranks train the same sequences.
     gradients    summed once an optimizer step    summed once a micro-batch, each rank keeping its own rows
     sampling     from the same weights            from the policy's model, which is whole inside of `whole` alone
 
+With parallel.tensor_parallel = t (tensor_parallel.py) "the model" above is a rank's slice of it, an own decoder, and
+the ranks that ddp and fsdp are over are those with the same slice; sampling is as in fsdp with either.
+
 Each gathering, and so each forward and backward of a layer, is something that all ranks do together, and so do those
-that have pieces of one micro-batch (parallel.context_parallel). Ranks that are so `in_step` have equally many micro-batches
-(`parts`), and stop at the same one.
+that have pieces of one micro-batch (parallel.context_parallel) or slices of one model. Ranks that are so `in_step` have
+equally many micro-batches (`parts`), and stop at the same one.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from r1fast import distributed
 from r1fast.batch import idle_batch
@@ -30,8 +32,9 @@ from r1fast.distributed import RankGrid
 from r1fast.model import Decoder, ModelSpec
 from r1fast.optim import Optimizer
 from r1fast.policy import Policy
-from r1fast.sharded_optimizer import ShardedOptimizer
-from r1fast.shards import Shard, shard_of
+from r1fast.sharded_optimizer import DividedOptimizer, ShardedOptimizer
+from r1fast.shards import Cut, Shard, Slice, shard_of
+from r1fast.tensor_parallel import PARTIAL, check_divides, cuts, divided_decoder, local_spec
 from r1fast.types import PackedBatch
 
 
@@ -71,27 +74,38 @@ class Ddp:
         pass
 
 
-class Fsdp:
-    """`model` is the policy's with its rows divided; the policy's own is empty but between `gather` and `free`."""
+class Divided:
+    """`model` has this rank's share of the policy's; the policy's own is empty but between `gather` and `free`."""
 
     is_sharded = in_step = True
 
     def __init__(self, policy: Policy, config: ParallelConfig, grid: RankGrid):
-        if config.cpu_offload and policy.device.type != "cuda":
-            raise ValueError(
-                "parallel.cpu_offload keeps shares in the host's memory for a GPU; on a CPU they are there"
-            )
-        self.policy, self.replicas, self.grid = policy, config.replicas, grid
-        self.name = "fsdp" + f" in {config.replicas} copies" * (config.replicas > 1) + _pieces(grid)
+        self.policy, self.config, self.grid = policy, config, grid
         self.dtype, self.device = policy.model.head_weight.dtype, policy.device
-        mesh = distributed.mesh(config.replicas, policy.device.type)
-        self.model = divided(policy.model, config, mesh)
-        self.shards = {name: shard_of(p) for name, p in self.model.named_parameters()}
+        num_slices, spec = config.tensor_parallel, policy.model.spec
+        # ranks that share a slice, and those that have the slices of one model
+        self.data, self.tensor = distributed.mesh(config.replicas, policy.device.type, num_slices)
+        self.name = config.mode + f" in {config.replicas} copies" * (config.replicas > 1)
+        self.cuts: dict[str, Cut] = {}
+        if self.tensor is not None:
+            self.cuts = cuts(spec, self.tensor, config.vocab_parallel)
+            but = "" if config.vocab_parallel else " but for the vocabulary"
+            self.name += f", tensor parallel over {num_slices}{but}"
+        self.name += _pieces(grid)
+        self.model = self._divide(policy.model)
+        shapes = {name: p.shape for name, p in policy.model.named_parameters()}
+        self.shards = {
+            name: self._shard_of(p, shapes[name], self.cuts.get(name))
+            for name, p in self.model.named_parameters()
+        }
+        self._partial: list[Tensor] = []  # masters whose gradients are sums over slices too
 
-    def make_optimizer(self, config: OptimConfig) -> ShardedOptimizer:
-        return ShardedOptimizer(
-            self.model.named_parameters(), config, self.dtype, self.device, self.replicas
-        )
+    def make_optimizer(self, config: OptimConfig) -> DividedOptimizer:
+        made = self._optimizer(config)
+        if self.tensor is not None:
+            masters = zip(made.named, made.masters, strict=True)
+            self._partial = [master for (name, _), master in masters if name.endswith(PARTIAL)]
+        return made
 
     def trained(self) -> dict[str, Tensor | Shard]:
         return dict(self.shards)
@@ -102,35 +116,156 @@ class Fsdp:
     def parts(self, batches: list[PackedBatch]) -> list[PackedBatch]:
         return _parts(batches, self.grid, self.device)
 
-    def sum_gradients(self, masters: Iterable[Tensor]) -> None:
-        """They were, as they were made. What a forward without a backward has left gathered is freed."""
-        self.model.reshard()
-
     def gather(self) -> None:
         fill_whole(self.policy.model, self.shards)
 
     def free(self) -> None:
         empty(self.policy.model)
 
+    def _optimizer(self, config: OptimConfig) -> DividedOptimizer:
+        raise NotImplementedError
 
-def make_parallel(policy: Policy, config: Config, *, can_shard: bool) -> Ddp | Fsdp:
-    p = config.parallel
+    def _divide(self, whole: Decoder) -> Decoder:
+        """A decoder with this rank's share of the weights of `whole`, which is empty afterwards."""
+        raise NotImplementedError
+
+    def _shard_of(self, p: nn.Parameter, shape: torch.Size, cut: Cut | None) -> Shard:
+        """What of the whole parameter, of this shape, `p` is."""
+        raise NotImplementedError
+
+    def _sum_partial(self) -> None:
+        if partial := [master for master in self._partial if master.grad is not None]:
+            distributed.sum_gradients(partial, self.tensor.get_group())
+
+    def _blank(self, spec: ModelSpec) -> Decoder:
+        if self.tensor is None:
+            return Decoder(spec, device="meta")
+        return divided_decoder(spec, self.tensor, self.config.vocab_parallel)
+
+    @torch.no_grad()
+    def _take(self, own: nn.Module, whole: nn.Module, prefix: str, dtype: torch.dtype) -> None:
+        """This rank's slices of the parameters of `whole`, which has none afterwards."""
+        for (name, p), (module, key) in zip(whole.named_parameters(), _places(own), strict=True):
+            assert name.endswith(key), (name, key)
+            cut = self.cuts.get(prefix + name)
+            own_slice = p if cut is None else cut.slice_of(p)
+            setattr(module, key, nn.Parameter(own_slice.to(dtype, copy=True)))
+            p.data = _nothing(p.shape, p.dtype, p.device)
+
+
+class TensorDdp(Divided):
+    """Every rank holds and trains its slice of each layer; those with the same slice are data parallel."""
+
+    def sum_gradients(self, masters: Iterable[Tensor]) -> None:
+        distributed.sum_gradients(masters, self.data.get_group())
+        self._sum_partial()
+
+    def _optimizer(self, config: OptimConfig) -> DividedOptimizer:
+        named = self.model.named_parameters()
+        return DividedOptimizer(named, config, self.shards, self.device, self.data.size())
+
+    def _divide(self, whole: Decoder) -> Decoder:
+        made = self._blank(whole.spec)
+        made.checkpointing = whole.checkpointing
+        for name, module in whole.named_children():
+            self._take(getattr(made, name), module, f"{name}.", self.dtype)
+        return made
+
+    def _shard_of(self, p: nn.Parameter, shape: torch.Size, cut: Cut | None) -> Shard:
+        return Slice(p.detach(), shape, None, cut, self.config.tensor_parallel)
+
+
+class Fsdp(Divided):
+    """Every rank holds rows of the model, or of its slice of it."""
+
+    def __init__(self, policy: Policy, config: ParallelConfig, grid: RankGrid):
+        if config.cpu_offload and policy.device.type != "cuda":
+            raise ValueError(
+                "parallel.cpu_offload keeps shares in the host's memory for a GPU; on a CPU they are there"
+            )
+        super().__init__(policy, config, grid)
+
+    def sum_gradients(self, masters: Iterable[Tensor]) -> None:
+        """They were, as they were made. What a forward without a backward has left gathered is freed."""
+        self.model.reshard()
+        self._sum_partial()
+
+    def _optimizer(self, config: OptimConfig) -> ShardedOptimizer:
+        named, copies = self.model.named_parameters(), self.config.replicas
+        return ShardedOptimizer(named, config, self.shards, self.dtype, self.device, copies)
+
+    def _divide(self, whole: Decoder) -> Decoder:
+        """In float32, layer by layer, so that no rank has the whole in it."""
+        from torch.distributed.fsdp import (
+            CPUOffloadPolicy,
+            FSDPModule,
+            MixedPrecisionPolicy,
+            OffloadPolicy,
+            fully_shard,
+        )
+
+        # of hidden states that `norm` gives as a view; nobody writes into them
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        options = {
+            "mesh": self.data,
+            # rotations and hidden states are of the type that the decoder gives them
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=None if self.dtype == torch.float32 else self.dtype,
+                reduce_dtype=torch.float32,
+                cast_forward_inputs=False,
+            ),
+            "offload_policy": CPUOffloadPolicy() if self.config.cpu_offload else OffloadPolicy(),
+        }
+        made = self._blank(whole.spec)
+        made.checkpointing = whole.checkpointing
+        for i, (own, layer) in enumerate(zip(made.layers, whole.layers, strict=True)):
+            self._take(own, layer, f"layers.{i}.", torch.float32)
+            fully_shard(own, reshard_after_forward=self.config.reshard_after_forward, **options)
+        for name in ("embed", "norm", "lm_head"):
+            if getattr(whole, name) is not None:
+                self._take(getattr(made, name), getattr(whole, name), f"{name}.", torch.float32)
+        # the loss takes the head's weight after the forward
+        fully_shard(made, reshard_after_forward=False, **options)
+        for module in made.modules():
+            if isinstance(module, FSDPModule):  # denominators are global, so gradients are added up
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        made.unshard()  # from now on parts stay where they are
+        made.reshard()
+        return made
+
+    def _shard_of(self, p: nn.Parameter, shape: torch.Size, cut: Cut | None) -> Shard:
+        rows = shard_of(p)
+        if self.tensor is None:
+            return rows
+        return Slice(rows.part, shape, rows.group, cut, self.config.tensor_parallel)
+
+
+def make_parallel(policy: Policy, config: Config, *, can_shard: bool) -> Ddp | Divided:
+    p, spec = config.parallel, policy.model.spec
     if p.context_parallel > 1 and not can_shard:
         raise ValueError(
             "parallel.context_parallel divides the sequences of SFT and RL; what is trained here has whole ones on "
             "each process: set parallel.context_parallel = 1 for it ([stages.<stage>.parallel] in a pipeline)"
         )
-    grid = distributed.grid(p.context_parallel, p.tensor_parallel, policy.device.type)
-    if p.context_parallel > 1:
-        check_heads(policy.model.spec, p.context_parallel)
-    if p.mode == "ddp":
-        return Ddp(policy, grid)
-    if not can_shard:
+    is_divided = p.mode == "fsdp" or p.tensor_parallel > 1
+    if is_divided and not can_shard:
+        keys = ['parallel.mode = "fsdp"'] * (p.mode == "fsdp")
+        keys += [f"parallel.tensor_parallel = {p.tensor_parallel}"] * (p.tensor_parallel > 1)
+        instead = ['parallel.mode = "ddp"'] * (p.mode == "fsdp")
+        instead += ["parallel.tensor_parallel = 1"] * (p.tensor_parallel > 1)
         raise ValueError(
-            'parallel.mode = "fsdp" divides the policies of SFT and RL; what is trained here has every process '
-            'hold all of it: set parallel.mode = "ddp" for it ([stages.<stage>.parallel] in a pipeline)'
+            f"{' with '.join(keys)} divides the policies of SFT and RL; what is trained here has every process "
+            f"hold all of it: set {' and '.join(instead)} for it ([stages.<stage>.parallel] in a pipeline)"
         )
-    return Fsdp(policy, p, grid)
+    grid = distributed.grid(p.context_parallel, p.tensor_parallel, policy.device.type)
+    if p.tensor_parallel > 1:
+        check_divides(spec, p.tensor_parallel, p.vocab_parallel)
+    if p.context_parallel > 1:
+        check_heads(local_spec(spec, p.tensor_parallel, p.vocab_parallel), p.context_parallel)
+    if not is_divided:
+        return Ddp(policy, grid)
+    return (Fsdp if p.mode == "fsdp" else TensorDdp)(policy, p, grid)
 
 
 def _parts(batches: list[PackedBatch], grid: RankGrid, device: torch.device) -> list[PackedBatch]:
@@ -142,60 +277,6 @@ def _parts(batches: list[PackedBatch], grid: RankGrid, device: torch.device) -> 
 
 def _pieces(grid: RankGrid) -> str:
     return f" with sequences over {grid.context} ranks" * (grid.context > 1)
-
-
-def divided(model: Decoder, config: ParallelConfig, mesh: DeviceMesh) -> Decoder:
-    """A decoder with the weights of `model`, in float32 and divided over `mesh`; `model` is empty afterwards.
-
-    Layer by layer, so that no rank has the whole in float32.
-    """
-    from torch.distributed.fsdp import (
-        CPUOffloadPolicy,
-        FSDPModule,
-        MixedPrecisionPolicy,
-        OffloadPolicy,
-        fully_shard,
-    )
-
-    # of hidden states that `norm` gives as a view; nobody writes into them
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    dtype = model.head_weight.dtype
-    options = {
-        "mesh": mesh,
-        # rotations and hidden states are of the type that the decoder gives them
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=None if dtype == torch.float32 else dtype,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,
-        ),
-        "offload_policy": CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
-    }
-    made = Decoder(model.spec, device="meta")
-    made.checkpointing = model.checkpointing
-    for own, whole in zip(made.layers, model.layers, strict=True):
-        _take(own, whole)
-        fully_shard(own, reshard_after_forward=config.reshard_after_forward, **options)
-    for name in ("embed", "norm", "lm_head"):
-        if getattr(model, name) is not None:
-            _take(getattr(made, name), getattr(model, name))
-    # the loss takes the head's weight after the forward
-    fully_shard(made, reshard_after_forward=False, **options)
-    for module in made.modules():
-        if isinstance(module, FSDPModule):  # denominators are global, so gradients are added up
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-    made.unshard()  # from now on parts stay where they are
-    made.reshard()
-    return made
-
-
-@torch.no_grad()
-def _take(own: nn.Module, whole: nn.Module) -> None:
-    """The parameters of `whole` in float32, which has none afterwards."""
-    for (name, p), (module, key) in zip(whole.named_parameters(), _places(own), strict=True):
-        assert name.endswith(key), (name, key)
-        setattr(module, key, nn.Parameter(p.to(torch.float32, copy=True)))
-        p.data = _nothing(p.shape, p.dtype, p.device)
 
 
 def _places(model: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -20,7 +20,6 @@ from r1fast import distributed
 from r1fast.forward import hidden_states
 from r1fast.interrupt import Stopped
 from r1fast.sft import SFTTrainer
-from r1fast.sharding import Fsdp
 from r1fast.shards import Shard, local
 from r1fast.trainer import GRPOTrainer
 from r1fast.types import Sequence
@@ -110,7 +109,7 @@ def whole_gradient(trainer) -> dict[str, torch.Tensor]:
     found = {}
     for (name, p), master in zip(trainer.optimizer.named, trainer.optimizer.masters, strict=True):
         x = master.grad
-        if isinstance(trainer.parallel, Fsdp):
+        if trainer.parallel.is_sharded:
             x = trainer.parallel.shards[name].of(x).gather(x.dtype, p.device)
         found[name] = x.clone()
     return found
@@ -262,7 +261,7 @@ def uneven(out: Path, *overrides: str) -> None:
 
 def odd_shapes(out: Path) -> None:
     """Tensors of fewer rows than ranks, and of rows that do not divide by them."""
-    mesh = distributed.mesh(1, "cpu")
+    mesh, _ = distributed.mesh(1, "cpu")
     for rows in (1, 3, 4, 6, 9):
         whole = torch.arange(2.0 * rows).view(rows, 2)
         shard = Shard(whole, whole.shape, mesh.get_group(0))

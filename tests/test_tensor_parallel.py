@@ -1,0 +1,175 @@
+"""Tensor parallel ranks train what one process trains: gradients, weights, samples, checkpoints, memory.
+
+All ranks of all cases are forked from one process, tensor_ranks.py, whose cases say what they do.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sharded_ranks import RUNS
+from tensor_ranks import LAYOUTS, MODELS, MOVES, TRAINED
+from test_sharding import everything, first_step, largest_error, tensors_of
+from tiny import tiny_config, tiny_policy
+
+from r1fast.metrics import read_metrics
+from r1fast.sharding import make_parallel
+from r1fast.tensor_parallel import check_divides
+
+ROOT = Path(__file__).parents[1]
+EACH = [(layout, name) for layout, names in TRAINED.items() for name in names]
+KEYS = ("loss", "grad_norm", "reward", "kl", "entropy", "num_tokens", "eval/pass@1")
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tensor")
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/tensor_ranks.py"), str(folder)],
+        env=environment, capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return folder
+
+
+def test_a_divided_decoder_is_the_whole_one(out):
+    """Hidden states, loss, the norm and the gradient of every parameter, whatever layers keep."""
+    first, second = (json.loads((out / f"decoders-{r}.json").read_text()) for r in (0, 1))
+    assert first == second
+    assert len(first) == 6 * len(MODELS)
+    for case, errors in first.items():
+        assert max(errors.values()) < 2e-6, (case, errors)
+    for name in MODELS:  # what is computed again is the same
+        modes = [first[f"{name}, vocab_parallel=true, {m}"] for m in ("none", "selective", "full")]
+        assert modes[0] == modes[1] == modes[2]
+
+
+@pytest.mark.parametrize(("layout", "name"), EACH)
+def test_gradients_and_weights_are_those_of_one_process(out, layout, name):
+    gradients, weights = (tensors_of(out, layout, name, x) for x in ("gradients", "weights-0"))
+    expected, after = (tensors_of(out, "ddp1", name, x) for x in ("gradients", "weights-0"))
+    begun = dict(tiny_policy(RUNS[name][0]).model.named_parameters())
+    if RUNS[name][1] == "float32":
+        assert largest_error(gradients, expected) < 5e-6
+        assert largest_error(weights, after) < 5e-7
+    else:
+        assert largest_error(first_step(gradients), first_step(expected)) < 0.02
+        assert largest_error(weights, after) < 0.02
+    assert largest_error(weights, {n: p.detach() for n, p in begun.items()}) > 1e-3  # it trains
+    for rank in range(1, LAYOUTS[layout][0]):
+        others = tensors_of(out, layout, name, f"weights-{rank}")
+        assert all(torch.equal(others[key], x) for key, x in weights.items())
+
+
+@pytest.mark.parametrize(("layout", "name"), EACH)
+def test_data_samples_and_metrics_are_those_of_one_process(out, layout, name):
+    n = LAYOUTS[layout][0]
+
+    def samples(layout: str, n: int) -> list:
+        files = [out / layout / name / f"facts-{r}.json" for r in range(n)]
+        facts = [json.loads(file.read_text()) for file in files]
+        most = None if RUNS[name][1] == "float32" else 4 // n  # of the first step
+        return sorted(sum((f["seen"][:most] for f in facts), []))
+
+    if name != "dynamic":  # where ranks begin other candidates that are dropped later
+        assert samples(layout, n) == samples("ddp1", 1)
+        assert samples(layout, n) or name.startswith("sft")
+    rows, expected = (read_metrics(out / which / name) for which in (layout, "ddp1"))
+    assert len(rows) == len(expected) == 2
+    for row, alone in zip(rows, expected, strict=True):
+        assert row["step"] == alone["step"]
+        if RUNS[name][1] == "float32":
+            for key in (key for key in KEYS if key in alone):
+                assert row[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("name", ["grpo", "sft bfloat16"])
+def test_a_checkpoint_moves_between_all_layouts(out, name):
+    """A step in each of MOVES, one after the other, is the run of one process."""
+    moved, alone = everything(out / "moved" / name), everything(out / "ddp1 straight" / name)
+    assert {key: (x.dtype, x.shape) for key, x in moved.items()} == {
+        key: (x.dtype, x.shape) for key, x in alone.items()
+    }
+    assert largest_error(moved, alone) < (2e-6 if name == "grpo" else 0.03)
+    notes = [row.get("note", "") for row in read_metrics(out / "moved" / name)]
+    assert len(notes) == len(MOVES)
+    assert [note.partition(" after")[0].partition(": ")[2] for note in notes] == [
+        "",
+        "processes 1 -> 2, model ddp -> ddp, tensor parallel over 2",
+        "model ddp, tensor parallel over 2 -> fsdp",
+        "processes 2 -> 4, model fsdp -> fsdp, tensor parallel over 2",
+        "model fsdp, tensor parallel over 2 -> ddp, tensor parallel over 2",
+    ]
+
+
+@pytest.mark.parametrize("name", ["grpo", "sft bfloat16"])
+def test_a_resumed_run_of_the_same_layout_is_the_same_to_the_bit(out, name):
+    whole, pieces = (everything(out / f"tensor2 {how}" / name) for how in ("straight", "in pieces"))
+    assert all(torch.equal(pieces[key], x) for key, x in whole.items())
+
+
+@pytest.mark.parametrize("layout", ["ddp2 tensor2", "fsdp2 tensor2"])
+def test_what_is_not_finite_on_one_rank_is_skipped_by_all(out, layout):
+    rows = read_metrics(out / "not_finite" / layout)
+    assert [row["train/updates_skipped"] for row in rows] == [0, 1, 0]
+
+
+def test_a_rank_holds_its_share_alone_and_the_plan_knows(out):
+    def sizes(layout: str) -> list[dict]:
+        files = [out / "memory" / layout / f"sizes-{r}.json" for r in range(LAYOUTS[layout][0])]
+        return [json.loads(file.read_text()) for file in files]
+
+    (alone,) = sizes("ddp1")
+    for layout, share in (("tensor2", 0.51), ("fsdp2 tensor2", 0.26)):
+        for rank in sizes(layout):
+            held = rank["held"] - rank["steps"]
+            assert held < share * (alone["held"] - alone["steps"])
+            assert rank["gradients"] < share * alone["gradients"]
+        first = sizes(layout)[0]  # has the most
+        kept, gradients = first["planned"]
+        assert sum(kept.values()) == pytest.approx(first["held"] - first["steps"], rel=0.01)
+        assert gradients == pytest.approx(first["gradients"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("--lora.rank=4",), "lora.rank must be 0"),
+        (("--rollout.batch_invariant=true",), "rollout.batch_invariant must be false"),
+        (("--log.record=all",), "log.record must be empty"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(overrides, message):
+    for mode in ("ddp", "fsdp"):
+        with pytest.raises(ValueError, match=message) as raised:
+            tiny_config("--parallel.tensor_parallel=2", f"--parallel.mode={mode}", *overrides)
+        assert "parallel.tensor_parallel = 1" in str(raised.value)
+
+
+def test_there_is_at_least_one_slice():
+    with pytest.raises(ValueError, match=r"parallel.tensor_parallel must be at least 1, got 0"):
+        tiny_config("--parallel.tensor_parallel=0")
+
+
+def test_what_cannot_be_divided_is_refused():
+    policy = tiny_policy()
+    spec = policy.model.spec
+    with pytest.raises(
+        ValueError, match=r"= 4 does not divide the model's 2 key and value heads: set it to 1 or 2"
+    ):
+        check_divides(spec, 4, True)
+    with pytest.raises(ValueError, match=r"= 5 does not divide the model's 2 key and value heads"):
+        check_divides(spec, 5, True)
+    config = tiny_config("--parallel.tensor_parallel=2")
+    with pytest.raises(ValueError, match=r"tensor_parallel = 2 divides the policies of SFT and RL"):
+        make_parallel(policy, config, can_shard=False)
+    with pytest.raises(ValueError, match=r"does not divide the"):  # this is one process
+        make_parallel(policy, config, can_shard=True)
