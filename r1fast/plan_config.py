@@ -95,10 +95,12 @@ def _plan(config: Config, stage: str, kind: str, options: Options, path: str) ->
     """`path` is the model that training starts from; empty: the embedded task's own."""
     device, gpu = _device(config, options)
     num_ranks = whole(options, "ranks") or distributed.world_size()
-    context = config.parallel.context_parallel
-    if num_ranks % context:
+    p = config.parallel
+    group_size = p.context_parallel * p.tensor_parallel
+    if num_ranks % group_size:
         raise ValueError(
-            f"parallel.context_parallel = {context} does not divide the {num_ranks} ranks: say a multiple of it, --ranks"
+            f"parallel.context_parallel x parallel.tensor_parallel = {p.context_parallel} x {p.tensor_parallel} does not "
+            f"divide the {num_ranks} ranks: say a multiple of {group_size}, --ranks"
         )
     num = config.grpo.prompts_per_step if kind == "grpo" else config.sft.batch_size
     if num_ranks > num:
@@ -127,14 +129,14 @@ def _plan(config: Config, stage: str, kind: str, options: Options, path: str) ->
         lengths += ", the longest" * (mean == cut)
     else:
         examples = _examples(config, policy, _tokenizer(policy, path), spec)
-        groups = sft_groups(config, examples, num_ranks // context)
+        groups = sft_groups(config, examples, num_ranks // group_size)
         longest = max(map(sum, examples))
         lengths = f"examples of {sum(map(sum, examples)) / len(examples):.0f} tokens in the mean"
     job = make_job(kind, spec, size, config, device, groups, longest, num_ranks)
     if job.budget != "auto" and job.budget < job.longest_piece:
         raise ValueError(
             f"{kind}.token_budget = {job.budget} is less than the longest sequence, {job.longest_piece} "
-            f'tokens{" a rank" * (context > 1)}: set it to that or more, or to "auto"'
+            f'tokens{" a rank" * (p.context_parallel > 1)}: set it to that or more, or to "auto"'
         )
     return make_plan(job, stage, lengths, gpu=gpu)
 

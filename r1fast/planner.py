@@ -8,7 +8,7 @@ reference, optimizer, the cache of the engine and, on a CPU, its packed copy of 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -121,8 +121,9 @@ class Job:
         return groups if self.shares else apart(groups)
 
     def work(self, groups: Groups) -> Work:
-        """Of a step with these `groups`: in RL what one rank samples, of which all of a context group train."""
-        return Work(groups, list(groups) * (self.context if self.kind == "grpo" else 1))
+        """Of a step with these `groups`: in RL what one rank samples, and all of a model-parallel group train together."""
+        size = self.context * self.config.parallel.tensor_parallel
+        return Work(groups, list(groups) * (size if self.kind == "grpo" else 1))
 
     def at_longest(self) -> Groups:
         """As many sequences, all of the greatest length."""
@@ -151,7 +152,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A rank's step: what it samples, and what it trains together with its context group."""
+    """A rank's step: what it samples, and what it trains together with its model-parallel group."""
 
     sampled: Groups
     trained: Groups
@@ -362,6 +363,18 @@ def _counted(job: Job, groups: Groups, budget: int) -> Counts:
     return count(job.packed(groups), budget * job.context).over(job.context)
 
 
+def _scored(job: Job, groups: Groups, budget: int) -> Counts:
+    """By the reference, which is whole on each rank of a tensor group, for some of their sequences."""
+    return _counted(job, groups, budget).over(job.config.parallel.tensor_parallel)
+
+
+def _sliced(job: Job, counts: Counts) -> Counts:
+    """Of the whole model what takes as much as a rank's slice of it takes for all."""
+    p = job.config.parallel
+    own = counts.over(p.tensor_parallel)
+    return own if p.vocab_parallel else replace(own, targets=counts.targets)
+
+
 def flops(job: Job, work: Work, budget: int) -> dict[str, float]:
     """By part of a step; `training ...` is forward and backward, what must be computed and no more."""
     found = {}
@@ -369,11 +382,11 @@ def flops(job: Job, work: Work, budget: int) -> dict[str, float]:
     if job.kind == "grpo":
         found |= rollout_flops(spec, size, work.sampled)
     if job.has_reference:
-        one = forward_flops(spec, size, _counted(job, work.trained, budget))
+        one = forward_flops(spec, size, _scored(job, work.trained, budget))
         found["reference"] = sum(one.values())
     times = (2.0 + size.trained / size.total) * job.passes  # frozen weights have no gradient
     for part in training_counts(job, work.trained, budget):
-        for name, value in forward_flops(spec, size, part).items():
+        for name, value in forward_flops(spec, size, _sliced(job, part)).items():
             key = f"training, {name}"
             whole = 3.0 * job.passes if name == "attention" else times
             found[key] = found.get(key, 0.0) + whole * value
@@ -390,7 +403,7 @@ def seconds(job: Job, speed: Speed, work: Work, budget: int) -> dict[str, float]
     if job.kind == "grpo":
         found["rollout"] = speed.rollout(work.sampled, job.config.rollout.max_batch_size)
     if job.has_reference:
-        found["reference"] = speed.forward(_counted(job, work.trained, budget))
-    parts = training_counts(job, work.trained, budget)
+        found["reference"] = speed.forward(_scored(job, work.trained, budget))
+    parts = [_sliced(job, part) for part in training_counts(job, work.trained, budget)]
     found["train"] = job.passes * sum(map(speed.train, parts)) + speed.update * job.num_updates()
     return found

@@ -73,8 +73,9 @@ def _own_spec(spec: ModelSpec, config: Config) -> ModelSpec:
 
 
 def _footprint_of(spec: ModelSpec, config: Config, shares: bool, mode: str) -> Footprint:
-    spec, dtype = _own_spec(spec, config), DTYPES[config.model.dtype]
-    return _footprint(_plain(spec), dtype, shares, _key(config.lora), mode)
+    rest = DTYPES[config.model.dtype], shares, _key(config.lora), mode
+    own, whole = (_footprint(_plain(x), *rest) for x in (_own_spec(spec, config), spec))
+    return replace(own, forward=whole.forward)  # the reference is whole
 
 
 def with_checkpointing(job: Job, mode: str) -> Job:

@@ -26,20 +26,23 @@ LAYOUTS = {  # name -> number of ranks, overrides
     "tensor2 whole vocabulary": (2, (*TENSOR, WHOLE_VOCABULARY)),
     "ddp2 tensor2": (4, TENSOR),
     "fsdp2 tensor2": (4, (*FSDP, *TENSOR)),
-    "fsdp1 tensor2": (2, (*FSDP, *TENSOR, "--parallel.reshard_after_forward=false")),
     "hsdp2 tensor2": (4, (*FSDP, *TENSOR, "--parallel.replicas=2", WHOLE_VOCABULARY)),
+    "context2 tensor2": (4, (*TENSOR, "--parallel.context_parallel=2")),
     "fsdp2": (2, FSDP),
 }
-sharded_ranks.RUNS["grpo unshared"] = (
-    "qwen3", "float32", ("--grpo.shared_prompt=false", "--model.activation_checkpointing=selective"),
-)  # fmt: skip
+sharded_ranks.RUNS |= {
+    "grpo unshared": ("qwen3", "float32", ("--grpo.shared_prompt=false",
+                      "--model.activation_checkpointing=selective")),
+    "grpo gspo": ("qwen2", "float32", ("--grpo.loss_type=gspo", "--grpo.num_iterations=2",
+                  "--model.activation_checkpointing=full")),
+}  # fmt: skip
 TRAINED = {  # layout -> runs of sharded_ranks.RUNS
-    "tensor2": ("grpo", "grpo unshared", "dynamic", "sft", "sft tied", "sft bfloat16"),
-    "tensor2 whole vocabulary": ("grpo untied", "sft tied"),
-    "ddp2 tensor2": ("grpo untied", "splinters", "sft", "grpo bfloat16"),
-    "fsdp2 tensor2": ("grpo", "grpo untied", "sft", "sft bfloat16"),
-    "fsdp1 tensor2": ("grpo unshared",),
-    "hsdp2 tensor2": ("grpo", "sft tied"),
+    "tensor2": ("grpo unshared", "dynamic", "sft tied", "sft bfloat16"),
+    "tensor2 whole vocabulary": ("grpo untied",),
+    "ddp2 tensor2": ("splinters", "grpo bfloat16"),
+    "fsdp2 tensor2": ("grpo untied", "sft"),
+    "hsdp2 tensor2": ("sft tied",),
+    "context2 tensor2": ("grpo gspo", "sft"),
 }
 ALONE = sorted({name for names in TRAINED.values() for name in names})
 MODELS = {  # name -> family, changes: every parameter that a decoder may have, and 97 tokens over 2 ranks
@@ -65,7 +68,7 @@ def move(out: Path, layout: str) -> None:
 
 def straight(out: Path, layout: str, num: int = 0) -> None:
     """All steps in one layout, or the next `num` of them."""
-    for name in ("grpo", "sft bfloat16"):
+    for name in ("grpo", "sft bfloat16") if layout == "ddp1" else ("grpo",):
         folder = out / f"{layout} {'in pieces' if num else 'straight'}" / name
         some_steps(name, folder, *LAYOUTS[layout][1], num=num or len(MOVES))
 

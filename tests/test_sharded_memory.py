@@ -10,7 +10,7 @@ from r1fast import distributed
 from r1fast.costs import Size
 from r1fast.machine import GIB, GPUS
 from r1fast.model import Decoder, ModelSpec
-from r1fast.planner import memory, peak, resident
+from r1fast.planner import flops, memory, peak, resident
 from r1fast.planning import held_bytes, make_job, make_plan
 from r1fast.trainer import GRPOTrainer
 
@@ -95,3 +95,30 @@ def test_a_plan_says_what_it_divides_and_what_it_leaves_out():
     plan = make_plan(job_of(*FSDP, num_ranks=4, device="cuda"), "grpo", "", gpu=GPUS["h100"])
     assert any("divided over 4 ranks; whole weights in rollouts" in x for x in plan.assumptions)
     assert any("gathering takes is not in the seconds" in x for x in plan.assumptions)
+
+
+def test_a_tensor_rank_has_a_slice_and_activations_of_it():
+    tensor = ("--parallel.tensor_parallel=2", "--grpo.token_budget=200")
+    whole, alone = job_of(num_ranks=2), job_of("--parallel.mode=ddp", num_ranks=2)
+    assert resident(alone, GROUPS, GIB) == resident(whole, GROUPS, GIB)
+    norms = 4 * (2 * SPEC.num_layers + 1) * SPEC.hidden_size  # they are on both
+    for mode, ranks, share in (("ddp", 2, 1 / 2), ("ddp", 8, 1 / 2), ("fsdp", 8, 1 / 8)):
+        job = job_of(*tensor, f"--parallel.mode={mode}", num_ranks=ranks)
+        kept, all_ = resident(job, GROUPS, GIB), resident(whole, GROUPS, GIB)
+        for kind, copies in (("weights", 1), ("optimizer", 2), ("reference", 1)):
+            assert kept[kind] == pytest.approx(all_[kind] * share, abs=copies * norms)
+        assert phases(job)["rollout"]["gathered"] == 4 * job.size.total
+        assert phases(job)["training"]["activations"] < phases(whole)["training"]["activations"]
+        assert f"divided over {round(1 / share)} ranks" in job.divided.says()
+    assert job.footprint.forward == whole.footprint.forward  # of the reference, which is whole
+
+
+def test_two_tensor_ranks_train_twice_the_sequences_at_half_the_cost():
+    jobs = job_of(num_ranks=2), job_of("--parallel.tensor_parallel=2", num_ranks=2)
+    alone, tensor = (flops(job, job.work(GROUPS), 1 << 20) for job in jobs)
+    assert {key: pytest.approx(x, rel=0.01) for key, x in alone.items()} == tensor
+
+
+def test_a_plan_refuses_what_cannot_be_divided():
+    with pytest.raises(ValueError, match="= 4 does not divide the model's 2 key and value heads"):
+        job_of("--parallel.tensor_parallel=4", num_ranks=4)
