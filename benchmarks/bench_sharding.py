@@ -1,6 +1,6 @@
-"""What a rank holds, and what gathering costs: GRPO and SFT steps of two gloo ranks, ddp against fsdp.
+"""What a rank holds, and what gathering costs: GRPO and SFT steps of two gloo ranks, ddp, fsdp and tensor parallel.
 
-    python benchmarks/bench_sharding.py [--dtypes float32 bfloat16] [--steps N] [--no-append]
+    python benchmarks/bench_sharding.py [--dtypes float32 bfloat16] [--variants ...] [--steps N] [--no-append]
 
 A model of 98M parameters (12 layers of width 768, vocabulary 16,384, tied). GRPO: 4 prompts of 16 tokens x 4 completions of
 at most 16, a reference; SFT: 8 sequences of 64. Few tokens, so that weights and not activations are the memory,
@@ -10,7 +10,8 @@ and gathering is as large a share of a step as it can be.
     gradients     of what an optimizer step is made of, on this rank
     peak          of the process in its steps, above what it had before it read the model
     step          seconds of a step by the clock, and of a processor, which other programs lengthen less
-    gathering     of these, inside of collectives that gather weights or divide gradients; by the clock with what they wait
+    gathering     of these, inside of what gathers weights or divides gradients; by the clock with what they wait
+    summing       likewise, of sums over ranks: ddp's of its gradients, those of a tensor parallel layer
 """
 
 import argparse
@@ -38,8 +39,14 @@ VARIANTS = {
     "ddp": [],
     "fsdp": ["--parallel.mode=fsdp"],
     "fsdp, layers kept": ["--parallel.mode=fsdp", "--parallel.reshard_after_forward=false"],
-}
-SECONDS = ("step", "step, processor", "gathering", "gathering, processor")
+    "tensor parallel": ["--parallel.tensor_parallel=2"],
+    "tensor parallel, whole vocabulary": [
+        "--parallel.tensor_parallel=2", "--parallel.vocab_parallel=false"
+    ],
+}  # fmt: skip
+SECONDS = (
+    "step", "step, processor", "gathering", "gathering, processor", "summing", "summing, processor"
+)  # fmt: skip
 COLLECTIVES = (  # by their names in PyTorch 2.13 and before
     "all_gather_single", "reduce_scatter_single", "all_gather_into_tensor", "reduce_scatter_tensor",
 )  # fmt: skip
@@ -56,6 +63,7 @@ def rank_program(path: str, kind: str, dtype: str, steps: int, overrides: list[s
     from r1fast.planning import held_bytes
     from r1fast.policy import load_policy
     from r1fast.sft import SFTTrainer
+    from r1fast.shards import Cut
     from r1fast.trainer import GRPOTrainer
     from r1fast.types import Problem, Reward, Sequence
 
@@ -85,19 +93,23 @@ def rank_program(path: str, kind: str, dtype: str, steps: int, overrides: list[s
     peak = PeakMemory(policy.device, held_bytes(trainer))
     spent, found = defaultdict(float), defaultdict(list)
 
-    def timed(collective):
+    def timed(collective, name="gathering"):
         def call(*args, **kwargs):
             began, worked = time.perf_counter(), time.process_time()
             try:
                 return collective(*args, **kwargs)
             finally:
-                spent["gathering"] += time.perf_counter() - began
-                spent["gathering, processor"] += time.process_time() - worked
+                spent[name] += time.perf_counter() - began
+                spent[f"{name}, processor"] += time.process_time() - worked
 
         return call
 
     names = [name for name in COLLECTIVES if hasattr(dist, name)]
     patches = [mock.patch.object(dist, name, timed(getattr(dist, name))) for name in names[:2]]
+    patches += [
+        mock.patch.object(Cut, "whole_of", timed(Cut.whole_of)),
+        mock.patch.object(dist, "all_reduce", timed(dist.all_reduce, "summing")),
+    ]
 
     def on_gradient() -> None:
         found["gradients"].append(sum(m.grad.nbytes for m in trainer.optimizer.masters))
@@ -113,7 +125,7 @@ def rank_program(path: str, kind: str, dtype: str, steps: int, overrides: list[s
         distributed.barrier()
         found["step"].append(time.perf_counter() - began)
         found["step, processor"].append(time.process_time() - worked)
-        for name in ("gathering", "gathering, processor"):
+        for name in SECONDS[2:]:
             found[name].append(spent[name])
     found["kept"], found["peak"] = [held_bytes(trainer)], [peak.read()]
     print(json.dumps({name: statistics.median(x[WARM_UP:] or x) for name, x in found.items()}))
@@ -132,6 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--kinds", nargs="+", default=["SFT", "GRPO"])
+    parser.add_argument("--variants", nargs="+", default=[*VARIANTS], choices=VARIANTS)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--no-append", action="store_true")
     parser.add_argument("--rank-program", type=json.loads, help=argparse.SUPPRESS)
@@ -143,8 +156,8 @@ def main() -> None:
         path = make_checkpoint(Path(folder) / "model", MODEL, 1)
         for kind in args.kinds:
             for dtype in args.dtypes:
-                for name, overrides in VARIANTS.items():
-                    found = launch(path, kind, dtype, args.steps, overrides)
+                for name in args.variants:
+                    found = launch(path, kind, dtype, args.steps, VARIANTS[name])
                     values = {n: (found[n] / MIB, "MiB") for n in ("kept", "gradients", "peak")}
                     values |= {n: (found[n], "s") for n in SECONDS}
                     variant = f"{name}, {dtype}"

@@ -12,6 +12,9 @@ from unittest import mock
 
 import pytest
 import torch
+import torch._dynamo  # of optimizers, FSDP2 and DTensor: seconds that every child would take
+import torch.distributed.fsdp
+import torch.distributed.tensor
 from safetensors.torch import save_file
 from test_evaluate import ParityScorer
 from tiny import random_groups, tiny_config, tiny_policy, tiny_problems
