@@ -57,8 +57,9 @@ class Plan:
         return training_flops(self.flops(work)) / seconds / self.peak_flops
 
     def num_tokens(self, work: Work | None = None) -> int:
-        """Prompt and completion tokens of a step, as the metrics count them."""
-        return sum(p + n for p, ns in (work or self.work).sampled for n in ns)
+        """Prompt and completion tokens of a rank's step, as the metrics count them."""
+        num = sum(p + n for p, ns in (work or self.work).sampled for n in ns)
+        return num // (self.job.context if self.job.kind == "sft" else 1)  # of which it has pieces
 
     def too_much(self) -> str:
         return " (the peak is more than is there)" * (peak(self.memory)[1] > self.available)
