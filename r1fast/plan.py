@@ -58,8 +58,12 @@ class Plan:
 
     def num_tokens(self, work: Work | None = None) -> int:
         """Prompt and completion tokens of a rank's step, as the metrics count them."""
-        num = sum(p + n for p, ns in (work or self.work).sampled for n in ns)
-        return num // (self.job.context if self.job.kind == "sft" else 1)  # of which it has pieces
+        num, p = (
+            sum(p + n for p, ns in (work or self.work).sampled for n in ns),
+            self.job.config.parallel,
+        )
+        together = p.context_parallel * p.tensor_parallel  # ranks that share the examples of SFT
+        return num // (together if self.job.kind == "sft" else 1)
 
     def too_much(self) -> str:
         return " (the peak is more than is there)" * (peak(self.memory)[1] > self.available)
