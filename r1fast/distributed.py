@@ -317,16 +317,21 @@ def gather_problems(rows: list[dict], ids: Iterable[str], key: str = "problem_id
 
 
 def sum_gradients(
-    parameters: Iterable[torch.nn.Parameter], group: dist.ProcessGroup | None = None
+    parameters: Iterable[torch.nn.Parameter],
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | None = None,
 ) -> None:
-    """Sum every gradient over ranks (of `group`) in one flat all-reduce. A missing gradient counts as zero."""
+    """Sum every gradient over ranks (of `group`) in one flat all-reduce. A missing gradient counts as zero.
+
+    `device` is where ranks meet, if gradients lie elsewhere.
+    """
     if not dist.is_initialized():
         return
     parameters = [p for p in parameters if p.requires_grad]
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.reshape(-1) for p in parameters])
+    flat = torch.cat([p.grad.reshape(-1) for p in parameters]).to(device)
     dist.all_reduce(flat, group=group)
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.grad.copy_(part.view_as(p))

@@ -135,7 +135,7 @@ class Divided:
 
     def _sum_partial(self) -> None:
         if partial := [master for master in self._partial if master.grad is not None]:
-            distributed.sum_gradients(partial, self.tensor.get_group())
+            distributed.sum_gradients(partial, self.tensor.get_group(), self.device)
 
     def _blank(self, spec: ModelSpec) -> Decoder:
         if self.tensor is None:

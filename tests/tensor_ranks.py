@@ -45,7 +45,7 @@ TRAINED = {  # layout -> runs of sharded_ranks.RUNS
     "context2 tensor2": ("grpo gspo", "sft"),
 }
 ALONE = sorted({name for names in TRAINED.values() for name in names})
-MODELS = {  # name -> family, changes: every parameter that a decoder may have, and 97 tokens over 2 ranks
+MODELS = {  # name -> family, changes: every parameter that a decoder may have, and 97 tokens over 2 ranks, or 4
     "tied, bias of qkv": ("qwen2", {}),
     "untied, norms of q and k": ("qwen3", {}),
     "all biases": ("llama", {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
@@ -91,15 +91,18 @@ def passes(model, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def decoders(out: Path) -> None:
     """Loss, hidden states and every gradient of a divided decoder, by what layers keep, against the whole one's."""
-    found = {}
+    found, num_ranks = {}, distributed.world_size()
     for name, (family, changes) in MODELS.items():
+        if num_ranks > 2:
+            changes = changes | {"num_attention_heads": 8, "num_key_value_heads": 4}
         for vocab in ("true", "false"):
             for mode in ("none", "selective", "full"):
                 whole = tiny_model(family, **changes)
                 loss, hidden = passes(whole, 1)
                 policy = tiny_policy()
                 policy.model = tiny_model(family, **changes)
-                config = tiny_config(*TENSOR, f"--parallel.vocab_parallel={vocab}")
+                over = f"--parallel.tensor_parallel={num_ranks}"
+                config = tiny_config(over, f"--parallel.vocab_parallel={vocab}")
                 parallel = make_parallel(policy, config, can_shard=True)
                 parallel.model.checkpointing = mode
                 optimizer = parallel.make_optimizer(config.optim)
@@ -114,7 +117,7 @@ def decoders(out: Path) -> None:
                 pairs["norm"] = norm, expected
                 key = f"{name}, vocab_parallel={vocab}, {mode}"
                 found[key] = {n: float((a - b).norm() / b.norm()) for n, (a, b) in pairs.items()}
-    (out / f"decoders-{distributed.rank()}.json").write_text(json.dumps(found))
+    (out / f"decoders-{num_ranks}-{distributed.rank()}.json").write_text(json.dumps(found))
 
 
 def memory(out: Path, layout: str) -> None:
@@ -190,7 +193,8 @@ CASES |= {
 
 
 def main(out: Path) -> None:
-    launch(2, out, "decoders")
+    for n in (2, 4):
+        launch(n, out, "decoders")
     launch(4, out, "odd_slices")
     for n in (1, 2, 4):
         launch(n, out, "layouts", n)
@@ -201,6 +205,8 @@ def main(out: Path) -> None:
         launch(2, out, "straight", "tensor2", num)
     launch(1, out, "straight", "ddp1")
     launch(4, out, "not_finite")
+    launch(2, out, "signalled", "killed", *TENSOR)
+    launch(2, out, "signalled", "again", *TENSOR)
     for layout in ("ddp1", "tensor2", "fsdp2 tensor2"):
         launch(LAYOUTS[layout][0], out, "memory", layout)
 

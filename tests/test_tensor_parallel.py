@@ -40,10 +40,11 @@ def out(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_divided_decoder_is_the_whole_one(out):
+@pytest.mark.parametrize("n", [2, 4])
+def test_a_divided_decoder_is_the_whole_one(out, n):
     """Hidden states, loss, the norm and the gradient of every parameter, whatever layers keep."""
-    first, second = (json.loads((out / f"decoders-{r}.json").read_text()) for r in (0, 1))
-    assert first == second
+    first, *others = (json.loads((out / f"decoders-{n}-{r}.json").read_text()) for r in range(n))
+    assert all(found == first for found in others)
     assert len(first) == 6 * len(MODELS)
     for case, errors in first.items():
         assert max(errors.values()) < 2e-6, (case, errors)
@@ -121,6 +122,12 @@ def test_a_resumed_run_of_the_same_layout_is_the_same_to_the_bit(out):
 def test_what_is_not_finite_on_one_rank_is_skipped_by_all(out, layout):
     rows = read_metrics(out / "not_finite" / layout)
     assert [row["train/updates_skipped"] for row in rows] == [0, 1, 0]
+
+
+def test_a_signal_on_one_rank_stops_all_at_the_same_micro_batch(out):
+    facts = [json.loads((out / f"signalled-{rank}.json").read_text()) for rank in (0, 1)]
+    assert facts == [{"forwards": 2, "step": 1, "saved": 1}] * 2
+    assert [row["step"] for row in read_metrics(out / "signalled")] == [1, 2]
 
 
 def test_a_rank_holds_its_share_alone_and_the_plan_knows(out):
