@@ -112,6 +112,10 @@ def test_every_stage_of_a_pipeline_and_one_of_them(plan):
         (["--grpo.token_budget=100", "--gpu=h100"],
          'grpo.token_budget = 100 is less than the longest sequence, 2047 tokens: set it to that or '
          'more, or to "auto"'),
+        (["--grpo.token_budget=100", "--parallel.context_parallel=2", "--ranks=2", "--gpu=h100"],
+         "grpo.token_budget = 100 is less than the longest sequence, 1024 tokens a rank: set it to "),
+        (["--parallel.context_parallel=4", "--ranks=6", "--gpu=h100"],
+         "= 4 x 1 does not divide the 6 ranks: say a multiple of 4, --ranks"),
         (["--model.path=/nowhere"], "no such model folder: '/nowhere'"),
         (["--magic=1"], "unknown config key 'magic'"),
     ],
