@@ -155,13 +155,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         if type(error).__name__ == "ServersLost":  # of r1fast.interrupt
             return _fail(f"r1fast: {error}", EXIT_NO_SERVERS)
-        goes_on = "; the same command continues from the last checkpoint"
+        goes_on = "; the same command continues from the last checkpoint, if there is one"
         if argv[0] in ("generate", "merge", "export", "serve", "report", "replay"):
             goes_on = ""
         elif any(
             word.startswith(("--from", "--only")) for word in argv
         ):  # which begin a stage again
-            goes_on = "; the command without --from and --only continues from the last checkpoint"
+            goes_on = "; the command without --from and --only continues from the last checkpoint, if there is one"
         sys.stderr.write(f"\nr1fast: stopped{goes_on}\n")
         return EXIT_INTERRUPTED
     return 0
@@ -206,7 +206,10 @@ def _fail(text: str, code: int) -> int:
 
 def _stop_at_once(number: int, frame: object) -> None:
     """While it starts there is nothing to save, and an exception amid the import of a library may be swallowed by it."""
-    os.write(2, b"\nr1fast: stopped while it started, nothing was begun\n")
+    os.write(
+        2,
+        b"\nr1fast: stopped while it started; nothing was changed, and the same command goes on\n",
+    )
     os._exit(EXIT_INTERRUPTED)
 
 

@@ -736,7 +736,10 @@ def test_a_signal_while_the_command_starts_or_leaves(tmp_path, name):
         process = run_command(tmp_path, "grpo", "c.toml", code=code)
         out, said = process.communicate(timeout=100)
         assert (process.returncode, out) == (130, ""), said
-        assert said.strip() == "r1fast: stopped while it started, nothing was begun"
+        assert (
+            said.strip()
+            == "r1fast: stopped while it started; nothing was changed, and the same command goes on"
+        )
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "stage": "grpo", "reward": 1.0}\n')
     code = SIGNALS.format(module="", name=name, at_exit=True)
