@@ -242,7 +242,7 @@ class Fsdp(Divided):
 
 
 def make_parallel(policy: Policy, config: Config, *, can_shard: bool) -> Ddp | Divided:
-    p, spec = config.parallel, policy.model.spec
+    p = config.parallel
     if p.context_parallel > 1 and not can_shard:
         raise ValueError(
             "parallel.context_parallel divides the sequences of SFT and RL; what is trained here has whole ones on "
@@ -260,8 +260,9 @@ def make_parallel(policy: Policy, config: Config, *, can_shard: bool) -> Ddp | D
         )
     grid = distributed.grid(p.context_parallel, p.tensor_parallel, policy.device.type)
     if p.tensor_parallel > 1:
-        check_divides(spec, p.tensor_parallel, p.vocab_parallel)
+        check_divides(policy.model.spec, p.tensor_parallel, p.vocab_parallel)
     if p.context_parallel > 1:
+        spec = policy.model.spec
         check_heads(local_spec(spec, p.tensor_parallel, p.vocab_parallel), p.context_parallel)
     if not is_divided:
         return Ddp(policy, grid)
