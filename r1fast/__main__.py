@@ -45,6 +45,7 @@ each.
 import os
 import signal
 import sys
+import time
 from typing import NoReturn
 
 CONFIG_COMMANDS = (
@@ -75,6 +76,7 @@ FLAGS = ("force", "json", "adapter-only")  # take no value
 REPEATED = ("prompt", "stop", "stop-token-id")  # may come several times
 EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FINITE, EXIT_MEMORY = 1, 2, 3, 4  # 75: watchdog.EXIT_HUNG
 EXIT_NO_SERVERS, EXIT_INTERRUPTED, EXIT_PIPE = 69, 130, 141  # 69: EX_UNAVAILABLE of sysexits
+FIRST_WORD = 2.0  # seconds for the rank that failed: torchrun names the first one that it sees gone
 
 
 Options = dict[str, str | list[str]]
@@ -149,6 +151,13 @@ def main(argv: list[str] | None = None) -> int:
         ):  # as in `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
             return EXIT_PIPE
+        if _is_of_another_rank(error):
+            time.sleep(FIRST_WORD)
+            text = str(error).strip().partition("\n")[0]
+            return _fail(
+                f"r1fast: another rank has ended or does not answer, see what it said; this one ends with it ({text})",
+                EXIT_FAILED,
+            )
         hint = "(R1FAST_DEBUG=1 shows where)"
         code = EXIT_MEMORY if _is_memory(error) else EXIT_FAILED
         return _fail(f"r1fast: {type(error).__name__}: {error} {hint}", code)
@@ -192,6 +201,22 @@ def _is_memory(error: BaseException) -> bool:
     from r1fast.token_budget import is_out_of_memory
 
     return is_out_of_memory(error)
+
+
+def _is_of_another_rank(error: BaseException) -> bool:
+    """Whether it is what PyTorch says where a rank it exchanges with is gone."""
+    if "torch" not in sys.modules or not isinstance(error, RuntimeError):
+        return False
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    lost = (
+        "gloo/transport",
+        "Connection closed by peer",
+        "remote process exited",
+    )  # gloo's, NCCL's
+    return any(words in str(error) for words in lost)
 
 
 def _fail(text: str, code: int) -> int:

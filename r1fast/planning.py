@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from r1fast.config import Config, LoraConfig, OptimConfig
+from r1fast.context_parallel import check_heads
 from r1fast.costs import Groups, Size
 from r1fast.machine import GPU, GPUS, available_memory, device_name, measure_bandwidth
 from r1fast.metrics import warn
@@ -58,9 +59,16 @@ def make_job(
     mode = "none" if asked == "auto" else asked
     shares = kind == "grpo" and config.grpo.shared_prompt
     own_size, p = size, config.parallel
+    if (num_ranks // p.tensor_parallel) % p.replicas:
+        raise ValueError(
+            f"parallel.replicas = {p.replicas} does not divide the {num_ranks // p.tensor_parallel} ranks that "
+            "have a share of the same weights"
+        )
     if p.tensor_parallel > 1:
         check_divides(spec, p.tensor_parallel, p.vocab_parallel)
         own_size = Size.of(Decoder(_own_spec(spec, config), device="meta"))
+    if p.context_parallel > 1:
+        check_heads(_own_spec(spec, config), p.context_parallel)
     footprint = _footprint_of(spec, config, shares, mode)
     return Job(
         kind, spec, size, own_size, config, device, num_ranks, mode, footprint, groups, longest

@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from ranks import Ranks
 from safetensors.torch import load_file, save_file
 from test_evaluate import ParityScorer
 from test_invariance import record_gradients
@@ -22,6 +23,7 @@ from tiny import alike, random_groups, tiny_checkpoint, tiny_config, tiny_policy
 from r1fast import cold_start, distributed
 from r1fast.evaluate import evaluate
 from r1fast.forward import hidden_states
+from r1fast.interrupt import StopRequest
 from r1fast.lora import merge_lora
 from r1fast.metrics import read_metrics
 from r1fast.policy import load_policy
@@ -132,7 +134,8 @@ def everything(out: Path) -> None:
     result = evaluate(
         tiny_policy(), tiny_problems(5), config, ParityScorer(), folder=out / "evaluation"
     )
-    few = evaluate(tiny_policy(), tiny_problems(1), config, ParityScorer())  # rank 1 has none
+    with StopRequest("", deadline=60.0, gives_up=lambda left: False):  # as amid training
+        few = evaluate(tiny_policy(), tiny_problems(1), config, ParityScorer())  # rank 1 has none
     (out / f"evaluation-rank{distributed.rank()}.json").write_text(json.dumps([result, few]))
 
 
@@ -444,6 +447,31 @@ def test_more_processes_than_prompts(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 8)
     with pytest.raises(ValueError, match="prompts_per_step = 4 is less than the 8 processes"):
         GRPOTrainer(tiny_policy(), tiny_config(), tmp_path, tiny_problems(), ParityScorer())
+
+
+FAILS = """
+import sys
+from r1fast import __main__ as cli, commands, distributed
+
+def run(*given):
+    distributed.start()
+    distributed.barrier()
+    if distributed.rank() == 1:
+        raise ValueError("a reward is not finite")
+    distributed.gather_objects(1)
+
+commands.run = run
+sys.exit(cli.main(["report", "x"]))
+"""
+
+
+def test_a_rank_whose_neighbour_fails_says_so(tmp_path):
+    """What gloo says of it would be read as the reason."""
+    (tmp_path / "fails.py").write_text(FAILS)
+    (code, _, said), (other, _, reason) = Ranks(tmp_path / "fails.py").wait()
+    assert (code, other) == (1, 2), (said, reason)
+    assert "r1fast: another rank has ended or does not answer, see what it said" in said
+    assert "r1fast: a reward is not finite" in reason
 
 
 if __name__ == "__main__":

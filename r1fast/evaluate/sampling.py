@@ -105,10 +105,8 @@ def sample_missing(
     ]
     total = sum(len(ask.seeds) for ask in asks)
     num_missing = sum(map(len, missing))
-    is_needed = num_missing > 0
-    if config.rollout.engine == "vllm":  # all ranks together bring servers up to date
-        is_needed = any_rank(is_needed)
-    if not is_needed:
+    # ranks bring servers up to date together, and agree at the end whether one was told to stop
+    if not any_rank(num_missing > 0):
         return
     failed: list[str] = []
     start = total - num_missing
