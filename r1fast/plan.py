@@ -58,10 +58,8 @@ class Plan:
 
     def num_tokens(self, work: Work | None = None) -> int:
         """Prompt and completion tokens of a rank's step, as the metrics count them."""
-        num, p = (
-            sum(p + n for p, ns in (work or self.work).sampled for n in ns),
-            self.job.config.parallel,
-        )
+        num = sum(p + n for p, ns in (work or self.work).sampled for n in ns)
+        p = self.job.config.parallel
         together = p.context_parallel * p.tensor_parallel  # ranks that share the examples of SFT
         return num // (together if self.job.kind == "sft" else 1)
 
