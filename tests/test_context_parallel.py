@@ -4,17 +4,13 @@ All ranks of all cases are forked from one process, context_ranks.py, whose case
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
+from as_alone import check_rows, check_weights, everything, largest_error, run_layouts
 from context_ranks import CUT, OWN_RUNS, STEPS, TRAINED
 from sharded_ranks import RUNS as SHARDED_RUNS
 from test_planner import job
-from test_sharding import everything, first_step, largest_error, tensors_of
 from tiny import tiny_config, tiny_policy
 
 from r1fast import distributed
@@ -27,74 +23,29 @@ from r1fast.planning import make_plan
 from r1fast.sharding import make_parallel
 from r1fast.step_plan import Fact, MiniBatch
 
-ROOT = Path(__file__).parents[1]
 TWO = "--parallel.context_parallel=2"
 RUNS = SHARDED_RUNS | OWN_RUNS
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("context")
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/context_ranks.py"), str(folder)],
-        env=environment, capture_output=True, text=True, timeout=1200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return folder
+    return run_layouts("context_ranks.py", tmp_path_factory.mktemp("context"))
 
 
 @pytest.mark.parametrize(("layout", "name"), TRAINED)
 def test_gradients_and_weights_are_those_of_one_process(out, layout, name):
-    """In bfloat16 the first gradient is close to that of one process, whose micro-batches are others."""
-    gradients, weights = (tensors_of(out, layout, name, x) for x in ("gradients", "weights-0"))
-    expected, after = (tensors_of(out, "ddp1", name, x) for x in ("gradients", "weights-0"))
-    if RUNS[name][1] == "float32":
-        assert largest_error(gradients, expected) < 5e-6
-        assert largest_error(weights, after) < 5e-7
-    else:
-        assert largest_error(first_step(gradients), first_step(expected)) < 0.02
-        assert largest_error(weights, after) < 0.02
-    begun = dict(tiny_policy(RUNS[name][0]).model.named_parameters())
-    trained = {n: x for n, x in weights.items() if n not in begun or name != "lora"}
-    if name == "lora":
-        assert largest_error(trained, {n: torch.zeros_like(x) for n, x in trained.items()}) > 1e-3
-    else:
-        assert largest_error(weights, {n: p.detach() for n, p in begun.items()}) > 1e-3
-    for rank in range(1, CUT[layout][0]):
-        others = tensors_of(out, layout, name, f"weights-{rank}")
-        assert all(torch.equal(others[key], x) for key, x in weights.items())
+    check_weights(out, layout, CUT[layout][0], name, RUNS[name])
 
 
 @pytest.mark.parametrize(("layout", "name"), TRAINED)
 def test_data_samples_and_metrics_are_those_of_one_process(out, layout, name):
     """Sums are counted once: `num_tokens` and what was forwarded too."""
-
-    def samples(layout: str, n: int) -> list:
-        facts = [json.loads((out / layout / name / f"facts-{r}.json").read_text()) for r in range(n)]  # fmt: skip
-        if RUNS[name][1] == "float32":
-            return sorted(sum((f["seen"] for f in facts), []))
-        return sorted(sum((f["seen"][: 4 // n] for f in facts), []))  # of the first step
-
-    if name != "dynamic":  # where ranks begin other candidates that are dropped later
-        assert samples(layout, CUT[layout][0]) == samples("ddp1", 1)
-    rows, expected = (read_metrics(out / which / name) for which in (layout, "ddp1"))
-    assert len(rows) == len(expected) == 2
-    keys = (
-        "loss", "grad_norm", "reward", "kl", "entropy", "num_tokens", "eval/pass@1", "ratio",
-        "train/steps_without_signal", "logprob_mismatch/mean", "rollout_correction/weight",
-        "train/old_logprobs_recomputed",
-    )  # fmt: skip
+    rows, expected = check_rows(out, layout, CUT[layout][0], name, RUNS[name])
     for row, alone in zip(rows, expected, strict=True):
-        assert row["step"] == alone["step"]
-        assert (row.keys() | {"x"}) >= (alone.keys() - {"time/gather"})
-        if RUNS[name][1] == "float32":
-            for key in (key for key in keys if key in alone):
-                atol = 2e-5 if key.startswith("logprob_mismatch") else 1e-6
-                assert row[key] == pytest.approx(alone[key], rel=1e-4, abs=atol), key
+        assert row.keys() >= alone.keys() - {"time/gather"}
+        if RUNS[name][1] == "float32" and "logprob_mismatch/mean" in alone:
+            mean = "logprob_mismatch/mean"
+            assert row[mean] == pytest.approx(alone[mean], rel=1e-4, abs=2e-5)
         if name == "apart" and layout == "cp2":  # no prompt is shared, so packing changes nothing
             assert row["train/tokens_forwarded"] == alone["train/tokens_forwarded"]
             assert row["train/rank_imbalance"] < 1.05
@@ -105,7 +56,9 @@ def test_data_samples_and_metrics_are_those_of_one_process(out, layout, name):
 @pytest.mark.parametrize("name", ["grpo", "sft bfloat16"])
 def test_a_checkpoint_moves_between_layouts(out, name):
     """A step in each of STEPS, one after the other, is the run of one process."""
-    moved, alone = everything(out / "moved" / name), everything(out / "ddp1 straight" / name)
+    moved, alone = (
+        everything(out / which / name, len(STEPS)) for which in ("moved", "ddp1 straight")
+    )
     assert largest_error(moved, alone) < (2e-6 if name == "grpo" else 0.03)
     notes = [row.get("note", "") for row in read_metrics(out / "moved" / name)]
     assert [note.partition(" after")[0].partition(": ")[2] for note in notes] == [

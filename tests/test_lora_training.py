@@ -155,7 +155,7 @@ def test_the_reference_is_the_base_and_needs_no_second_model(tmp_path):
 
     def reference_logprobs(update):
         sequences = list(update._plan(groups)[0].values())
-        return update.reference.logprobs(sequences, update._pack)
+        return update.reference.logprobs(sequences, update._in_step)
 
     full = GRPOTrainer(
         tiny_policy(), tiny_config(), tmp_path / "full", tiny_problems(), TokenScorer()

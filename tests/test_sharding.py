@@ -4,14 +4,19 @@ All ranks of all cases are forked from one process, sharded_ranks.py, whose case
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from as_alone import (
+    check_rows,
+    check_weights,
+    everything,
+    first_step,
+    largest_error,
+    run_layouts,
+    tensors_of,
+)
 from sharded_ranks import ALWAYS, LAYOUTS, MORE, MOVES, RUNS, runs_of
 from tiny import tiny_config, tiny_policy
 
@@ -21,57 +26,18 @@ from r1fast.metrics import read_metrics
 from r1fast.sharding import empty, hollow, make_parallel
 from r1fast.token_budget import OutOfMemoryForGood, TokenBudget
 
-ROOT = Path(__file__).parents[1]
 TRAINED = [(layout, name) for layout in (*ALWAYS, *MORE) for name in runs_of(layout)]
 TRAINED = [(layout, name) for layout, name in TRAINED if layout != "ddp1"]
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sharding")
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/sharded_ranks.py"), str(folder)],
-        env=environment, capture_output=True, text=True, timeout=1200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return folder
-
-
-def largest_error(actual: dict, expected: dict) -> float:
-    """Of all tensors, as a share of each one's norm."""
-    assert actual.keys() == expected.keys()
-    pairs = [(actual[key].double(), x.double()) for key, x in expected.items()]
-    return max(float((a - b).norm() / (b.norm() + 1e-30)) for a, b in pairs)
-
-
-def tensors_of(out: Path, layout: str, name: str, what: str) -> dict[str, torch.Tensor]:
-    return load_file(out / layout / name / f"{what}.safetensors")
-
-
-def first_step(named: dict) -> dict:
-    return {key: x for key, x in named.items() if key.startswith("0.")}
+    return run_layouts("sharded_ranks.py", tmp_path_factory.mktemp("sharding"))
 
 
 @pytest.mark.parametrize(("layout", "name"), TRAINED)
 def test_gradients_and_weights_are_those_of_one_process(out, layout, name):
-    """In bfloat16 the first gradient is close to that of one process, whose micro-batches are others."""
-    gradients, weights = (tensors_of(out, layout, name, x) for x in ("gradients", "weights-0"))
-    expected, after = (tensors_of(out, "ddp1", name, x) for x in ("gradients", "weights-0"))
-    begun = dict(tiny_policy(RUNS[name][0]).model.named_parameters())
-    if RUNS[name][1] == "float32":
-        assert largest_error(gradients, expected) < 5e-6
-        assert largest_error(weights, after) < 5e-7
-    else:
-        assert largest_error(first_step(gradients), first_step(expected)) < 0.02
-        assert largest_error(weights, after) < 0.02
-    assert largest_error(weights, {n: p.detach() for n, p in begun.items()}) > 1e-3  # it trains
-    for rank in range(1, LAYOUTS[layout][0]):
-        others = tensors_of(out, layout, name, f"weights-{rank}")
-        assert all(torch.equal(others[key], x) for key, x in weights.items())
+    check_weights(out, layout, LAYOUTS[layout][0], name, RUNS[name])
 
 
 @pytest.mark.parametrize("name", MORE["ddp2"])
@@ -92,50 +58,17 @@ def test_a_group_of_one_is_one_process_to_the_bit(out, name):
 @pytest.mark.parametrize(("layout", "name"), TRAINED)
 def test_data_samples_and_metrics_are_those_of_one_process(out, layout, name):
     n = LAYOUTS[layout][0]
-
-    def samples(layout: str, n: int) -> list:
-        facts = [
-            json.loads((out / layout / name / f"facts-{r}.json").read_text()) for r in range(n)
-        ]
-        if RUNS[name][1] == "float32":
-            return sorted(sum((f["seen"] for f in facts), []))
-        return sorted(sum((f["seen"][: 4 // n] for f in facts), []))  # of the first step
-
-    if name != "dynamic":  # where ranks begin other candidates that are dropped later
-        assert samples(layout, n) == samples("ddp1", 1)
-        assert samples(layout, n) or name.startswith("sft")
-    rows, expected = (read_metrics(out / which / name) for which in (layout, "ddp1"))
-    assert len(rows) == len(expected) == 2
-    keys = (
-        "loss",
-        "grad_norm",
-        "reward",
-        "kl",
-        "entropy",
-        "num_tokens",
-        "eval/pass@1",
-        "train/steps_without_signal",
-    )
-    for row, alone in zip(rows, expected, strict=True):
-        assert row["step"] == alone["step"]
-        if RUNS[name][1] == "float32":
-            for key in (key for key in keys if key in alone):
-                assert row[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-6), key
+    rows, _ = check_rows(out, layout, n, name, RUNS[name])
     if n > 1 and layout != "ddp4" and not name.startswith("sft"):
         assert ("time/gather" in rows[0]) == ("fsdp" in layout or layout in ("hsdp4", "kept2"))
-
-
-def everything(folder: Path) -> dict[str, torch.Tensor]:
-    """Of the newest checkpoint."""
-    found = load_checkpoint(folder / "checkpoints")
-    assert found.step == len(MOVES)
-    return {f"{s}.{key}": x for s in found.names() for key, x in found.tensors(s).items()}
 
 
 @pytest.mark.parametrize("name", ["grpo", "sft bfloat16"])
 def test_a_checkpoint_moves_between_all_layouts(out, name):
     """A step in each of MOVES, one after the other, is the run of one process."""
-    moved, alone = everything(out / "moved" / name), everything(out / "ddp1 straight" / name)
+    moved, alone = (
+        everything(out / which / name, len(MOVES)) for which in ("moved", "ddp1 straight")
+    )
     assert {key: (x.dtype, x.shape) for key, x in moved.items()} == {
         key: (x.dtype, x.shape) for key, x in alone.items()
     }
@@ -149,7 +82,9 @@ def test_a_checkpoint_moves_between_all_layouts(out, name):
 
 @pytest.mark.parametrize("name", ["grpo", "sft bfloat16"])
 def test_a_resumed_run_of_the_same_layout_is_the_same_to_the_bit(out, name):
-    whole, pieces = (everything(out / f"fsdp2 {how}" / name) for how in ("straight", "in pieces"))
+    whole, pieces = (
+        everything(out / f"fsdp2 {how}" / name, len(MOVES)) for how in ("straight", "in pieces")
+    )
     assert all(torch.equal(pieces[key], x) for key, x in whole.items())
     files = sorted(
         p.name

@@ -4,40 +4,25 @@ All ranks of all cases are forked from one process, tensor_ranks.py, whose cases
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from as_alone import check_rows, check_weights, everything, largest_error, run_layouts
 from sharded_ranks import RUNS
 from tensor_ranks import LAYOUTS, MODELS, MOVES, TRAINED
-from test_sharding import everything, first_step, largest_error, tensors_of
 from tiny import tiny_config, tiny_model, tiny_policy
 
 from r1fast.metrics import read_metrics
 from r1fast.sharding import make_parallel
 from r1fast.tensor_parallel import check_divides
 
-ROOT = Path(__file__).parents[1]
 EACH = [(layout, name) for layout, names in TRAINED.items() for name in names]
-KEYS = ("loss", "grad_norm", "reward", "kl", "entropy", "num_tokens", "eval/pass@1")
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tensor")
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/tensor_ranks.py"), str(folder)],
-        env=environment, capture_output=True, text=True, timeout=1200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return folder
+    return run_layouts("tensor_ranks.py", tmp_path_factory.mktemp("tensor"))
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -55,47 +40,20 @@ def test_a_divided_decoder_is_the_whole_one(out, n):
 
 @pytest.mark.parametrize(("layout", "name"), EACH)
 def test_gradients_and_weights_are_those_of_one_process(out, layout, name):
-    gradients, weights = (tensors_of(out, layout, name, x) for x in ("gradients", "weights-0"))
-    expected, after = (tensors_of(out, "ddp1", name, x) for x in ("gradients", "weights-0"))
-    begun = dict(tiny_policy(RUNS[name][0]).model.named_parameters())
-    if RUNS[name][1] == "float32":
-        assert largest_error(gradients, expected) < 5e-6
-        assert largest_error(weights, after) < 5e-7
-    else:
-        assert largest_error(first_step(gradients), first_step(expected)) < 0.03
-        assert largest_error(weights, after) < 0.02
-    assert largest_error(weights, {n: p.detach() for n, p in begun.items()}) > 1e-3  # it trains
-    for rank in range(1, LAYOUTS[layout][0]):
-        others = tensors_of(out, layout, name, f"weights-{rank}")
-        assert all(torch.equal(others[key], x) for key, x in weights.items())
+    check_weights(out, layout, LAYOUTS[layout][0], name, RUNS[name], bf16=0.03)
 
 
 @pytest.mark.parametrize(("layout", "name"), EACH)
 def test_data_samples_and_metrics_are_those_of_one_process(out, layout, name):
-    n = LAYOUTS[layout][0]
-
-    def samples(layout: str, n: int) -> list:
-        files = [out / layout / name / f"facts-{r}.json" for r in range(n)]
-        facts = [json.loads(file.read_text()) for file in files]
-        most = None if RUNS[name][1] == "float32" else 4 // n  # of the first step
-        return sorted(sum((f["seen"][:most] for f in facts), []))
-
-    if name != "dynamic":  # where ranks begin other candidates that are dropped later
-        assert samples(layout, n) == samples("ddp1", 1)
-        assert samples(layout, n) or name.startswith("sft")
-    rows, expected = (read_metrics(out / which / name) for which in (layout, "ddp1"))
-    assert len(rows) == len(expected) == 2
-    for row, alone in zip(rows, expected, strict=True):
-        assert row["step"] == alone["step"]
-        if RUNS[name][1] == "float32":
-            for key in (key for key in KEYS if key in alone):
-                assert row[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-6), key
+    check_rows(out, layout, LAYOUTS[layout][0], name, RUNS[name])
 
 
 @pytest.mark.parametrize("name", ["grpo", "sft bfloat16"])
 def test_a_checkpoint_moves_between_all_layouts(out, name):
     """A step in each of MOVES, one after the other, is the run of one process."""
-    moved, alone = everything(out / "moved" / name), everything(out / "ddp1 straight" / name)
+    moved, alone = (
+        everything(out / which / name, len(MOVES)) for which in ("moved", "ddp1 straight")
+    )
     assert {key: (x.dtype, x.shape) for key, x in moved.items()} == {
         key: (x.dtype, x.shape) for key, x in alone.items()
     }
@@ -113,7 +71,7 @@ def test_a_checkpoint_moves_between_all_layouts(out, name):
 
 def test_a_resumed_run_of_the_same_layout_is_the_same_to_the_bit(out):
     whole, pieces = (
-        everything(out / f"tensor2 {how}" / "grpo") for how in ("straight", "in pieces")
+        everything(out / f"tensor2 {how}" / "grpo", len(MOVES)) for how in ("straight", "in pieces")
     )
     assert all(torch.equal(pieces[key], x) for key, x in whole.items())
 
