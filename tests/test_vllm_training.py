@@ -174,10 +174,12 @@ def test_a_run_whose_servers_are_all_lost_saves_and_goes_on_later(tmp_path, serv
 RANKS = ("--grpo.num_steps=2", "--grpo.prompts_per_step=3", "--optim.eps=0.001")
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_two_ranks_over_two_servers(tmp_path, servers, mode):
+@pytest.mark.parametrize(
+    "layout", ["mode=ddp", "mode=fsdp", "tensor_parallel=2", "context_parallel=2"]
+)
+def test_two_ranks_over_two_servers(tmp_path, servers, layout):
     """Rank 0 gives the weights, both sample; where all servers are lost, both end and one saves."""
-    parallel = f"--parallel.mode={mode}"
+    parallel = f"--parallel.{layout}"
     made = servers(none, none)
     lost = FakeVllm(tiny_policy(), fault=at("/v1/completions", *range(9, 999), what="reset"))
     with lost:
