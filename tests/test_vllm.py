@@ -408,7 +408,7 @@ def test_a_server_that_is_killed_and_comes_back(servers):
     policy = servers.policy("tied", seed=8)
     engine = servers.engine(policy, "tied-0", "tied-1", wait_seconds=600)
     engine.sync()
-    request = in_flight(engine, num=8)
+    request = in_flight(engine, num=8, seconds=0.05)  # in half a second a quick machine is done
     assert all(s.calls for s in engine.fleet.servers)
     port = Client(servers.children["tied-1"].url).port
     servers.children["tied-1"].close()
