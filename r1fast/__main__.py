@@ -215,7 +215,7 @@ def _is_of_another_rank(error: BaseException) -> bool:
         "gloo/transport",
         "Connection closed by peer",
         "remote process exited",
-    )  # gloo's, NCCL's
+    )  # the last is NCCL's
     return any(words in str(error) for words in lost)
 
 

@@ -21,7 +21,7 @@ ATTEMPT = datetime.timedelta(seconds=2)  # to reach rank 0 where it may no longe
 PORT_KEY = "r1fast/port of rank 0"
 _beside: dict[dist.ProcessGroup, dist.ProcessGroup] = {}  # of the process's own group
 _meshes: dict[tuple, DeviceMesh] = {}  # by it, names and shape
-_grids: dict[tuple[dist.ProcessGroup, int, int], "RankGrid"] = {}
+_context_groups: dict[tuple[dist.ProcessGroup, int, int], dist.ProcessGroup] = {}
 
 
 class RankFailedError(OSError):
@@ -118,9 +118,7 @@ class RankGrid:
     num_data_ranks: int
     context: int = 1
     tensor: int = 1
-    # this rank's; None of one rank
-    context_group: dist.ProcessGroup | None = None
-    tensor_group: dist.ProcessGroup | None = None
+    context_group: dist.ProcessGroup | None = None  # this rank's; None of one rank
 
     @property
     def group_size(self) -> int:
@@ -144,7 +142,7 @@ class RankGrid:
         return dict.fromkeys(values, 0.0) if self.tensor_rank else values
 
 
-def grid(context: int, tensor: int, device_type: str) -> RankGrid:
+def grid(context: int, tensor: int) -> RankGrid:
     """The layout of this launch. Ranks ask for it together; ValueError where they cannot be laid out so."""
     num_ranks, size = world_size(), context * tensor
     if num_ranks % size:
@@ -152,24 +150,21 @@ def grid(context: int, tensor: int, device_type: str) -> RankGrid:
             f"parallel.context_parallel x parallel.tensor_parallel = {context} x {tensor} does not divide the "
             f"number of processes, {num_ranks}: start a multiple of {size} (torchrun --nproc-per-node)"
         )
-    if size == 1:
-        return RankGrid(num_ranks)
+    if context == 1:
+        return RankGrid(num_ranks // size, tensor=tensor)
     key = (dist.group.WORLD, context, tensor)
-    if key not in _grids:
-        names = ("data", "context", "tensor")
-        made = init_device_mesh(
-            device_type, (num_ranks // size, context, tensor), mesh_dim_names=names
-        )
-        groups = [made.get_group(name) for name in names[1:]]
-        own = (group if n > 1 else None for group, n in zip(groups, (context, tensor), strict=True))
-        _grids[key] = RankGrid(num_ranks // size, context, tensor, *own)
-    return _grids[key]
+    if key not in _context_groups:
+        firsts = (r + t for r in range(0, num_ranks, size) for t in range(tensor))
+        rows = [[first + c * tensor for c in range(context)] for first in firsts]
+        own, _ = dist.new_subgroups_by_enumeration(rows, timeout=TIMEOUT)
+        _context_groups[key] = own
+    return RankGrid(num_ranks // size, context, tensor, _context_groups[key])
 
 
 def stop() -> None:
     _beside.clear()
     _meshes.clear()
-    _grids.clear()
+    _context_groups.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 

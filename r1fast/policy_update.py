@@ -460,9 +460,11 @@ class PolicyUpdate(Trainer):
 
     def _fill_ref_logprobs(self, sequences: list[Sequence]) -> None:
         """The reference is whole on each rank of a tensor group: each takes some of their sequences."""
-        num_parts, group = self.grid.tensor, self.grid.tensor_group
+        num_parts = self.grid.tensor
         own = self.reference.logprobs(sequences[self.grid.tensor_rank :: num_parts], self._in_step)
-        found = [own] if group is None else distributed.gather_objects(own, group)
+        found = [own]
+        if num_parts > 1:
+            found = distributed.gather_objects(own, self.parallel.tensor.get_group())
         for n, logprobs in enumerate(found):
             for s, values in zip(sequences[n::num_parts], logprobs, strict=True):
                 s.ref_logprobs = values

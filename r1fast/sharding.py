@@ -243,30 +243,24 @@ class Fsdp(Divided):
 
 def make_parallel(policy: Policy, config: Config, *, can_shard: bool) -> Ddp | Divided:
     p = config.parallel
-    if p.context_parallel > 1 and not can_shard:
+    numbers = ("context_parallel", "tensor_parallel")
+    undivided = {"mode": '"ddp"'} if p.mode == "fsdp" else {}
+    undivided |= {name: "1" for name in numbers if getattr(p, name) > 1}
+    if undivided and not can_shard:
+        instead = " and ".join(f"parallel.{key} = {value}" for key, value in undivided.items())
         raise ValueError(
-            "parallel.context_parallel divides the sequences of SFT and RL; what is trained here has whole ones on "
-            "each process: set parallel.context_parallel = 1 for it ([stages.<stage>.parallel] in a pipeline)"
+            "the policies of SFT and RL can be divided, and their sequences; what is trained here is whole on every "
+            f"process: set {instead} for it ([stages.<stage>.parallel] in a pipeline)"
         )
-    is_divided = p.mode == "fsdp" or p.tensor_parallel > 1
-    if is_divided and not can_shard:
-        keys = ['parallel.mode = "fsdp"'] * (p.mode == "fsdp")
-        keys += [f"parallel.tensor_parallel = {p.tensor_parallel}"] * (p.tensor_parallel > 1)
-        instead = ['parallel.mode = "ddp"'] * (p.mode == "fsdp")
-        instead += ["parallel.tensor_parallel = 1"] * (p.tensor_parallel > 1)
-        raise ValueError(
-            f"{' with '.join(keys)} divides the policies of SFT and RL; what is trained here has every process "
-            f"hold all of it: set {' and '.join(instead)} for it ([stages.<stage>.parallel] in a pipeline)"
-        )
-    grid = distributed.grid(p.context_parallel, p.tensor_parallel, policy.device.type)
-    if p.tensor_parallel > 1:
-        check_divides(policy.model.spec, p.tensor_parallel, p.vocab_parallel)
-    if p.context_parallel > 1:
-        spec = policy.model.spec
-        check_heads(local_spec(spec, p.tensor_parallel, p.vocab_parallel), p.context_parallel)
-    if not is_divided:
+    grid = distributed.grid(p.context_parallel, p.tensor_parallel)
+    if not undivided:
         return Ddp(policy, grid)
-    return (Fsdp if p.mode == "fsdp" else TensorDdp)(policy, p, grid)
+    spec = policy.model.spec
+    check_divides(spec, p.tensor_parallel, p.vocab_parallel)
+    check_heads(local_spec(spec, p.tensor_parallel, p.vocab_parallel), p.context_parallel)
+    if p.mode == "fsdp":
+        return Fsdp(policy, p, grid)
+    return TensorDdp(policy, p, grid) if p.tensor_parallel > 1 else Ddp(policy, grid)
 
 
 def _parts(batches: list[PackedBatch], grid: RankGrid, device: torch.device) -> list[PackedBatch]:

@@ -102,8 +102,8 @@ class TokenBudget:
                 if self.in_step is not None:
                     raise OutOfMemoryForGood(
                         f"out of memory in a micro-batch of {self._size[0]} tokens, which no rank can do again alone "
-                        f'with parallel.mode = "fsdp" or parallel.context_parallel above 1 ({said}). Lower the '
-                        f"token_budget. {self.advice}"
+                        f'with parallel.mode = "fsdp", or parallel.context_parallel or tensor_parallel above 1 ({said}). '
+                        f"Lower the token_budget. {self.advice}"
                     ) from error
             # outside of the clause: the error's frames hold what the attempt had in memory
             self.discard()

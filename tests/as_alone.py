@@ -103,3 +103,16 @@ def check_rows(
             for key in (key for key in KEYS if key in alone):
                 assert row[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-6), key
     return rows, expected
+
+
+def check_moved(out: Path, name: str, changes: list[str]) -> None:
+    """A step in each of several layouts is the run of one process; `changes` is what each step says of the one before."""
+    moved, alone = (
+        everything(out / which / name, len(changes)) for which in ("moved", "ddp1 straight")
+    )
+    assert {key: (x.dtype, x.shape) for key, x in moved.items()} == {
+        key: (x.dtype, x.shape) for key, x in alone.items()
+    }
+    assert largest_error(moved, alone) < (2e-6 if name == "grpo" else 0.03)
+    notes = [row.get("note", "") for row in read_metrics(out / "moved" / name)]
+    assert [note.partition(" after")[0].partition(": ")[2] for note in notes] == changes

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from as_alone import (
+    check_moved,
     check_rows,
     check_weights,
     everything,
@@ -65,19 +66,10 @@ def test_data_samples_and_metrics_are_those_of_one_process(out, layout, name):
 
 @pytest.mark.parametrize("name", ["grpo", "sft bfloat16"])
 def test_a_checkpoint_moves_between_all_layouts(out, name):
-    """A step in each of MOVES, one after the other, is the run of one process."""
-    moved, alone = (
-        everything(out / which / name, len(MOVES)) for which in ("moved", "ddp1 straight")
-    )
-    assert {key: (x.dtype, x.shape) for key, x in moved.items()} == {
-        key: (x.dtype, x.shape) for key, x in alone.items()
-    }
-    assert largest_error(moved, alone) < (2e-6 if name == "grpo" else 0.03)
-    notes = [row.get("note", "") for row in read_metrics(out / "moved" / name)]
-    assert [note.partition(" after")[0].partition(": ")[2] for note in notes] == [
+    check_moved(out, name, [
         "", "processes 1 -> 2, model ddp -> fsdp", "processes 2 -> 4, model fsdp -> ddp",
         "model ddp -> fsdp in 2 copies", "processes 4 -> 1, model fsdp in 2 copies -> fsdp",
-    ]  # fmt: skip
+    ])  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["grpo", "sft bfloat16"])
@@ -177,7 +169,9 @@ def test_what_does_not_go_together_is_refused(overrides, message):
 
 def test_what_cannot_be_divided_is_refused():
     policy = tiny_policy()
-    with pytest.raises(ValueError, match=r"divides the policies of SFT and RL"):
+    with pytest.raises(
+        ValueError, match=r'is whole on every process: set parallel.mode = "ddp" for it'
+    ):
         make_parallel(policy, tiny_config("--parallel.mode=fsdp"), can_shard=False)
     config = tiny_config("--parallel.mode=fsdp", "--parallel.cpu_offload=true")
     with pytest.raises(ValueError, match=r"on a CPU they are there"):

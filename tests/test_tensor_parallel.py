@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from as_alone import check_rows, check_weights, everything, largest_error, run_layouts
+from as_alone import check_moved, check_rows, check_weights, everything, run_layouts
 from sharded_ranks import RUNS
 from tensor_ranks import LAYOUTS, MODELS, MOVES, TRAINED
 from tiny import tiny_config, tiny_model, tiny_policy
@@ -50,23 +50,13 @@ def test_data_samples_and_metrics_are_those_of_one_process(out, layout, name):
 
 @pytest.mark.parametrize("name", ["grpo", "sft bfloat16"])
 def test_a_checkpoint_moves_between_all_layouts(out, name):
-    """A step in each of MOVES, one after the other, is the run of one process."""
-    moved, alone = (
-        everything(out / which / name, len(MOVES)) for which in ("moved", "ddp1 straight")
-    )
-    assert {key: (x.dtype, x.shape) for key, x in moved.items()} == {
-        key: (x.dtype, x.shape) for key, x in alone.items()
-    }
-    assert largest_error(moved, alone) < (2e-6 if name == "grpo" else 0.03)
-    notes = [row.get("note", "") for row in read_metrics(out / "moved" / name)]
-    assert len(notes) == len(MOVES)
-    assert [note.partition(" after")[0].partition(": ")[2] for note in notes] == [
+    check_moved(out, name, [
         "",
         "processes 1 -> 2, model ddp -> ddp, tensor parallel over 2",
         "model ddp, tensor parallel over 2 -> fsdp",
         "processes 2 -> 4, model fsdp -> fsdp, tensor parallel over 2",
         "model fsdp, tensor parallel over 2 -> ddp, tensor parallel over 2",
-    ]
+    ])  # fmt: skip
 
 
 def test_a_resumed_run_of_the_same_layout_is_the_same_to_the_bit(out):
@@ -135,7 +125,7 @@ def test_what_cannot_be_divided_is_refused():
     with pytest.raises(ValueError, match=r"= 5 does not divide the model's 2 key and value heads"):
         check_divides(spec, 5, True)
     config = tiny_config("--parallel.tensor_parallel=2")
-    message = r"tensor_parallel = 2 divides the policies of SFT and RL.* set parallel.tensor_parallel = 1 for it"
+    message = r"is whole on every process: set parallel.tensor_parallel = 1 for it"
     with pytest.raises(ValueError, match=message):
         make_parallel(policy, config, can_shard=False)
     with pytest.raises(ValueError, match=r"1 x 2 does not divide the number of processes, 1"):
