@@ -43,6 +43,8 @@ VARIANTS = {
     "tensor parallel, whole vocabulary": [
         "--parallel.tensor_parallel=2", "--parallel.vocab_parallel=false"
     ],
+    "ddp, LoRA": ["--lora.rank=16"],
+    "fsdp, LoRA": ["--lora.rank=16", "--parallel.mode=fsdp"],
 }  # fmt: skip
 SECONDS = (
     "step", "step, processor", "gathering", "gathering, processor", "summing", "summing, processor"

@@ -224,10 +224,12 @@ def _check_parallel(c: Config, need: Callable[[bool, str, Any, str], None]) -> N
     if p.tensor_parallel > 1:
         why += [f"parallel.tensor_parallel = {p.tensor_parallel}"]
         remedy += ["parallel.tensor_parallel = 1"]
+        need(not c.lora.rank, "lora.rank", c.lora.rank,
+             "0 with parallel.tensor_parallel above 1, as adapters are of whole layers: "
+             'parallel.mode = "fsdp" divides the base below them')  # fmt: skip
     if not why:
         return
     for ok, key, value, rule in (
-        (not c.lora.rank, "lora.rank", c.lora.rank, "0: adapters are trained with every process holding the base"),
         (not c.rollout.batch_invariant, "rollout.batch_invariant", True,
          "false: the loss would need the whole model in the engine beside the divided one"),
         (not c.log.record, "log.record", c.log.record, "empty: a recording holds digests of whole tensors"),

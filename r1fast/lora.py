@@ -107,6 +107,15 @@ def add_lora(model: nn.Module, lora: LoraConfig, *, seed: int = 0) -> None:
                 linear.adapter = adapter
 
 
+def share_adapters(model: nn.Module, other: nn.Module) -> None:
+    """Put the adapters of `model` on `other`, a decoder of its shape, too: they are the same modules."""
+    for layer, same in zip(model.layers, other.layers, strict=True):
+        for (linear, _, _), (its, _, _) in zip(
+            layer.projections(), same.projections(), strict=True
+        ):
+            its.adapter = linear.adapter
+
+
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     """(the prefix of its projections' Hugging Face names, adapter) of every linear that has one."""
     for layer in model.layers:

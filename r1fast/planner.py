@@ -174,9 +174,10 @@ def resident(job: Job, groups: Groups, available: int) -> dict[str, int]:
     g, r = job.config.grpo, job.config.rollout
     on_gpu = job.device.type == "cuda"
     if job.has_reference:
-        is_away = on_gpu and (g.ref_device == "cpu" or job.config.parallel.cpu_offload)
+        is_copy = not job.config.lora.rank  # else it is the base that is trained on
+        is_away = on_gpu and is_copy and (g.ref_device == "cpu" or job.config.parallel.cpu_offload)
         kinds["reference"] = 0 if is_away else _reference_bytes(job)
-        if divided is not None and not is_away:
+        if divided is not None and is_copy and not is_away:
             kinds["reference"] = divided.share(_reference_dtype(job).itemsize)
     if job.kind != "grpo":
         return kinds
@@ -244,7 +245,8 @@ def memory(
     if job.has_reference:
         phases["reference"] = kept | {"activations": int(f.forward * tokens)}
         if divided is not None:
-            phases["reference"]["gathered"] = _reference_bytes(job)
+            base = divided.of_base  # the reference's too
+            phases["reference"]["gathered"] = divided.whole() if base else _reference_bytes(job)
         elif not kept["reference"]:
             phases["reference"]["reference"] = _reference_bytes(job)
     saved = f.layer * job.spec.num_layers * tokens

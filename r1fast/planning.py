@@ -313,9 +313,11 @@ def held_bytes(trainer: Trainer) -> int:
         trainer.optimizer.state_tensors(),
         *trainer.extra_tensors().values(),
     ]
+    if trainer.parallel.is_sharded:  # what is frozen too
+        named += [trainer.parallel.shards]
+    else:
+        named += [dict(trainer.model.named_parameters())]
     tensors = [local(x) for part in named for x in part.values()]
-    if not trainer.parallel.is_sharded:  # what is frozen too
-        tensors += trainer.model.parameters()
     device = trainer.policy.device.type
     unique = {x.data_ptr(): x.nbytes for x in tensors if x.device.type == device}
     return sum(unique.values())

@@ -17,7 +17,7 @@ from r1fast.lora import adapters_off, exchanged, is_untrained, lora_tensors
 from r1fast.model import DTYPES, Decoder
 from r1fast.policy import Policy
 from r1fast.rollout.engine import Engine
-from r1fast.sharding import Ddp, Divided, empty, fill_whole, hollow
+from r1fast.sharding import Ddp, Divided, LoraFsdp, empty, fill_whole, hollow
 from r1fast.shards import Shard
 from r1fast.training_state import check_same, fill
 from r1fast.types import PackedBatch, Sequence
@@ -83,8 +83,9 @@ class Reference:
 class LoraReference(Reference):
     """The policy's own base: alone, or under a copy of the adapters as they began or were at a refresh."""
 
-    def __init__(self, policy: Policy, config: Config):
+    def __init__(self, policy: Policy, config: Config, parallel: Ddp | LoraFsdp):
         self.temperature, self.version, self.model = config.rollout.temperature, 0, policy.model
+        self.parallel = parallel
         self.adapters: dict[str, Tensor] = {}
         if not is_untrained(policy.model):
             self.refresh(policy.model, 0)
@@ -112,7 +113,11 @@ class LoraReference(Reference):
 
     @contextmanager
     def _on_device(self) -> Iterator[Decoder]:
-        yield self.model
+        self.parallel.gather()
+        try:
+            yield self.model
+        finally:
+            self.parallel.free()
 
 
 class ShardedReference(Reference):
@@ -145,13 +150,15 @@ class ShardedReference(Reference):
         try:
             yield self.model
         finally:
-            empty(self.model)
+            empty(self.model, self.shards)
 
 
 def make_reference(policy: Policy, config: Config, parallel: Ddp | Divided) -> Reference:
+    if config.lora.rank:
+        return LoraReference(policy, config, parallel)
     if isinstance(parallel, Divided):
         return ShardedReference(config, parallel)
-    return (LoraReference if config.lora.rank else Reference)(policy, config)
+    return Reference(policy, config)
 
 
 def engine_logprobs(

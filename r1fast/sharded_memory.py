@@ -7,6 +7,7 @@ training        fsdp: embedding, norm and head whole from forward to backward; o
 gradients       those of its rows, or of its slice, in float32; fsdp: whole those of a layer, as made and as sent in
                 float32, and at the end those of the embedding and the head
 rollout         all weights, gathered
+adapters        whole on every rank, trained as in ddp: rows are of the frozen base, in the type of the forward
 With tensor_parallel "whole" is of a slice in training: the first rank's, which has the most of the vocabulary.
 """
 
@@ -33,6 +34,11 @@ class Shares:
     parallel: ParallelConfig
 
     @property
+    def of_base(self) -> bool:
+        """Whether what is divided is not what is trained."""
+        return self.size.trained < self.size.total
+
+    @property
     def has_rows(self) -> bool:
         return self.parallel.mode == "fsdp"
 
@@ -44,6 +50,10 @@ class Shares:
 
     def kept(self) -> dict[str, int]:
         """Between two steps, on the device."""
+        if self.of_base:
+            adapters = 4 * self.size.trained
+            base = 0 if self.parallel.cpu_offload else self.share(self.item)
+            return {"weights": base + adapters, "optimizer": 2 * adapters}
         if self.parallel.cpu_offload:
             return {"weights": 0, "optimizer": 0}
         if self.has_rows:
@@ -53,16 +63,20 @@ class Shares:
 
     def gradients(self) -> int:
         """As an optimizer step has them."""
+        if self.of_base:
+            return 4 * self.size.trained
         return 0 if self.parallel.cpu_offload else self.share(4)
 
     def flat(self) -> int:
         """Gradients that are summed over ranks in one piece."""
+        if self.of_base:
+            return 4 * self.size.trained * (self.num_ranks > 1)
         others = self.num_ranks > self.parallel.tensor_parallel
         return 0 if self.has_rows else self.share(4) * others
 
     def whole(self) -> int:
-        """All weights, to sample from."""
-        return self.size.total * self.item
+        """What is divided, to sample from."""
+        return self._num_divided(self.size) * self.item
 
     def gathered(self) -> int:
         """At a time in training."""
@@ -70,10 +84,13 @@ class Shares:
             return 0
         L = self.num_layers
         layers = min(GATHERED, L) if self.parallel.reshard_after_forward else L
-        return (self._outside() + layers * self.slice.linears // L) * self.item
+        linears = self.slice.linears - self.size.trained * self.of_base
+        return (self._outside() + layers * linears // L) * self.item
 
     def fresh(self, several: bool) -> int:
         """Gradients at the end of a backward, where they are the most, beside those that `gradients` counts."""
+        if self.of_base:
+            return 0 if several else 4 * self.size.trained
         if not self.has_rows:
             added_up = several and self.item == 4  # but for the one that is being added
             return self.slice.table * 4 if added_up else self.share(self.item)
@@ -94,6 +111,11 @@ class Shares:
             if p.tensor_parallel == 1
             else "what gathering and summing over ranks takes"
         )
+        if self.of_base:
+            return (
+                f"{keys[0]}: the base is {over}, adapters and their optimizer are whole on each; the whole base in "
+                f"rollouts; {sums} is not in the seconds"
+            )
         return (
             f"{' and '.join(keys)}: weights, optimizer and reference are {over}; whole weights in rollouts; "
             f"{sums} is not in the seconds"
@@ -101,7 +123,10 @@ class Shares:
 
     def share(self, item: int) -> int:
         """Of this rank's rows, or its slice, at so many bytes a weight."""
-        return -(-self.slice.trained * item // self.num_shares)
+        return -(-self._num_divided(self.slice) * item // self.num_shares)
+
+    def _num_divided(self, size: Size) -> int:
+        return size.total - size.trained if self.of_base else size.total
 
     def _outside(self) -> int:
         """Weights of a slice outside of the layers."""

@@ -7,6 +7,7 @@ and which ranks train the same sequences.
                                                   embedding, last norm and head from the forward to the end of the backward
     gradients    summed once an optimizer step    summed once a micro-batch, each rank keeping its own rows
     sampling     from the same weights            from the policy's model, which is whole inside of `whole` alone
+    adapters     whole, trained as any weight     whole, trained as in ddp; the frozen base is in rows of model.dtype
 
 With parallel.tensor_parallel = t (tensor_parallel.py) "the model" above is a rank's slice of it, an own decoder, and
 the ranks that ddp and fsdp are over are those with the same slice; sampling is as in fsdp with either.
@@ -29,6 +30,7 @@ from r1fast.batch import idle_batch
 from r1fast.config import Config, OptimConfig, ParallelConfig
 from r1fast.context_parallel import check_heads, cut
 from r1fast.distributed import RankGrid
+from r1fast.lora import Adapter, adapters, lora_tensors, share_adapters
 from r1fast.model import Decoder, ModelSpec
 from r1fast.optim import Optimizer
 from r1fast.policy import Policy
@@ -94,13 +96,15 @@ class Divided:
         self.name += _pieces(grid)
         self.model = self._divide(policy.model)
         shapes = {name: p.shape for name, p in policy.model.named_parameters()}
+        whole = lora_tensors(self.model)
         self.shards = {
             name: self._shard_of(p, shapes[name], self.cuts.get(name))
             for name, p in self.model.named_parameters()
+            if name not in whole
         }
         self._partial: list[Tensor] = []  # masters whose gradients are sums over slices too
 
-    def make_optimizer(self, config: OptimConfig) -> DividedOptimizer:
+    def make_optimizer(self, config: OptimConfig) -> Optimizer:
         made = self._optimizer(config)
         if self.tensor is not None:
             masters = zip(made.named, made.masters, strict=True)
@@ -120,9 +124,9 @@ class Divided:
         fill_whole(self.policy.model, self.shards)
 
     def free(self) -> None:
-        empty(self.policy.model)
+        empty(self.policy.model, self.shards)
 
-    def _optimizer(self, config: OptimConfig) -> DividedOptimizer:
+    def _optimizer(self, config: OptimConfig) -> Optimizer:
         raise NotImplementedError
 
     def _divide(self, whole: Decoder) -> Decoder:
@@ -144,12 +148,14 @@ class Divided:
 
     @torch.no_grad()
     def _take(self, own: nn.Module, whole: nn.Module, prefix: str, dtype: torch.dtype) -> None:
-        """This rank's slices of the parameters of `whole`, which has none afterwards."""
+        """This rank's slices of the parameters of `whole`, which has none afterwards; adapters are in both."""
         for (name, p), (module, key) in zip(whole.named_parameters(), _places(own), strict=True):
             assert name.endswith(key), (name, key)
+            if isinstance(module, Adapter):
+                continue
             cut = self.cuts.get(prefix + name)
-            own_slice = p if cut is None else cut.slice_of(p)
-            setattr(module, key, nn.Parameter(own_slice.to(dtype, copy=True)))
+            own_slice = (p if cut is None else cut.slice_of(p)).to(dtype, copy=True)
+            setattr(module, key, nn.Parameter(own_slice, requires_grad=p.requires_grad))
             p.data = _nothing(p.shape, p.dtype, p.device)
 
 
@@ -178,6 +184,8 @@ class TensorDdp(Divided):
 class Fsdp(Divided):
     """Every rank holds rows of the model, or of its slice of it."""
 
+    rows_dtype = torch.float32  # they are the masters
+
     def __init__(self, policy: Policy, config: ParallelConfig, grid: RankGrid):
         if config.cpu_offload and policy.device.type != "cuda":
             raise ValueError(
@@ -190,12 +198,12 @@ class Fsdp(Divided):
         self.model.reshard()
         self._sum_partial()
 
-    def _optimizer(self, config: OptimConfig) -> ShardedOptimizer:
+    def _optimizer(self, config: OptimConfig) -> Optimizer:
         named, copies = self.model.named_parameters(), self.config.replicas
         return ShardedOptimizer(named, config, self.shards, self.dtype, self.device, copies)
 
     def _divide(self, whole: Decoder) -> Decoder:
-        """In float32, layer by layer, so that no rank has the whole in it."""
+        """In `rows_dtype`, layer by layer, so that no rank has the whole in it."""
         from torch.distributed.fsdp import (
             CPUOffloadPolicy,
             FSDPModule,
@@ -210,7 +218,7 @@ class Fsdp(Divided):
             "mesh": self.data,
             # rotations and hidden states are of the type that the decoder gives them
             "mp_policy": MixedPrecisionPolicy(
-                param_dtype=None if self.dtype == torch.float32 else self.dtype,
+                param_dtype=None if self.dtype == self.rows_dtype else self.dtype,
                 reduce_dtype=torch.float32,
                 cast_forward_inputs=False,
             ),
@@ -218,12 +226,14 @@ class Fsdp(Divided):
         }
         made = self._blank(whole.spec)
         made.checkpointing = whole.checkpointing
+        share_adapters(whole, made)
+        options["ignored_params"] = {p for _, a in adapters(made) for p in a.parameters()}
         for i, (own, layer) in enumerate(zip(made.layers, whole.layers, strict=True)):
-            self._take(own, layer, f"layers.{i}.", torch.float32)
+            self._take(own, layer, f"layers.{i}.", self.rows_dtype)
             fully_shard(own, reshard_after_forward=self.config.reshard_after_forward, **options)
         for name in ("embed", "norm", "lm_head"):
             if getattr(whole, name) is not None:
-                self._take(getattr(made, name), getattr(whole, name), f"{name}.", torch.float32)
+                self._take(getattr(made, name), getattr(whole, name), f"{name}.", self.rows_dtype)
         # the loss takes the head's weight after the forward
         fully_shard(made, reshard_after_forward=False, **options)
         for module in made.modules():
@@ -239,6 +249,27 @@ class Fsdp(Divided):
         if self.tensor is None:
             return rows
         return Slice(rows.part, shape, rows.group, cut, self.config.tensor_parallel)
+
+
+class LoraFsdp(Fsdp):
+    """Every rank holds rows of the frozen base, and the adapters, which are small, whole: they are trained as in ddp."""
+
+    def __init__(self, policy: Policy, config: ParallelConfig, grid: RankGrid):
+        self.rows_dtype = policy.model.head_weight.dtype  # nothing is added to them
+        super().__init__(policy, config, grid)
+
+    def trained(self) -> dict[str, Tensor | Shard]:
+        return dict(lora_tensors(self.model))
+
+    def stored(self) -> dict[str, Tensor | Shard]:
+        return self.trained()
+
+    def sum_gradients(self, masters: Iterable[Tensor]) -> None:
+        self.model.reshard()
+        distributed.sum_gradients(masters)
+
+    def _optimizer(self, config: OptimConfig) -> Optimizer:
+        return Optimizer(self.model.named_parameters(), config)
 
 
 def make_parallel(policy: Policy, config: Config, *, can_shard: bool) -> Ddp | Divided:
@@ -259,7 +290,7 @@ def make_parallel(policy: Policy, config: Config, *, can_shard: bool) -> Ddp | D
     check_divides(spec, p.tensor_parallel, p.vocab_parallel)
     check_heads(local_spec(spec, p.tensor_parallel, p.vocab_parallel), p.context_parallel)
     if p.mode == "fsdp":
-        return Fsdp(policy, p, grid)
+        return (LoraFsdp if config.lora.rank else Fsdp)(policy, p, grid)
     return TensorDdp(policy, p, grid) if p.tensor_parallel > 1 else Ddp(policy, grid)
 
 
@@ -284,14 +315,17 @@ def _places(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def fill_whole(model: Decoder, shards: dict[str, Shard]) -> None:
-    """Gather all weights into a decoder of this form. All ranks call it."""
-    for name, p in model.named_parameters():
-        p.data = shards[name].gather(p.dtype, p.device)
+    """Gather what is divided into a decoder of this form. All ranks call it."""
+    own = dict(model.named_parameters())
+    for name, shard in shards.items():
+        p = own[name]
+        p.data = shard.gather(p.dtype, p.device)
 
 
-def empty(model: Decoder) -> None:
-    """Free its weights: what is read until they are filled again is NaN."""
-    for p in model.parameters():
+def empty(model: Decoder, names: Iterable[str]) -> None:
+    """Free these weights: what is read until they are filled again is NaN."""
+    own = dict(model.named_parameters())
+    for p in (own[name] for name in names):
         p.data = _nothing(p.shape, p.dtype, p.device)
 
 

@@ -133,6 +133,8 @@ class TrainingState:
     ):
         put_adapters(policy.model, config, stage)
         self.data = data
+        # the frozen base is not in the checkpoints, so they name it; here it is whole yet
+        self.base = base_digest(policy.model) if config.lora.rank else ""
         self.parallel = make_parallel(policy, config, can_shard=self.can_shard)
         self.policy, self.model, self.config = policy, self.parallel.model, config
         self.folder, self.stage = Path(folder), stage
@@ -142,8 +144,6 @@ class TrainingState:
         self.group = distributed.beside()  # of the threads that write checkpoints
         # now, as it takes half a second for a large vocabulary: a save would keep a step waiting
         self.tokenizer = tokenizer_facts(policy, config) if resume else {}
-        # the frozen base is not in the checkpoints, so they name it
-        self.base = base_digest(self.model) if config.lora.rank else ""
         self.optimizer = self.parallel.make_optimizer(config.optim)
         self.prepare()
         self.step = self.optimizer_step = self.num_tokens = 0

@@ -66,7 +66,8 @@ def check_weights(out: Path, layout: str, num_ranks: int, name: str, run: tuple,
     expected, after = (tensors_of(out, "ddp1", name, x) for x in ("gradients", "weights-0"))
     if run[1] == "float32":
         assert largest_error(gradients, expected) < 5e-6
-        assert largest_error(weights, after) < 5e-7
+        # adapters begin at 0, so theirs is as large as a gradient's
+        assert largest_error(weights, after) < (2e-6 if "lora" in name else 5e-7)
     else:
         assert largest_error(first_step(gradients), first_step(expected)) < bf16
         assert largest_error(weights, after) < 0.02
@@ -113,6 +114,6 @@ def check_moved(out: Path, name: str, changes: list[str]) -> None:
     assert {key: (x.dtype, x.shape) for key, x in moved.items()} == {
         key: (x.dtype, x.shape) for key, x in alone.items()
     }
-    assert largest_error(moved, alone) < (2e-6 if name == "grpo" else 0.03)
+    assert largest_error(moved, alone) < (0.03 if "bfloat16" in name else 2e-6)
     notes = [row.get("note", "") for row in read_metrics(out / "moved" / name)]
     assert [note.partition(" after")[0].partition(": ")[2] for note in notes] == changes

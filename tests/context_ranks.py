@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from sharded_ranks import CASES, FSDP, LAYOUTS, MOVES, RUNS, launch, some_steps, train
+from sharded_ranks import CASES, FSDP, LAYOUTS, MOVED, MOVES, RUNS, launch, some_steps, train
 from tiny import TokenScorer, tiny_config, tiny_model, tiny_policy, tiny_problems
 
 from r1fast import distributed
@@ -27,7 +27,6 @@ OWN_RUNS = {  # beside those of sharded_ranks.py
     "sequences": ("qwen3", "float32", ("--grpo.off_policy_mask_threshold=0.001", "--grpo.kl_in=reward",
                   "--grpo.rollout_correction=sequence_truncate", "--grpo.entropy_coef=0.01",
                   "--grpo.num_iterations=2", "--model.activation_checkpointing=none")),
-    "lora": ("qwen2", "float32", ("--lora.rank=3", "--model.activation_checkpointing=none")),
     "corrected": ("qwen2", "float32", ("--grpo.rollout_correction=token_truncate", "--grpo.num_iterations=2",
                   "--model.activation_checkpointing=none")),
     "replaced": ("qwen2", "float32", ("--grpo.max_logprob_mismatch=1e-12",
@@ -40,7 +39,7 @@ CUT = {  # layout -> number of ranks, overrides, runs
     "cp4": (4, FOUR, ("grpo", "grpo untied", "sft", "one kv head", "gspo")),
     "ddp4 cp2": (4, TWO, ("grpo", "grpo untied", "splinters", "sft tied", "apart")),
     "fsdp2 cp2": (2, (*FSDP, *TWO), ("grpo", "sft bfloat16")),
-    "fsdp4 cp2": (4, (*FSDP, *TWO), ("grpo", "grpo untied", "sft", "sft tied", "replaced", "sequences")),
+    "fsdp4 cp2": (4, (*FSDP, *TWO), ("grpo", "grpo untied", "sft", "sft tied", "replaced", "sequences", "lora")),
     "hsdp4 cp2": (4, (*FSDP, *TWO, "--parallel.replicas=2"), ("splinters",)),
 }  # fmt: skip
 TRAINED = [(layout, name) for layout, (_, _, names) in CUT.items() for name in names]
@@ -59,7 +58,7 @@ def trained(out: Path, num_ranks: int) -> None:
 
 def moved(out: Path, layout: str) -> None:
     overrides = CUT[layout][1] if layout in CUT else LAYOUTS[layout][1]
-    for name in ("grpo", "sft bfloat16"):
+    for name in MOVED:
         some_steps(name, out / "moved" / name, *overrides, num=1)
 
 

@@ -52,20 +52,24 @@ RUNS = {  # name -> family (qwen2 is tied, qwen3 is not), dtype, overrides
                   "--model.activation_checkpointing=none")),
     "dynamic": ("qwen2", "float32", ("--grpo.dynamic_sampling=signal",
                 "--model.activation_checkpointing=none")),
+    "lora": ("qwen2", "float32", ("--lora.rank=3", "--grpo.ref_refresh_steps=1", "--eval.every_steps=1",
+             "--model.activation_checkpointing=selective")),
     "grpo bfloat16": ("qwen2", "bfloat16", ("--model.activation_checkpointing=none",)),
     "sft": ("qwen3", "float32", ("--sft.batch_size=5", "--model.activation_checkpointing=none")),
     "sft tied": ("qwen2", "float32", ("--sft.batch_size=9", "--sft.loss=sequence",
                  "--model.activation_checkpointing=selective")),
+    "sft lora bfloat16": ("qwen3", "bfloat16", ("--lora.rank=3", "--lora.targets=['q_proj', 'down_proj']",
+                          "--model.activation_checkpointing=full")),
     "sft bfloat16": ("qwen3", "bfloat16", ("--model.activation_checkpointing=full",)),
 }  # fmt: skip
 ALWAYS = ("ddp1", "fsdp2")  # the other layouts train these runs alone:
 MORE = {
-    "fsdp1": ("grpo", "sft bfloat16"),
-    "ddp2": ("grpo bfloat16", "sft bfloat16"),
-    "kept2": ("grpo untied",),
+    "fsdp1": ("grpo", "sft bfloat16", "lora"),
+    "ddp2": ("grpo bfloat16", "sft bfloat16", "sft lora bfloat16"),
+    "kept2": ("grpo untied", "lora"),
     "ddp4": ("grpo untied",),
     "fsdp4": ("grpo untied", "sft tied"),
-    "hsdp4": ("grpo", "splinters", "sft", "grpo bfloat16"),
+    "hsdp4": ("grpo", "splinters", "sft", "grpo bfloat16", "lora"),
 }
 
 
@@ -112,7 +116,7 @@ def whole_gradient(trainer) -> dict[str, torch.Tensor]:
     found = {}
     for (name, p), master in zip(trainer.optimizer.named, trainer.optimizer.masters, strict=True):
         x = master.grad
-        if trainer.parallel.is_sharded:
+        if name in getattr(trainer.parallel, "shards", {}):
             x = trainer.parallel.shards[name].of(x).gather(x.dtype, p.device)
         found[name] = x.clone()
     return found
@@ -143,6 +147,7 @@ def layouts(out: Path, num_ranks: int) -> None:
 
 
 MOVES = ("ddp1", "fsdp2", "ddp4", "hsdp4", "fsdp1")
+MOVED = ("grpo", "lora", "sft bfloat16")
 
 
 def steps(num: int) -> tuple[str, ...]:
@@ -176,13 +181,13 @@ def some_steps(name: str, folder: Path, *overrides: str, num: int) -> None:
 def move(out: Path, layout: str) -> None:
     """One step of each run in this layout, wherever it stands."""
     _, overrides = LAYOUTS[layout]
-    for name in ("grpo", "sft bfloat16"):
+    for name in MOVED:
         some_steps(name, out / "moved" / name, *overrides, num=1)
 
 
 def straight(out: Path, layout: str, num: int = 0) -> None:
     """All of these steps in one layout, or the next `num` of them."""
-    for name in ("grpo", "sft bfloat16"):
+    for name in MOVED:
         folder = out / f"{layout} {'in pieces' if num else 'straight'}" / name
         some_steps(name, folder, *LAYOUTS[layout][1], num=num or len(MOVES))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from as_alone import check_moved, check_rows, check_weights, run_layouts
 from context_ranks import CUT, OWN_RUNS, TRAINED
+from sharded_ranks import MOVED
 from sharded_ranks import RUNS as SHARDED_RUNS
 from test_planner import job
 from tiny import tiny_config, tiny_policy
@@ -53,7 +54,7 @@ def test_data_samples_and_metrics_are_those_of_one_process(out, layout, name):
         assert rows[0]["train/old_logprobs_recomputed"] == 1
 
 
-@pytest.mark.parametrize("name", ["grpo", "sft bfloat16"])
+@pytest.mark.parametrize("name", MOVED)
 def test_a_checkpoint_moves_between_layouts(out, name):
     check_moved(out, name, [
         "", "processes 2 -> 1, model ddp with sequences over 2 ranks -> ddp",

@@ -8,6 +8,7 @@ from tiny import TokenScorer, tiny_config, tiny_policy, tiny_problems
 
 from r1fast import distributed
 from r1fast.costs import Size
+from r1fast.lora import add_lora
 from r1fast.machine import GIB, GPUS
 from r1fast.model import Decoder, ModelSpec
 from r1fast.planner import flops, memory, peak, resident
@@ -21,7 +22,10 @@ FSDP = ("--parallel.mode=fsdp", "--grpo.token_budget=200")
 
 def job_of(*overrides: str, num_ranks: int = 1, device: str = "cpu", spec: ModelSpec = SPEC):
     config = tiny_config(*overrides)
-    size = Size.of(Decoder(spec, device="meta"))
+    model = Decoder(spec, device="meta")
+    if config.lora.rank:
+        add_lora(model, config.lora)
+    size = Size.of(model)
     return make_job("grpo", spec, size, config, torch.device(device), GROUPS, 32, num_ranks)
 
 
@@ -36,11 +40,12 @@ def group_of_one():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_kept_is_what_a_trainer_keeps(tmp_path, group_of_one, dtype):
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_is_kept_is_what_a_trainer_keeps(tmp_path, group_of_one, dtype, rank):
     policy = tiny_policy("qwen3")
     policy.model.to(getattr(torch, dtype))
-    config = tiny_config(*FSDP, f"--model.dtype={dtype}", "--grpo.num_steps=1",
-                         "--model.activation_checkpointing=none")  # fmt: skip
+    config = tiny_config(*FSDP, f"--model.dtype={dtype}", "--grpo.num_steps=1", f"--lora.rank={rank}",
+                         "--model.activation_checkpointing=none", "--grpo.ref_refresh_steps=1")  # fmt: skip
     trainer = GRPOTrainer(policy, config, tmp_path, tiny_problems(), TokenScorer())
     trainer.watch = lambda: None
     trainer.run()
@@ -49,7 +54,8 @@ def test_what_is_kept_is_what_a_trainer_keeps(tmp_path, group_of_one, dtype):
     kept = resident(job, GROUPS, GIB)
     assert held_bytes(trainer) - steps == kept["weights"] + kept["optimizer"] + kept["reference"]
     assert trainer.model.num_parameters() == job.size.total
-    assert phases(job)["rollout"]["gathered"] == sum(p.nbytes for p in policy.model.parameters())
+    whole = [p for name, p in policy.model.named_parameters() if name in trainer.parallel.shards]
+    assert phases(job)["rollout"]["gathered"] == sum(p.nbytes for p in whole)
 
 
 @pytest.mark.parametrize(("num_ranks", "replicas"), [(2, 1), (8, 1), (8, 4)])
@@ -66,6 +72,25 @@ def test_shares_are_divided_by_the_ranks_that_hold_one_copy(num_ranks, replicas)
     whole, share = phases(one), phases(some)
     assert share["update"]["gradients"] == pytest.approx(4 * one.size.total / num_shares, abs=1)
     assert share["rollout"]["gathered"] == whole["rollout"]["gathered"] == 4 * one.size.total
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_of_adapters_the_base_alone_is_divided(offload):
+    lora, fsdp = "--lora.rank=4", (*FSDP, f"--parallel.cpu_offload={str(offload).lower()}")
+    device = "cuda" if offload else "cpu"
+    whole = job_of(lora, num_ranks=4, device=device)
+    some = job_of(*fsdp, lora, num_ranks=4, device=device)
+    base = 4 * (some.size.total - some.size.trained)
+    all_, kept = resident(whole, GROUPS, GIB), resident(some, GROUPS, GIB)
+    for kind in ("optimizer", "reference"):
+        assert kept[kind] == all_[kind]
+    share = 0 if offload else base // 4
+    assert kept["weights"] == all_["weights"] - base + share
+    for phase in ("training", "update"):
+        assert phases(some)[phase]["gradients"] == phases(whole)[phase]["gradients"]
+    assert phases(some)["rollout"]["gathered"] == phases(some)["reference"]["gathered"] == base
+    assert phases(some)["training"]["gathered"] == base  # three layers are all
+    assert "the base is divided over 4 ranks, adapters" in some.divided.says()
 
 
 def test_training_has_a_few_layers_at_a_time_or_all():

@@ -340,11 +340,14 @@ def test_a_short_run_of_grpo_with_adapters_over_two_servers(servers, tmp_path):
         engine.close()
 
 
-def test_two_ranks_that_hold_halves_of_the_model(servers, tmp_path):
-    """FSDP: the servers get the weights that rank 0 has gathered."""
+@pytest.mark.parametrize(
+    "layout", [("--parallel.mode=fsdp", "--lora.rank=4"), ("--parallel.tensor_parallel=2",)]
+)
+def test_two_ranks_that_divide_the_model(servers, tmp_path, layout):
+    """The servers get the weights that rank 0 has gathered, adapters merged."""
     child = servers.children["untied-0"]
     words = [
-        "--parallel.mode=fsdp", "--rollout.engine=vllm", f"--rollout.vllm.servers=['{child.url}']",
+        *layout, "--rollout.engine=vllm", f"--rollout.vllm.servers=['{child.url}']",
         "--optim.lr=0.02", "--grpo.num_steps=3", "--rollout.max_completion_tokens=16",
     ]  # fmt: skip
     Ranks(__file__, servers.folder / "untied", tmp_path, *words).succeed()
