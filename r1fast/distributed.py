@@ -18,6 +18,7 @@ T = TypeVar("T")
 TIMEOUT = datetime.timedelta(hours=2)  # of what ranks wait for each other
 MEETING = datetime.timedelta(minutes=10)  # of ranks that start
 ATTEMPT = datetime.timedelta(seconds=2)  # to reach rank 0 where it may no longer be
+POLL = 0.01  # seconds between two looks whether others are there
 PORT_KEY = "r1fast/port of rank 0"
 _beside: dict[dist.ProcessGroup, dist.ProcessGroup] = {}  # of the process's own group
 _meshes: dict[tuple, DeviceMesh] = {}  # by it, names and shape
@@ -247,10 +248,14 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_reduce(x: Tensor, op: str = "sum") -> Tensor:
-    """In place over all ranks; `op` is sum, max or min."""
+def all_reduce(x: Tensor, op: str = "sum", meanwhile: Callable[[], object] | None = None) -> Tensor:
+    """In place over all ranks; `op` is sum, max or min. `meanwhile` is called again and again until all are there."""
     if dist.is_initialized():
-        dist.all_reduce(x, getattr(dist.ReduceOp, op.upper()))
+        work = dist.all_reduce(x, getattr(dist.ReduceOp, op.upper()), async_op=True)
+        while meanwhile is not None and not work.is_completed():
+            meanwhile()
+            time.sleep(POLL)
+        work.wait()
     return x
 
 

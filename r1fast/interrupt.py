@@ -19,6 +19,7 @@ from r1fast.watchdog import beat
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID")  # they and torchrun's agent both pass one on
 ONE_SIGNAL = 2.0  # seconds in which a launcher's signals are one
+NOTHING, STOPPED, LOST = range(3)  # what a rank's work came to, the worst last
 LOOKS = 0.1  # seconds between two looks at the clock once a signal came
 
 
@@ -138,15 +139,23 @@ def boundary(phase: str, detail: str = "") -> None:
 
 
 @contextmanager
-def stoppable(*, waits: bool = False, in_step: bool = False) -> Iterator[None]:
+def stoppable(
+    *,
+    waits: bool = False,
+    in_step: bool = False,
+    meanwhile: Callable[[], object] | None = None,
+) -> Iterator[None]:
     """Around work that exchanges nothing with other ranks and changes nothing that a checkpoint holds.
 
-    Raises Stopped on every rank where one has given it up. What `waits` touches no weights, not even for
+    Raises Stopped on every rank where one has given it up, ServersLost where that was why. A rank that is done
+    waits for the others, and calls `meanwhile` again and again. What `waits` touches no weights, not even for
     a moment, and is also woken out of a wait. Work that ranks do in step may exchange, and stops where they have
     agreed to (`TokenBudget.each`), at no boundary of one rank alone.
     """
     if not _open or threading.get_ident() != _open[-1]._main:
         yield
+        if meanwhile is not None:
+            _worst(NOTHING, meanwhile)
         return
     request, stopped = _open[-1], None
     request.depth += not in_step
@@ -160,20 +169,33 @@ def stoppable(*, waits: bool = False, in_step: bool = False) -> Iterator[None]:
     finally:
         request.num_waiting -= waits
         request.depth -= not in_step
-    if request.depth == 0 and any_rank(stopped is not None or request.gives_up):
+    if request.depth:
+        return
+    own = STOPPED if stopped is not None or request.gives_up else NOTHING
+    worst = _worst(LOST if isinstance(stopped, ServersLost) else own, meanwhile)
+    if stopped is None and worst == LOST:
+        raise ServersLost(
+            "another rank has no vLLM server left, see what it says; this one stops with it"
+        )
+    if worst != NOTHING:
         raise stopped or Stopped
 
 
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank: ranks stop together."""
+    return bool(_worst(int(flag)))
+
+
+def _worst(own: int, meanwhile: Callable[[], object] | None = None) -> int:
+    """The largest number of all ranks."""
     import torch
 
     from r1fast import distributed
 
     if distributed.world_size() == 1:
-        return flag
+        return own
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return bool(distributed.all_reduce(torch.tensor(float(flag), device=device), "max"))
+    return int(distributed.all_reduce(torch.tensor(own, device=device), "max", meanwhile))
 
 
 @contextmanager

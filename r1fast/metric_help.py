@@ -35,7 +35,7 @@ METRIC_HELP: dict[str, tuple[str, str]] = {
     "rollout_correction/bounded": ("share", "tokens whose weight a bound has changed"),
     "vllm/servers": ("", "servers that sample, at the step's end"),
     "vllm/lost": ("", "times that a server was lost in this step, all ranks"),
-    "vllm/retries": ("", "samples that were sent again in this step, all ranks"),
+    "vllm/retries": ("", "samples that failed and were sent again in this step, all ranks"),
     "vllm/weight_version": ("", "of the weights that the servers have"),
     "vllm/version_lag": (
         "versions",

@@ -188,7 +188,7 @@ class GRPOTrainer(PolicyUpdate):
         is_late = ahead is not None and ahead.drains and ahead.is_out(step)
         if not is_late:
             self._give_weights(step)
-        with self.timer("rollout"), stoppable():
+        with self.timer("rollout"), stoppable(meanwhile=self.engine.tend):
             groups = self.rollout(step)
         if is_late:
             self._give_weights(step)
@@ -199,7 +199,7 @@ class GRPOTrainer(PolicyUpdate):
         if not isinstance(self.engine, VllmEngine):
             return
         if self.ahead is not None and self.ahead.drains:
-            with self.timer("rollout"), stoppable():
+            with self.timer("rollout"), stoppable(meanwhile=self.engine.tend):
                 self.ahead.drain()
         with self.timer("sync"), stoppable():
             self.engine.sync()

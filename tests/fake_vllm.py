@@ -168,9 +168,11 @@ class FakeVllm:
                     break
             time.sleep(0.005)
         try:
-            is_slow = self.delay and not (self.spares_canaries and body["ignore_eos"])
-            if is_slow and self.ended.wait(self.delay):
-                return None
+            is_slow = not (self.spares_canaries and body["ignore_eos"])
+            done = time.monotonic() + self.delay * is_slow
+            while (left := done - time.monotonic()) > 0 and self.num_aborts == before:
+                if self.ended.wait(min(left, 0.01)):
+                    return None
             if fault == "abort" or self.num_aborts != before:
                 none = {"token_logprobs": []}
                 return {"choices": [{"finish_reason": "abort", "token_ids": [], "logprobs": none}]}

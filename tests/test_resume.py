@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny import TokenScorer, tiny_config, tiny_policy, tiny_problems
 from r1fast import distributed
 from r1fast.checkpoint import load_checkpoint
 from r1fast.examples import Example
-from r1fast.interrupt import SIGNALS, Stopped, StopRequest, any_rank, stoppable
+from r1fast.interrupt import SIGNALS, ServersLost, Stopped, StopRequest, any_rank, stoppable
 from r1fast.metrics import read_metrics
 from r1fast.sft import SFTTrainer, encode_examples
 from r1fast.trainer import GRPOTrainer
@@ -112,10 +113,53 @@ def test_ranks_stop_together(monkeypatch):
     """A signal that only another rank got stops this one too."""
     assert not any_rank(False)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "all_reduce", lambda x, op: x.fill_(1) if op == "max" else x)
+    monkeypatch.setattr(distributed, "all_reduce", lambda x, op, meanwhile: x.fill_(1))
     assert any_rank(False)
     with pytest.raises(Stopped), StopRequest(), stoppable():
         pass
+
+
+@pytest.mark.parametrize(
+    ("worst", "own", "raised"),
+    [(0, None, None), (1, None, Stopped), (2, None, ServersLost), (2, ServersLost, ServersLost), (2, Stopped, Stopped)],
+)  # fmt: skip
+def test_why_another_rank_stopped_is_why_this_one_does(monkeypatch, worst, own, raised):
+    found = []
+
+    def all_reduce(x, op, meanwhile):
+        found.append(int(x))
+        meanwhile()
+        return x.fill_(worst)
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
+    with StopRequest(), pytest.raises(raised) if raised else nullcontext() as caught:
+        with stoppable(meanwhile=lambda: found.append("meanwhile")):
+            if own is not None:
+                raise own("as it was")
+    assert found == [{None: 0, Stopped: 1, ServersLost: 2}[own], "meanwhile"]
+    if own is not None:
+        assert str(caught.value) == "as it was"
+
+
+def test_a_rank_that_is_done_works_until_the_others_are(monkeypatch):
+    from torch import distributed as dist
+
+    class Work:
+        left = 3
+
+        def is_completed(self):
+            self.left -= 1
+            return self.left < 0
+
+        def wait(self):
+            assert self.left <= 0
+
+    calls = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda x, op, async_op: Work())
+    distributed.all_reduce(torch.zeros(1), "max", lambda: calls.append(1))
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("make", [grpo, sft])

@@ -167,7 +167,7 @@ def in_flight(engine, num=6, seconds=0.5):
     long = SamplingParams(temperature=0.8, max_tokens=300, ignore_eos=True)
     request = engine.add(PROMPTS[0], list(range(num)), long)
     deadline = time.monotonic() + 60
-    while sum(len(s.calls) for s in engine.fleet.servers) < num and engine.fleet.done.empty():
+    while sum(len(s.jobs) for s in engine.fleet.servers) < num and engine.fleet.done.empty():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(seconds)
@@ -187,7 +187,7 @@ def test_weights_that_come_while_samples_are_in_flight(servers, update):
             for p in policy.model.parameters():
                 p.mul_(factor)
         engine.reset_prefix_cache()
-        num_under_way = sum(len(server.calls) for server in engine.fleet.servers)
+        num_under_way = sum(len(server.jobs) for server in engine.fleet.servers)
         engine.sync()
         assert engine.take_metrics()["vllm/canary_max"] < CLOSE
         events = []
@@ -412,7 +412,7 @@ def test_a_server_that_is_killed_and_comes_back(servers):
     engine = servers.engine(policy, "tied-0", "tied-1", wait_seconds=600)
     engine.sync()
     request = in_flight(engine, num=8, seconds=0.05)  # in half a second a quick machine is done
-    assert all(s.calls for s in engine.fleet.servers)
+    assert all(s.jobs for s in engine.fleet.servers)
     port = Client(servers.children["tied-1"].url).port
     servers.children["tied-1"].close()
     events = []

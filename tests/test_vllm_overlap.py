@@ -150,6 +150,18 @@ def test_no_sample_is_older_than_the_bound(tmp_path, servers, staleness, update)
                 ) < CLOSE  # fmt: skip
 
 
+def test_what_an_update_aborts_is_of_the_new_weights_and_says_so(tmp_path, servers):
+    """Half of the samples are under way at a time, those of the next step when an update comes."""
+    slots = f"--rollout.max_batch_size={SAMPLES}"
+    trainer, rows = run(tmp_path, servers(delay=0.3), FAST, slots, *ahead(1, "abort"))
+    assert sum(row["vllm/retries"] for row in rows) == 0  # nothing was wrong
+    assert rows[1]["vllm/version_lag"] < 0.5  # they were asked for under the weights before
+    for groups in trainer.groups.values():
+        for group in groups:
+            for c in group.completions:
+                assert gap(trainer.begins[c.weight_versions[0] - 1], [group], [c]) < CLOSE
+
+
 def test_one_step_off_is_a_function_of_the_seed(tmp_path, servers):
     """Where an update waits, all samples of a step are of the weights of the step before, whatever the timing."""
     found = []
@@ -338,9 +350,11 @@ def test_other_ranks_ask_no_server_that_rank_0_has_lost(fleet, monkeypatch):  # 
     """It may still have older weights, though this rank has seen nothing wrong with it."""
     engine, _ = fleet(none, none)
     engine.sync()
-    said = [2, "another digest", [1], "", False]  # version, digest, servers that are up, no error
+    said = iter(
+        [[[2, "another digest"], "", False], [[1], "", False]]
+    )  # weights, servers that are up
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    monkeypatch.setattr(distributed, "gather_objects", lambda own: [said, own])
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [next(said), own])
     engine.sync()
     first, second = engine.fleet.servers
     assert first.state != "up"
@@ -387,6 +401,29 @@ def test_two_ranks(tmp_path, servers, mode):
             assert row[name] == pytest.approx(other[name], rel=2e-3, abs=1e-5), name
     assert [row["vllm/version_lag"] for row in rows] == [0, 1, 1, 1]
     assert sum(len(asked(server)) for server in made) == 4 * 12
+
+
+@pytest.mark.parametrize("update", ["wait", "keep"])
+def test_two_ranks_and_the_one_server_comes_back_with_other_weights(tmp_path, servers, update):
+    """Rank 0 gives it the weights of now, also when it has all its own samples, and rank 1 samples on."""
+    (server,) = servers(delay=0.3)
+    own = ("--rollout.max_batch_size=4", "--rollout.vllm.wait_seconds=20", "--grpo.num_steps=4")
+    given = [*words([server], "--optim.lr=0.001", *ahead(1, update)), *own]
+    ranks = Ranks(__file__, tmp_path, *given, "slowly")
+    try:
+        wait_for(lambda: (tmp_path / "updating-1").exists(), 60)
+        server.close()
+        again = FakeVllm(tiny_policy(seed=9), port=server.port)
+        again.delay, again.spares_canaries = 0.05, True
+        ranks.succeed()
+    finally:
+        again.close()
+    rows = read_metrics(tmp_path)
+    assert len(rows) == 4
+    assert sum(row["vllm/lost"] for row in rows) >= 1
+    assert all(row["vllm/version_lag_max"] <= 1 for row in rows)
+    gaps = [row["logprob_mismatch/mean"] for row in rows]
+    assert max(gaps) < 0.1, gaps  # of the server's own weights it would be above 1
 
 
 @pytest.mark.parametrize("correction", ["token_truncate", "sequence_mask"])
@@ -474,10 +511,20 @@ def test_what_an_update_does_by_default():
     assert update("--rollout.vllm.update=abort") == "abort"
 
 
+class Slow(GRPOTrainer):
+    """Says when it trains, which takes it a while."""
+
+    def update(self, groups, step):
+        (self.folder / f"updating-{step}").touch()
+        time.sleep(0.5)
+        return super().update(groups, step)
+
+
 def main(out: Path, given: list[str]) -> None:
     distributed.start()
-    config = tiny_config(*given)
-    GRPOTrainer(tiny_policy(), config, out, tiny_problems(), TokenScorer()).run()
+    kind = Slow if "slowly" in given else GRPOTrainer
+    config = tiny_config(*(word for word in given if word != "slowly"))
+    kind(tiny_policy(), config, out, tiny_problems(), TokenScorer()).run()
     distributed.leave(0)
 
 

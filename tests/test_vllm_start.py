@@ -142,6 +142,16 @@ def test_a_server_that_does_not_start_is_shown_by_its_log(tmp_path):
     ):
         with started(tiny_config(*words)):
             pass
+    trace = "(Worker pid=7) ERROR 11-30 19:28:19 [executor.py:953] ValueError: no memory is left\\n"
+    rest = "".join(f"line {i}\\n" for i in range(30))
+    broken.write_text(f"#!/bin/sh\nprintf '{trace}{rest}RuntimeError: see above\\n' >&2\nexit 1\n")
+    first = (
+        r"server-0.log tells of an error:\nValueError: no memory is left\nand ends with:\nline 16\n"
+    )
+    with pytest.raises(RuntimeError, match=first):
+        with started(tiny_config(*words)):
+            pass
+    assert "no such module" in (tmp_path / "run/vllm/server-0.log").read_text()  # of the run before
     with started(tiny_config()) as config:  # nothing is started for the embedded engine
         assert config == tiny_config()
 

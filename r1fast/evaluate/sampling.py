@@ -113,7 +113,7 @@ def sample_missing(
     with (
         closing(make_engine(policy, config.rollout)) as engine,
         progress(title, total=total, unit="sample", start=start, enabled=bool(title)) as bar,
-        stoppable(),
+        stoppable(meanwhile=engine.tend),
     ):
         engine.sync()
         places: dict[int, int] = {}

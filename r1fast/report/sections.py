@@ -32,6 +32,9 @@ CHARTS = [
     ("Format", "rewards/format/mean", "format_rate", True, True),
     ("KL to the reference", "kl", "", False, True),
     ("Entropy", "entropy", "", False, True),
+    ("Weight of the correction", "rollout_correction/weight", "", False, False),
+    ("Age of the weights that sampled", "vllm/version_lag", "", False, True),
+    ("Wait for samples", "overlap/trainer_waited", "", False, True),
 ]
 CAPTIONS = {
     "verdicts/correct": "share of the training completions judged correct; dots: pass@1",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -60,6 +60,7 @@ class VllmEngine(Loops):
             num_retries=self.config.num_retries,
             request_timeout=self.config.request_timeout,
         )
+        self._num_retries = self.config.num_retries
         self._requests: dict[int, dict[int, Job]] = {}  # samples that have not ended
         self._ended: list[TokenEvent] = []
         self._counts = EngineStats()
@@ -78,7 +79,7 @@ class VllmEngine(Loops):
 
     def reset_prefix_cache(self) -> None:
         """The weights have changed: the next `sync` is to send them."""
-        self.weights.are_known = False
+        self.weights.changed()
 
     def sync(self) -> None:
         """Give every server the policy's weights as they are now. All ranks together.
@@ -86,29 +87,45 @@ class VllmEngine(Loops):
         What becomes of samples under way, rollout.vllm.update says; what `hold` kept is sent afterwards. Raises
         CanaryError where a server then does not have them, ServersLost where there is none.
         """
-        failed: BaseException | None = None
-        message: list = [0, "", [], "", False]
-        if distributed.is_main():
-            try:
-                self._wait_for_one()
-                self.weights.take()
-                self._update([s for s in self.fleet.servers if s.state != "lost"])
-                self._wait_for_one(updated=True)
-            except (Stopped, CanaryError, ValueError, OSError) as error:
-                failed = error
-            up = [i for i, s in enumerate(self.fleet.servers) if s.state == "up"]
-            ending = "" if failed is None else f"rank 0: {failed}"
-            message = [self.weights.version, self.weights.digest, up, ending,
-                       isinstance(failed, Stopped)]  # fmt: skip
-        version, digest, up, ending, is_stopped = distributed.gather_objects(message)[0]
-        if failed is not None:
-            raise failed
-        if ending:  # ranks end together
-            raise (ServersLost if is_stopped else RuntimeError)(ending)
+        self._on_main(self._take_weights)
+        version, digest = self._word_of_main([self.weights.version, self.weights.digest])
         if not distributed.is_main():
             self.weights.follow(version, digest)
+            self.fleet.expect(version)
+        self._on_main(self._update_all)
+        up = self._word_of_main([i for i, s in enumerate(self.fleet.servers) if s.state == "up"])
+        if not distributed.is_main():
             self._follow(up)
         self.fleet.hold(False)
+
+    def _on_main(self, do: Callable[[], None]) -> None:
+        """On rank 0; what it raises there waits for `_word_of_main`."""
+        self._failed: BaseException | None = None
+        if distributed.is_main():
+            try:
+                do()
+            except (Stopped, CanaryError, ValueError, OSError) as error:
+                self._failed = error
+
+    def _word_of_main(self, facts: list) -> list:
+        """The facts of rank 0; where it has failed, ranks end together."""
+        failed = self._failed
+        ending = "" if failed is None else f"rank 0: {failed}"
+        own = [facts, ending, isinstance(failed, Stopped)]
+        facts, ending, is_stopped = distributed.gather_objects(own)[0]
+        if failed is not None:
+            raise failed
+        if ending:
+            raise (ServersLost if is_stopped else RuntimeError)(ending)
+        return facts
+
+    def _take_weights(self) -> None:
+        self._wait_for_one()
+        self.weights.take()
+
+    def _update_all(self) -> None:
+        self._update([s for s in self.fleet.servers if s.state != "lost"])
+        self._wait_for_one(updated=True)
 
     def _follow(self, up: Sequence[int]) -> None:
         """Take rank 0's word for which servers have the weights; the others are not asked before they do."""
@@ -199,10 +216,15 @@ class VllmEngine(Loops):
                 continue
             try:
                 self._introduce(server)
-                if self.weights.has_them(server):
+                if self.weights.was_given_them(server):
                     self.fleet.take_up(server, self.weights.version)
             except (ServerError, RequestError) as error:
                 self.fleet.lose(server, str(error))
+
+    def tend(self) -> None:
+        """While other ranks still sample: servers that come back get their weights from rank 0 alone."""
+        if distributed.is_main():
+            self._bring_back()
 
     def _servers_lost(self) -> ServersLost:
         return ServersLost(
@@ -248,7 +270,7 @@ class VllmEngine(Loops):
         jobs = {}
         for i, (seed, length) in enumerate(zip(seeds, lengths, strict=True)):
             own = {"max_tokens": min(length, room), "seed": seed}
-            jobs[i] = Job((number, i), body | own)
+            jobs[i] = Job((number, i), body | own, f"{name}, sample {i}")
         if jobs:
             self._requests[number] = jobs
             for job in jobs.values():
@@ -316,10 +338,10 @@ class VllmEngine(Loops):
         """What a server has sampled, in one of the fleet's threads."""
         event = read_completion(reply, job.body["prompt"], *job.key, job.body["max_tokens"])
         if not all(map(math.isfinite, event.logprobs)):
-            event.finish_reason = "error"
-            event.error = (
-                f"request {job.key[0]}, sample {job.key[1]}: a log-probability is not finite"
-            )
+            error = f"{job.name}: {job.server.url} gives a log-probability that is not finite"
+            if job.num_tries <= self._num_retries:  # another one may do better
+                raise ServerError(error)
+            event.finish_reason, event.error = "error", error
         elif max(event.token_ids) >= self.model.spec.vocab_size or min(event.token_ids) < 0:
             raise ServerError(
                 f"a token id is outside [0, {self.model.spec.vocab_size}): another model's"
@@ -338,7 +360,7 @@ class VllmEngine(Loops):
         stats = EngineStats(
             decode_steps=self._counts.decode_steps, decode_tokens=self._counts.decode_tokens
         )
-        running = sum(len(server.calls) for server in self.fleet.servers)
+        running = sum(len(server.jobs) for server in self.fleet.servers)
         open_samples = sum(map(len, self._requests.values()))
         stats.num_running = min(running, open_samples)
         stats.num_waiting = open_samples - stats.num_running

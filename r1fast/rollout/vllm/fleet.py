@@ -33,7 +33,7 @@ class Server:
     version: int = -1
     newest: int = -1
     reason: str = ""  # why it was lost
-    calls: set[Call] = field(default_factory=set)  # under way
+    jobs: set[Job] = field(default_factory=set)  # under way
     num_silent: int = 0
     num_failures: int = 0  # since a sample last came from it
     quiet_until: float = 0.0  # it is not asked before: longer after each failure
@@ -50,6 +50,9 @@ class Job:
 
     key: tuple[int, int]  # (request, sample)
     body: dict  # of /v1/completions, without the model's name
+    name: str = ""  # for errors
+    server: Server | None = None  # that it was sent to last
+    waits: bool = False  # there, for the weights for which the server has stopped it before
     call: Call = field(default_factory=Call)
     num_tries: int = 0
     is_cancelled: bool = False
@@ -115,11 +118,20 @@ class Fleet:
         with self._changed:
             return 0.0 if self.up else time.monotonic() - self._lost_since
 
+    def expect(self, version: int) -> None:
+        """Servers are given the weights of `version` from now on, by somebody else."""
+        with self._changed:
+            for server in self.up:
+                server.newest = version
+
     def take_up(self, server: Server, version: int) -> None:
         """It has the weights of `version` and may be sent samples."""
         with self._changed:
             server.state, server.reason, server.num_silent = "up", "", 0
             server.version = server.newest = version
+            for job in server.jobs:
+                if job.waits:
+                    job.waits, job.versions = False, (version, version)
             self._changed.notify_all()
 
     def lose(self, server: Server, reason: str, *, cut: bool = True) -> None:
@@ -135,9 +147,9 @@ class Fleet:
                 server.num_failures + 1,
                 time.monotonic() + pause,
             )
-            calls = list(server.calls) if cut else []
-        for call in calls:
-            call.cut()
+            jobs = list(server.jobs) if cut else []
+        for job in jobs:
+            job.call.cut()
 
     def reasons(self) -> str:
         return "; ".join(f"{s.url}: {s.reason or s.state}" for s in self.servers)
@@ -145,11 +157,11 @@ class Fleet:
     def close(self) -> None:
         with self._changed:
             self._is_closed = True
-            calls = [call for server in self.servers for call in server.calls]
+            jobs = [job for server in self.servers for job in server.jobs]
             self._jobs.clear()
             self._changed.notify_all()
-        for call in calls:
-            call.cut()
+        for job in jobs:
+            job.call.cut()
 
     def _work(self) -> None:
         while (taken := self._next()) is not None:
@@ -168,9 +180,10 @@ class Fleet:
             except Exception as error:  # ours: the engine's thread is to raise it
                 job.error = error
             with self._changed:
-                job.versions, job.arrived = (job.versions[0], server.newest), time.monotonic()
+                first = server.newest if job.waits else job.versions[0]
+                job.versions, job.arrived = (first, server.newest), time.monotonic()
                 server.num_failures = 0
-                server.calls.discard(job.call)
+                server.jobs.discard(job)
             self.done.put(job)
 
     def _next(self) -> tuple[Job, Server] | None:
@@ -180,11 +193,13 @@ class Fleet:
                 while self._jobs and self._jobs[0].is_cancelled:
                     self._jobs.popleft()
                 if self._jobs and not self._is_held and (up := self.up):
-                    job, server = self._jobs.popleft(), min(up, key=lambda s: len(s.calls))
-                    job.call = Call()
+                    job = self._jobs.popleft()
+                    job.waits = job.waits and job.server in up
+                    server = job.server if job.waits else min(up, key=lambda s: len(s.jobs))
+                    job.call, job.server = Call(), server
                     job.num_tries += 1
                     job.versions = server.version, server.newest
-                    server.calls.add(job.call)
+                    server.jobs.add(job)
                     return job, server
                 self._num_idle += 1
                 self._changed.wait()
@@ -195,18 +210,18 @@ class Fleet:
     def _send_again(self, job: Job, server: Server, error: ServerError) -> bool:
         """Whether somebody else is to try; the server is lost either way, unless it was told to stop."""
         with self._changed:
-            server.calls.discard(job.call)
+            server.jobs.discard(job)
             if job.is_cancelled or self._is_closed:
                 return True
             was_lost = server.state == "lost"  # and this sample cut off for it
-            if isinstance(error, Interrupted):
-                was_lost, job.num_tries = True, job.num_tries - 1
-        if not was_lost:
+            if is_planned := isinstance(error, Interrupted):
+                job.waits, job.num_tries = True, job.num_tries - 1
+        if not was_lost and not is_planned:
             # others under way there may still end well, or fail by themselves
             self.lose(server, str(error), cut=False)
         with self._changed:
             if job.num_tries <= self._num_retries:
-                self.num_retried += 1
+                self.num_retried += not is_planned
                 self._jobs.appendleft(job)
                 self._changed.notify()
                 return True
@@ -214,8 +229,6 @@ class Fleet:
             f"a sample failed on {job.num_tries} tries (rollout.vllm.num_retries = "
             f"{self._num_retries}), the last one: {error}"
         )
-        with self._changed:
-            server.calls.discard(job.call)
         self.done.put(job)
         return True
 

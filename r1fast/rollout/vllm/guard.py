@@ -12,8 +12,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 PATIENCE = 10.0  # seconds from SIGTERM to SIGKILL
+TIDY = 2.0  # that its children have after it
 PR_SET_PDEATHSIG = 1
 
 
@@ -32,6 +34,9 @@ def main(words: list[str]) -> int:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(PATIENCE)
         with contextlib.suppress(ProcessLookupError):
+            for _ in range(20):  # its own tidy up too: shared memory goes with the last of them
+                os.killpg(child.pid, 0)
+                time.sleep(TIDY / 20)
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
 

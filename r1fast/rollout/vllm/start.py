@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from r1fast.metrics import say
 from r1fast.rollout.vllm.client import Client, RequestError, ServerError
 
 HERE = Path(__file__).parent
+_ERROR = re.compile(r"(?:^|ERROR.*\] )((?:\w+\.)*\w+(?:Error|Exception): .*)")
 START_SECONDS = 900.0  # for a large model on a slow disk
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # without it there are no weight updates over HTTP
@@ -130,8 +132,11 @@ class Child:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", log
+        self._begin = (
+            log.stat().st_size if log.exists() else 0
+        )  # what a server before has said stays
         words, environment = command(python, model, "127.0.0.1", port, options)
-        with log.open("w") as file:
+        with log.open("a") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", str(HERE / "guard.py"), *words],
                 stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment,
@@ -148,11 +153,17 @@ class Child:
             ended = self.process.poll() is not None
             if ended or time.monotonic() - began > seconds:
                 why = f"ended with {self.process.returncode}" if ended else "does not answer"
-                raise RuntimeError(f"a vLLM server {why}; {self.log} ends with:\n{self.tail()}")
+                raise RuntimeError(f"a vLLM server {why}; {self.log} {self.last_words()}")
             time.sleep(0.2)
 
-    def tail(self) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+    def last_words(self) -> str:
+        """The error that its log tells first, which the others follow from, and the log's end."""
+        with self.log.open("rb") as file:
+            file.seek(self._begin)
+            lines = file.read().decode(errors="replace").splitlines()
+        told = (match[1] for line in lines if (match := _ERROR.search(line)))
+        cause = next((f"tells of an error:\n{text}\nand " for text in told), "")
+        return f"{cause}ends with:\n" + "\n".join(lines[-15:])
 
     def close(self) -> None:
         if self.process.stdin is not None:

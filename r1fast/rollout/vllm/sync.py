@@ -47,6 +47,7 @@ class WeightSync:
     def __init__(self, model: Decoder, rollout: RolloutConfig, servers: Sequence[Server]):
         self.model, self.config = model, rollout.vllm
         self.version, self.digest, self.are_known = 0, "", False
+        self._now = ""  # digest of the trainer's weights, where it was taken since they changed
         self._versions: list[int] = []  # that this run has had, sorted
         self._servers, self._temperature = servers, rollout.temperature
         self._prompts = canary_prompts(model.spec.vocab_size, model.spec.max_position_embeddings)
@@ -57,11 +58,15 @@ class WeightSync:
     def close(self) -> None:
         self._transfer.close()
 
+    def changed(self) -> None:
+        """The trainer's weights are others than those of the last `take`, or may be."""
+        self.are_known, self._now = False, ""
+
     def take(self) -> None:
         """Look at the trainer's weights. New ones get the next version, known ones that of their servers."""
         if self.are_known:
             return
-        digest = digest_of(self.model)
+        digest = self._digest_now()
         if digest != self.digest:
             versions = {}
             for server in self._servers:
@@ -99,6 +104,17 @@ class WeightSync:
 
     def has_them(self, server: Server) -> bool:
         return self._label(server)[1] == self.digest
+
+    def was_given_them(self, server: Server) -> bool:
+        """On a rank that gives none: whether rank 0 has, those of the last `sync` or, since then, those of now."""
+        version, digest = self._label(server)
+        if digest not in ("", self.digest) and not self.are_known and digest == self._digest_now():
+            self.follow(version, digest)
+        return digest == self.digest
+
+    def _digest_now(self) -> str:
+        self._now = self._now or digest_of(self.model)
+        return self._now
 
     def _label(self, server: Server) -> tuple[int, str]:
         reply = server.client.get("/weight_info", timeout=REPLY_SECONDS)
