@@ -228,7 +228,8 @@ def without_bfloat16_products(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("T", "D", "N"), [(1, 2, 1), (7, 15, 17), (33, 64, 48), (40, 191, 65), (129, 256, 40), (0, 4, 6)]
+    ("T", "D", "N"),
+    [(1, 2, 1), (7, 15, 17), (33, 64, 48), (40, 191, 65), (129, 256, 40), (0, 4, 6)],
 )
 @pytest.mark.parametrize("bias", [True, False])
 def test_bfloat16_gradients_in_float32(without_bfloat16_products, monkeypatch, T, D, N, bias):
