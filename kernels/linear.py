@@ -4,11 +4,11 @@
 
 In float32 on a CPU with AVX-512 or AVX2 they are csrc/products.hpp: MKL keeps to AVX2 on processors that are not
 Intel's, at half the speed of AVX-512; on AVX2 both are as fast, from some more tokens on. In bfloat16 the first is
-csrc/linear.hpp, which samples: what training computes is then what was sampled, and an oneDNN product, as exact but summed in another order, is on the other side of a rounding now and then. dx and dW are
-PyTorch's in bfloat16, but where it multiplies in plain loops (AVX2 alone: 3 GFLOP/s a core where float32 has 100): there
-they are the float32 products of the widened factors, rounded once. The choice depends on the processor, dtypes and shapes
-alone, and the products of C++ are the same bits for any number of threads, so that a resumed run repeats its steps.
-Everything else is PyTorch's.
+csrc/linear.hpp, which samples: what training computes is then what was sampled, and an oneDNN product, as exact but summed
+in another order, is on the other side of a rounding now and then. dx, dW and a y of an odd D are PyTorch's in bfloat16, but
+where it multiplies in plain loops (AVX2 alone: 3 GFLOP/s a core where float32 has 100): there they are the float32 products
+of the widened factors, rounded once. The choice depends on the processor, dtypes and shapes alone, and the products of C++
+are the same bits for any number of threads, so that a resumed run repeats its steps. Everything else is PyTorch's.
 Shapes: T tokens, D inputs, N outputs.
 """
 
@@ -22,6 +22,7 @@ from r1fast.kernels import cpu_head
 from r1fast.kernels.rows import as_rows, matrix
 
 MIN_TOKENS = {"avx512": 32, "avx2": 192}  # below, packing W costs more than it saves
+WIDEN_TOKENS = 16  # below, PyTorch's loops over bfloat16 are as fast for y
 SLAB = 1 << 20  # elements of W or dW that are widened at a time, so that they stay in the cache
 
 
@@ -78,7 +79,15 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y (..., N), without autograd, as what follows."""
     native = is_native(x, weight, bias)
     if not native and not is_sampled(x, weight, bias):
-        return F.linear(x, weight, bias)
+        factors = (x, weight) if bias is None else (x, weight, bias)
+        if x.numel() < WIDEN_TOKENS * x.shape[-1] or not is_widened(*factors):
+            return F.linear(x, weight, bias)
+        wide, y = x.float(), x.new_empty(*x.shape[:-1], len(weight))
+        height = _slab(weight.shape[1])
+        biases = [None] * len(weight.split(height)) if bias is None else bias.split(height)
+        for part, rows, b in zip(y.split(height, -1), weight.split(height), biases, strict=True):
+            part.copy_(linear_fwd(wide, rows.float(), None if b is None else b.float()))
+        return y
     from r1fast import _C
 
     rows, weight = as_rows(x), as_rows(weight)

@@ -137,7 +137,7 @@ def test_what_keeps_a_model_from_it_is_said(monkeypatch, capsys):
     for _ in range(2):
         Runner(odd)
         Runner(tiny_model())
-    said = "sampling by PyTorch's forward, slower than the native one: it needs an even intermediate_size, got 49"
+    said = "the sampler takes PyTorch's forward, slower than the native one: it needs an even intermediate_size, got 49"
     assert capsys.readouterr().err.splitlines() == [said]
     with monkeypatch.context() as patch:
         patch.setattr(_C, "native_level", lambda bf16: "baseline")

@@ -74,7 +74,7 @@ class Runner:
         if self.batch_invariant and not self.is_native:
             raise ValueError(f"batch_invariant needs the CPU's native forward: {reason}")
         if reason is not None and self.device.type == "cpu":
-            _note_once(f"sampling by PyTorch's forward, slower than the native one: {reason}")
+            _note_once(f"the sampler takes PyTorch's forward, slower than the native one: {reason}")
         if self.graphs is not None and self.graphs.device != self.device:
             self.graphs = None
         elif self.graphs is not None and self._addresses != (now := self._weight_addresses()):
