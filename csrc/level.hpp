@@ -36,11 +36,11 @@ inline Level parse_level(const std::string& what, const std::string& name, Level
                               name_of(best_level()) + "); got '" + name + "'");
 }
 
-// What "auto" is. The environment is read once.
+// What "auto" is. The environment is read once; a variable that is empty counts as unset.
 inline Level cpu_level() {
   static const Level level = [] {
     const char* const asked = std::getenv("R1FAST_CPU_LEVEL");
-    return asked == nullptr ? best_level() : parse_level("R1FAST_CPU_LEVEL", asked, best_level());
+    return asked == nullptr || *asked == '\0' ? best_level() : parse_level("R1FAST_CPU_LEVEL", asked, best_level());
   }();
   return level;
 }

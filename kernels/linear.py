@@ -4,11 +4,15 @@
 
 In float32 on a CPU with AVX-512 or AVX2 they are csrc/products.hpp: MKL keeps to AVX2 on processors that are not
 Intel's, at half the speed of AVX-512; on AVX2 both are as fast, from some more tokens on. In bfloat16 the first is
-csrc/linear.hpp, which samples: what training computes is then what was sampled, and an oneDNN product, as exact but summed in another order, is on the other side of a rounding now and then. The choice
-depends on the processor, dtypes and shapes alone, and the products are the same bits for any number of threads, so that a
-resumed run repeats its steps. Everything else is PyTorch's.
+csrc/linear.hpp, which samples: what training computes is then what was sampled, and an oneDNN product, as exact but summed
+in another order, is on the other side of a rounding now and then. dx, dW and a y of an odd D are PyTorch's in bfloat16, but
+where it multiplies in plain loops (AVX2 alone: 3 GFLOP/s a core where float32 has 100): there they are the float32 products
+of the widened factors, rounded once. The choice depends on the processor, dtypes and shapes alone, and the products of C++
+are the same bits for any number of threads, so that a resumed run repeats its steps. Everything else is PyTorch's.
 Shapes: T tokens, D inputs, N outputs.
 """
+
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +22,8 @@ from r1fast.kernels import cpu_head
 from r1fast.kernels.rows import as_rows, matrix
 
 MIN_TOKENS = {"avx512": 32, "avx2": 192}  # below, packing W costs more than it saves
+WIDEN_TOKENS = 16  # below, PyTorch's loops over bfloat16 are as fast for y
+SLAB = 1 << 20  # elements of W or dW that are widened at a time, so that they stay in the cache
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -37,6 +43,25 @@ def is_sampled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return _fits(x, weight, bias, torch.bfloat16) and x.shape[-1] % 2 == 0 and x.numel() > 0
 
 
+@cache
+def has_bf16_products() -> bool:
+    """Whether PyTorch multiplies bfloat16 by oneDNN here: what it asks itself (AVX-512, AVX2-VNNI-2, or Arm's).
+
+    ONEDNN_MAX_CPU_ISA counts, a oneDNN that is switched off later does not. No oneDNN, no such question.
+    """
+    name = "_is_mkldnn_bf16_supported"
+    return hasattr(torch.ops.mkldnn, name) and getattr(torch.ops.mkldnn, name)()
+
+
+def is_widened(*factors: Tensor) -> bool:
+    """Whether the product is taken in float32, as PyTorch would be slow: twenty times and more."""
+    return (
+        all(type(t) in (Tensor, nn.Parameter) for t in factors)
+        and all(t.is_cpu and t.dtype == torch.bfloat16 for t in factors)
+        and not has_bf16_products()
+    )
+
+
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
@@ -54,7 +79,15 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y (..., N), without autograd, as what follows."""
     native = is_native(x, weight, bias)
     if not native and not is_sampled(x, weight, bias):
-        return F.linear(x, weight, bias)
+        factors = (x, weight) if bias is None else (x, weight, bias)
+        if x.numel() < WIDEN_TOKENS * x.shape[-1] or not is_widened(*factors):
+            return F.linear(x, weight, bias)
+        wide, y = x.float(), x.new_empty(*x.shape[:-1], len(weight))
+        height = _slab(weight.shape[1])
+        biases = [None] * len(weight.split(height)) if bias is None else bias.split(height)
+        for part, rows, b in zip(y.split(height, -1), weight.split(height), biases, strict=True):
+            part.copy_(linear_fwd(wide, rows.float(), None if b is None else b.float()))
+        return y
     from r1fast import _C
 
     rows, weight = as_rows(x), as_rows(weight)
@@ -71,6 +104,12 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
     """dx (..., D)"""
+    if is_widened(dy, weight):
+        wide, dx = dy.float(), dy.new_empty(*dy.shape[:-1], weight.shape[1])
+        width = _slab(len(weight))
+        for part, columns in zip(dx.split(width, -1), weight.split(width, 1), strict=True):
+            part.copy_(linear_dx(wide, columns.float()))
+        return dx
     if not is_native(dy, weight.t()):
         return dy @ weight
     from r1fast import _C
@@ -87,6 +126,11 @@ def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
 def linear_dweight(dy: Tensor, x: Tensor) -> Tensor:
     """dW (N, D), of dy (T, N) and x (T, D)."""
     dweight = dy.new_empty(dy.shape[1], x.shape[1])
+    if is_widened(dy, x):
+        wide, height = x.float(), _slab(x.shape[1])
+        for part, columns in zip(dweight.split(height), dy.split(height, 1), strict=True):
+            part.copy_(linear_dweight(columns.float(), wide))
+        return dweight
     if not is_native(x, dweight) or dy.dtype != x.dtype:
         return torch.mm(dy.t(), x, out=dweight)
     from r1fast import _C
@@ -97,6 +141,18 @@ def linear_dweight(dy: Tensor, x: Tensor) -> Tensor:
         torch.get_num_threads(),
     )  # fmt: skip
     return dweight
+
+
+def add_product_(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y (T, N) + a (T, R) b (R, N) in place, rounded once. For a small R."""
+    if is_widened(y, a, b):
+        return y.copy_(torch.addmm(y.float(), a.float(), b.float()))
+    return y.addmm_(a, b)
+
+
+def _slab(length: int) -> int:
+    """Rows or columns of this length that are widened at a time: whole vectors."""
+    return max(16, SLAB // max(1, length) // 16 * 16)
 
 
 class LinearFunction(torch.autograd.Function):
@@ -117,8 +173,8 @@ class LinearFunction(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(..., D), (N, D), (N,) -> (..., N). Differentiable once where C++ computes it."""
-    in_cpp = is_native(x, weight, bias) or is_sampled(x, weight, bias)
-    if in_cpp and not torch.is_autocast_enabled("cpu"):
+    """(..., D), (N, D), (N,) -> (..., N). Differentiable once where C++ computes it, or PyTorch's gradients are slow."""
+    is_own = is_native(x, weight, bias) or is_sampled(x, weight, bias) or is_widened(x, weight)
+    if is_own and not torch.is_autocast_enabled("cpu"):
         return LinearFunction.apply(x, weight, bias)
     return linear_ref(x, weight, bias)

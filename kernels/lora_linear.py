@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1fast.kernels.linear import is_sampled, linear_dweight, linear_dx, linear_fwd
+from r1fast.kernels.linear import add_product_, is_sampled, linear_dweight, linear_dx, linear_fwd
 
 WHOLE_TILES = 32  # elements that a product of linear.hpp may read at once
 
@@ -74,7 +74,7 @@ class LoraLinearFunction(torch.autograd.Function):
         else:
             y = linear_fwd(x, weight, bias)
             for hp, Bp, (start, end) in _parts(h, Bs, parts):
-                y[:, start:end].addmm_(hp, Bp.t())
+                add_product_(y[:, start:end], hp, Bp.t())
         ctx.save_for_backward(x, weight, An, Bs, h)
         ctx.parts, ctx.scale, ctx.dtypes = parts, scale, (A.dtype, B.dtype)
         return y
@@ -91,7 +91,7 @@ class LoraLinearFunction(torch.autograd.Function):
             dhp.copy_(linear_dx(dy[:, start:end], Bp))
             dBp.copy_(linear_dweight(dy[:, start:end], hp))
         dA, dB = linear_dweight(dh, x).to(ctx.dtypes[0]), dB.to(ctx.dtypes[1]).mul_(ctx.scale)
-        dx = linear_dx(dy, weight).addmm_(dh, A) if needs_x else None
+        dx = add_product_(linear_dx(dy, weight), dh, A) if needs_x else None
         dweight = linear_dweight(dy, x) if needs_weight else None
         return dx, dweight, dy.sum(0) if needs_bias else None, dA, dB, None, None
 

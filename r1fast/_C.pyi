@@ -133,7 +133,7 @@ Address: TypeAlias = int
 def cpu_level() -> str:
     """What the level "auto" is: avx512, avx2 or baseline, the best that this CPU has and R1FAST_CPU_LEVEL allows.
 
-    ValueError, as from everything that has a level, if that variable asks for what is not one, or not here.
+    ValueError, as from everything that has a level, if that variable asks for what is not one, or not here; empty is unset.
     """
 
 def native_level(bf16: bool) -> str:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from r1fast.config import Config, load_config
 from r1fast.metrics import note, printable, rule, say, say_part
 from r1fast.policy import Policy, policy_of
+from r1fast.provenance import hardware
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.result import completion_of
 from r1fast.rollout.sampler import SamplingParams, sample_seed
@@ -83,7 +84,8 @@ def generate(target: str, overrides: list[str], options: Options) -> None:
     seconds = time.monotonic() - began
     if num_failed:
         raise RuntimeError(f"{num_failed} of {num * len(prompts)} completions failed")
-    note(f"{num_tokens} tokens in {seconds:.1f} s: {num_tokens / seconds:,.0f} a second")
+    speed = f"{num_tokens} tokens in {seconds:.1f} s: {num_tokens / seconds:,.0f} a second"
+    note(f"{speed} on {policy.device} ({hardware(policy.device)})")
 
 
 def _prompts(texts: list[str], policy: Policy, config: Config) -> list[list[int]]:

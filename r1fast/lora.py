@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from r1fast.config import LoraConfig
 from r1fast.config_check import lora_targets
-from r1fast.kernels.linear import linear_fwd
+from r1fast.kernels.linear import add_product_, linear_fwd
 from r1fast.kernels.lora_linear import lora_linear, wide_factor
 
 
@@ -50,7 +50,8 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor, linear: nn.Linear) -> Tensor:  # (T, D) -> (T, N)
         if self.stack is not None:
             A, B = self.stack
-            return linear_fwd(x, linear.weight, linear.bias).addmm_(linear_fwd(x, A, None), B.t())
+            y, h = linear_fwd(x, linear.weight, linear.bias), linear_fwd(x, A, None)
+            return add_product_(y, h, B.t())
         A, B = self.factors
         parts = list(self.parts.values())
         return lora_linear(x, linear.weight, linear.bias, A, B, parts, self.scale)

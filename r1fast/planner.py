@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from r1fast import _C
 from r1fast.config import Config
 from r1fast.costs import (
     Counts,
@@ -28,6 +27,7 @@ from r1fast.costs import (
 from r1fast.machine import GIB
 from r1fast.model import DTYPES, ModelSpec
 from r1fast.probe import Footprint, Speed
+from r1fast.rollout.native import why_not
 from r1fast.sharded_memory import Shares
 from r1fast.tensor_parallel import local_spec
 
@@ -199,11 +199,13 @@ def resident(job: Job, groups: Groups, available: int) -> dict[str, int]:
 
 
 def _packed_bytes(job: Job) -> int:
-    """Of the copy that the native forward of a CPU makes."""
-    has_none = _C.native_level(job.dtype == torch.bfloat16) == "baseline"
-    if job.device.type != "cpu" or has_none:
+    """Of the copies that a CPU's sampler makes: all weights packed, or without the native forward a head in float32."""
+    if job.device.type != "cpu":
         return 0
-    return (job.size.linears + job.size.table) * job.dtype.itemsize
+    if why_not(job.spec, job.dtype, job.device) is None:
+        return (job.size.linears + job.size.table) * job.dtype.itemsize
+    wide = torch.promote_types(job.dtype, torch.float32)
+    return 0 if wide == job.dtype else job.size.table * wide.itemsize
 
 
 def _reference_bytes(job: Job) -> int:

@@ -11,11 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = {  # bottom first; a module may import from layers below its own
-    "leaves": "types chat_template chat_template_worker config config_check metrics metric_help progress timer rollout_metrics distributed protocol hf_folder interrupt watchdog provenance partial run_lock jsonl columns problem_rows data_order tensor_file config_diff checkpoint_layout checkpoint_check json_fields metric_rows tokenizer_check file_errors worker_process shards",
+    "leaves": "types chat_template chat_template_worker config config_check metrics metric_help progress timer rollout_metrics distributed protocol hf_folder interrupt watchdog partial run_lock jsonl columns problem_rows data_order tensor_file config_diff checkpoint_layout checkpoint_check json_fields metric_rows tokenizer_check file_errors worker_process shards",
     "compute": "kernels _C",
     "model": "lora recompute model tensor_parallel peft_folder policy",
     "stages": "rollout rewards batch grpo step_plan optim checkpoint data templates",
-    "loop": "running_sum token_budget machine costs probe sharded_memory planner roofline plan planning paper_shape cluster_plan profiling checkpoint_state checkpoint_writer context_parallel forward sharded_optimizer sharding training_state training recorded_fields recording reference balance policy_update dynamic_sampling rollouts_ahead trainer sft evaluate examples rejection cold_start reward_model reward_training assemble preferences judge_engine hacking_monitor hf_classifier preference_pairs",
+    "loop": "running_sum token_budget provenance machine costs probe sharded_memory planner roofline plan planning paper_shape cluster_plan profiling checkpoint_state checkpoint_writer context_parallel forward sharded_optimizer sharding training_state training recorded_fields recording reference balance policy_update dynamic_sampling rollouts_ahead trainer sft evaluate examples rejection cold_start reward_model reward_training assemble preferences judge_engine hacking_monitor hf_classifier preference_pairs",
     "entry": "__init__ __main__ config_keys commands evaluate_command evaluation_table plan_config cluster_report replay pipeline recipe report generate export serve integrations claims",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}

@@ -53,7 +53,13 @@ def test_the_variable_chooses(level):
     assert done.stdout.split() == [level] * 3, done.stderr
 
 
-@pytest.mark.parametrize("wrong", ["avx9", "AVX2", ""])
+def test_an_empty_variable_counts_as_unset():
+    code = "from r1fast import _C; print(_C.cpu_level())"
+    found = [run(code, level) for level in ("", "auto")]
+    assert found[0].stdout == found[1].stdout != "", found[0].stderr
+
+
+@pytest.mark.parametrize("wrong", ["avx9", "AVX2", " "])
 def test_a_wrong_value_is_an_error_and_no_silent_fallback(wrong):
     code = "import torch; from r1fast.kernels import cpu_head; cpu_head.supported(torch.float32)"
     done = run(code, wrong)

@@ -1,5 +1,11 @@
 """The products of a linear layer: C++ against PyTorch, in float32 around the sizes of its tiles and blocks."""
 
+import os
+import platform
+import subprocess
+import sys
+from functools import partial
+
 import pytest
 import torch
 from numerics import assert_accurate
@@ -143,6 +149,7 @@ def test_a_second_derivative_is_refused():
 def test_everything_else_is_pytorch(monkeypatch):
     monkeypatch.setattr(LinearFunction, "forward", None)
     x, weight = torch.randn(64, 32), torch.randn(48, 32)
+    monkeypatch.setattr(op, "has_bf16_products", lambda: True)
     cases = [
         (x[: op.MIN_TOKENS["avx512"] - 1], weight),
         (x.double(), weight.double()),
@@ -212,3 +219,76 @@ def test_bfloat16_forward_is_the_samplers_product(T, D, N, bias):
     actual, baseline = (out_and_grads(f, p, torch.bfloat16) for f in (linear, linear_ref))
     for name, value in out_and_grads(linear_ref, exact, torch.float64).items():
         assert_accurate(name, actual[name], baseline[name], value)
+
+
+@pytest.fixture
+def without_bfloat16_products(monkeypatch):
+    """As on a CPU with AVX2 alone, where PyTorch multiplies bfloat16 in loops."""
+    monkeypatch.setattr(op, "has_bf16_products", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("T", "D", "N"),
+    [(1, 2, 1), (7, 15, 17), (33, 64, 48), (40, 191, 65), (129, 256, 40), (0, 4, 6)],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_bfloat16_gradients_in_float32(without_bfloat16_products, monkeypatch, T, D, N, bias):
+    """No less accurate than PyTorch's, for any cut into slabs, whether or not the forward is the sampler's."""
+    p = {k: None if t is None else t.bfloat16() for k, t in problem(T, D, N, bias).items()}
+    exact = {k: None if t is None else t.double() for k, t in p.items()}
+    expected = out_and_grads(linear_ref, exact, torch.float64)
+    baseline = out_and_grads(linear_ref, p, torch.bfloat16)
+    found = []
+    for slab in (16, op.SLAB):
+        monkeypatch.setattr(op, "SLAB", slab)
+        found.append(out_and_grads(linear, p, torch.bfloat16))
+        for name, value in expected.items():
+            assert found[-1][name].dtype == torch.bfloat16
+            if value.numel():
+                assert_accurate(name, found[-1][name], baseline[name], value)
+    wide = {k: p[k].float() for k in ("x", "weight", "dy")}
+    assert_close = partial(torch.testing.assert_close, rtol=2**-8, atol=1e-5)
+    assert_close(found[1]["dx"].float(), wide["dy"] @ wide["weight"])
+    assert_close(found[1]["dweight"].float(), wide["dy"].t() @ wide["x"])
+
+
+@pytest.mark.parametrize("has_products", [True, False])
+def test_bfloat16_gradients_are_pytorchs_where_it_has_products(monkeypatch, has_products):
+    p = {k: t.bfloat16() for k, t in problem(70, 34, 50).items()}
+    dx, dweight = p["dy"] @ p["weight"], torch.mm(p["dy"].t(), p["x"])
+    monkeypatch.setattr(op, "has_bf16_products", lambda: has_products)
+    slabs, real = [], op._slab
+    monkeypatch.setattr(op, "_slab", lambda length: (slabs.append(length), real(length))[1])
+    actual = op.linear_dx(p["dy"], p["weight"]), op.linear_dweight(p["dy"], p["x"])
+    if has_products:
+        assert torch.equal(actual[0], dx)
+        assert torch.equal(actual[1], dweight)
+    assert slabs == ([] if has_products else [50, 34])
+    # what is not bfloat16 never is
+    slabs.clear()
+    op.linear_dx(p["dy"].float(), p["weight"].float())
+    op.linear_dweight(p["dy"].double(), p["x"].double())
+    assert not slabs
+
+
+@pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and platform.machine() == "x86_64"),
+    reason="needs oneDNN on x86-64",
+)
+def test_what_pytorch_says_of_its_products():
+    """oneDNN held to AVX2, as ONEDNN_MAX_CPU_ISA can, once a process."""
+    code = "from r1fast.kernels.linear import has_bf16_products; print(has_bf16_products())"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.stdout.strip() == "False", done.stderr
+    if torch.cpu._is_avx512_bf16_supported() and "ONEDNN_MAX_CPU_ISA" not in os.environ:
+        assert op.has_bf16_products()
+
+
+def test_bfloat16_adapters_in_float32(without_bfloat16_products):
+    """The adapters' products and the sum with the base's, around them the tests of test_lora_linear.py."""
+    from test_lora_linear import PARTS, test_against_float64
+
+    for name in PARTS:
+        test_against_float64(name, torch.bfloat16, 33, 64, 8)
+        test_against_float64(name, torch.bfloat16, 5, 33, 3)

@@ -11,9 +11,9 @@ from r1fast import _C
 from r1fast.kernels.attention import PackedAttention
 from r1fast.model import Decoder
 from r1fast.rollout.kv_cache import KVCache
-from r1fast.rollout.native import NativeForward, PackedWeight, is_supported, padded
+from r1fast.rollout.native import NativeForward, PackedWeight, is_supported, padded, why_not
 from r1fast.rollout.request import Prefill
-from r1fast.rollout.runner import Runner
+from r1fast.rollout.runner import Runner, _note_once
 
 pytestmark = pytest.mark.skipif(not is_supported(tiny_model()), reason="needs AVX2")
 
@@ -113,3 +113,35 @@ def test_new_weights_are_packed_again():
     native = runner._native = NativeForward(model, cache)
     runner.reset()
     assert runner._native is not native
+
+
+def test_what_keeps_a_model_from_it_is_said(monkeypatch, capsys):
+    """In the refusal of batch_invariant, and in one line a process where PyTorch's forward samples instead."""
+    spec = tiny_model().spec
+    cases = {
+        "float32 or bfloat16 weights, got float16": (spec, torch.float16),
+        "a head_dim of at most 1024, got 1026": (replace(spec, head_dim=1026), torch.float32),
+        "an even intermediate_size, got 49": (replace(spec, intermediate_size=49), torch.bfloat16),
+        "an even hidden_size, got 31": (replace(spec, hidden_size=31), torch.float32),
+    }
+    for reason, (other, dtype) in cases.items():
+        assert why_not(other, dtype, torch.device("cpu")) == f"it needs {reason}"
+    assert "the weights are on cuda:1" in why_not(spec, torch.float32, torch.device("cuda:1"))
+    assert why_not(spec, torch.bfloat16, torch.device("cpu")) is None
+    odd = Decoder(replace(spec, intermediate_size=49), seed=0)
+    with pytest.raises(
+        ValueError, match=r"batch_invariant needs .*: it needs an even intermediate_size, got 49"
+    ):
+        Runner(odd, batch_invariant=True)
+    _note_once.cache_clear()
+    for _ in range(2):
+        Runner(odd)
+        Runner(tiny_model())
+    said = "the sampler takes PyTorch's forward, slower than the native one: it needs an even intermediate_size, got 49"
+    assert capsys.readouterr().err.splitlines() == [said]
+    with monkeypatch.context() as patch:
+        patch.setattr(_C, "native_level", lambda bf16: "baseline")
+        patch.delenv("R1FAST_CPU_LEVEL", raising=False)
+        assert "this CPU has not" in why_not(spec, torch.float32, torch.device("cpu"))
+        patch.setenv("R1FAST_CPU_LEVEL", "baseline")
+        assert "R1FAST_CPU_LEVEL=baseline" in why_not(spec, torch.float32, torch.device("cpu"))

@@ -136,6 +136,37 @@ def test_bfloat16_has_the_bits_of_the_sampler(family):
     assert mean_mismatch(model, budget=150) < 1e-6  # prompts are forwarded with each completion
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_without_the_native_forward(family, monkeypatch):
+    """Within the bar of 1e-3, as logits are float32 there too; large ones rounded to bfloat16 are 1.3e-3 to 3.6e-3 off."""
+    monkeypatch.setattr("r1fast.rollout.runner.is_supported", lambda model: False)
+    model = deep_model(family)
+    model.norm.weight.data.mul_(2 if family == "qwen2" else 4)
+    assert mean_mismatch(model) <= 1e-3
+
+
+def test_the_head_in_float32_is_made_once_for_each_version(monkeypatch):
+    monkeypatch.setattr("r1fast.rollout.runner.is_supported", lambda model: False)
+    model = deep_model("qwen2")
+    engine = Engine(model, [EOS])
+
+    def logprobs() -> list[float]:
+        sampling = SamplingParams(max_tokens=8, ignore_eos=True)
+        (group,) = engine.generate([[5, 6]], 1, sampling, seed=0)
+        return group.completions[0].logprobs
+
+    first, head = logprobs(), engine.runner._wide_head
+    assert head.dtype == torch.float32
+    assert logprobs() == first
+    assert engine.runner._wide_head is head
+    model.head_weight.data.mul_(1.5)
+    assert logprobs() != first
+    assert engine.runner._wide_head is not head
+    model.float()
+    logprobs()
+    assert engine.runner._wide_head is None
+
+
 @needs_bfloat16
 def test_bfloat16_adapters_have_the_bits_of_the_sampler():
     model = deep_model("qwen2")

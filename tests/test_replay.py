@@ -315,7 +315,15 @@ def test_the_model_that_it_started_from(tmp_path, base):
         replay(tmp_path / "run", 1, [f"--model.path={tmp_path / 'run' / 'model'}"])
 
 
-def test_other_rounding_is_named(tmp_path, base, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "now", "said"),
+    [
+        ("processor", "Other CPU", "-> 'Other CPU'"),
+        ("levels", {"float32": "baseline", "bfloat16": "older"}, "levels.bfloat16: "),
+        ("has_bf16_products", None, "bfloat16_products: "),
+    ],
+)  # fmt: skip
+def test_other_rounding_is_named(tmp_path, base, monkeypatch, capsys, name, now, said):
     """The recorded updates in between leave other weights: a warning where the machine explains it."""
     train(tmp_path, base)
     path = tmp_path / "recorded" / "step-000002"
@@ -324,13 +332,40 @@ def test_other_rounding_is_named(tmp_path, base, monkeypatch, capsys):
         **state["before"]["digests"], "model": "1"}}}))  # fmt: skip
     with pytest.raises(ValueError, match=r"the state before step 2 is not the recorded one \(model\): "):  # fmt: skip
         replay(tmp_path, 3)
-    monkeypatch.setattr(provenance, "processor", lambda: "Other CPU")
+    monkeypatch.setattr(provenance, name, lambda: now)
     result = replay(tmp_path, 3)
     assert not result["is_identical"]
-    assert any("Other CPU" in line for line in result["other_versions"])
+    assert any(said in line for line in result["other_versions"])
     shown = capsys.readouterr()
-    assert "Other CPU" in shown.err
+    assert said in shown.err
     assert "rounding may differ between then and now" in shown.out
+
+
+def test_a_recording_of_before_the_levels_were_written_down(tmp_path, base):
+    train(tmp_path, base)
+    path = tmp_path / "recorded" / "step-000002"
+    state = json.loads((path / "state.json").read_text())
+    assert state["versions"].pop("levels") == provenance.levels()
+    del state["versions"]["bfloat16_products"]
+    rewrite(path, "state.json", json.dumps(state))
+    result = replay(tmp_path, 2)
+    assert result["is_identical"]
+    assert any(line.startswith("levels.float32: (not set) ->") for line in result["other_versions"])
+
+
+def test_a_manifest_names_the_level(monkeypatch):
+    found = []
+    for float32, bfloat16 in (
+        ("avx512", "amx"),
+        ("avx512", "avx512"),
+        ("avx512", "avx2"),
+        ("avx2", "avx2"),
+        ("baseline", "baseline"),
+    ):
+        own = {"float32": float32, "bfloat16": bfloat16}
+        monkeypatch.setattr(provenance, "levels", lambda own=own: own)
+        found.append(provenance.hardware(torch.device("cpu")).split(", ")[-1])
+    assert found == ["AVX-512 with AMX", "AVX-512 with bfloat16", "AVX-512", "AVX2", "baseline"]
 
 
 def test_micro_batches_are_those_that_fitted(tmp_path, base, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -638,8 +639,9 @@ def test_the_command_and_sigterm(tmp_path):
     )  # fmt: skip
     try:
         line = server.stdout.readline()
-        start = "served: 0.03 million parameters, float32 on cpu; cache up to "
+        start = "served: 0.03 million parameters, float32 on cpu ("
         assert line.startswith(start), (line, server.stderr.read())
+        assert re.search(r"\d threads?, [\w -]+\); cache up to ", line), line
         line = server.stdout.readline()
         assert line.startswith("ready on http://127.0.0.1:")
         url = line.split()[2]

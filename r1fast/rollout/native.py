@@ -7,6 +7,8 @@ same bits whatever rows are beside it.
 Shapes: N tokens, D width, H query heads, K kv heads, Dh head width, V vocabulary.
 """
 
+import os
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,25 +18,37 @@ from r1fast import _C
 from r1fast.kernels.lora_linear import WHOLE_TILES as MULTIPLE
 from r1fast.kernels.lora_linear import side_by_side
 from r1fast.kernels.paged_attention import DecodePlan
-from r1fast.model import Decoder, Linear
+from r1fast.model import Decoder, Linear, ModelSpec
 from r1fast.rollout.decode_step import Inputs
 from r1fast.rollout.kv_cache import KVCache
 from r1fast.rollout.rows import Batch, Rows
 
+MAX_HEAD_DIM = 1024
 MAX_SECONDS = 0.05  # of one call: signals and other requests wait for its end
+
+
+def why_not(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> str | None:
+    """What keeps a model from the native forward here, for a message; None: nothing does."""
+    if device.type != "cpu":
+        return f"it needs a CPU, the weights are on {device}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"it needs float32 or bfloat16 weights, got {str(dtype).removeprefix('torch.')}"
+    if _C.native_level(dtype == torch.bfloat16) == "baseline":
+        is_asked = os.environ.get("R1FAST_CPU_LEVEL") == "baseline"
+        why = "R1FAST_CPU_LEVEL=baseline leaves out" if is_asked else "this CPU has not"
+        return f"it needs AVX2, which {why}"
+    if spec.head_dim > MAX_HEAD_DIM:
+        return f"it needs a head_dim of at most {MAX_HEAD_DIM}, got {spec.head_dim}"
+    for name in ("hidden_size", "intermediate_size"):
+        if (size := getattr(spec, name)) % 2:
+            return f"it needs an even {name}, got {size}"
+    return None
 
 
 def is_supported(model: Decoder) -> bool:
     """Whether this CPU and this model can take the native forward."""
     weight = model.head_weight
-    is_bf16 = weight.dtype == torch.bfloat16
-    return (
-        weight.device.type == "cpu"
-        and (is_bf16 or weight.dtype == torch.float32)
-        and _C.native_level(is_bf16) != "baseline"
-        and model.spec.head_dim <= 1024
-        and model.spec.hidden_size % 2 == model.spec.intermediate_size % 2 == 0
-    )
+    return why_not(model.spec, weight.dtype, weight.device) is None
 
 
 class PackedWeight:

@@ -5,7 +5,7 @@ Shapes: B running rows, Nq tokens of a step, N tokens of prompts, D model width,
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -15,15 +15,21 @@ from torch import Tensor
 from r1fast.kernels.attention import PackedAttention
 from r1fast.kernels.paged_attention import DecodePlan, paged_attention, read_kv
 from r1fast.lora import stacks, with_stacks
+from r1fast.metrics import note
 from r1fast.model import Decoder
 from r1fast.rollout.cuda_graphs import Capture, CudaCapture, DecodeGraphs
 from r1fast.rollout.decode_step import DecodeStep, Inputs, slots_of
 from r1fast.rollout.draw import Draw, draws_in_graph
 from r1fast.rollout.kv_cache import KVCache
-from r1fast.rollout.native import NativeForward, draws_alone, is_supported
+from r1fast.rollout.native import NativeForward, draws_alone, is_supported, why_not
 from r1fast.rollout.rows import Rows
 from r1fast.rollout.sampler import uniforms
 from r1fast.rollout.scheduler import Chunk
+
+
+@cache
+def _note_once(text: str) -> None:
+    note(text)
 
 
 class Runner:
@@ -58,14 +64,17 @@ class Runner:
         not graphs that read them where they still are.
         """
         self._native: NativeForward | None = None
-        self._stacks: list | None = None  # of adapters, for the model's own forward on a CPU
-        self.device = self.model.head_weight.device
+        # for the model's own forward on a CPU: of adapters, and the head in float32
+        self._stacks: list | None = None
+        self._wide_head: Tensor | None = None
+        weight = self.model.head_weight
+        self.device = weight.device
         self.is_native = is_supported(self.model)
+        reason = None if self.is_native else why_not(self.model.spec, weight.dtype, self.device)
         if self.batch_invariant and not self.is_native:
-            raise ValueError(
-                "batch_invariant needs float32 or bfloat16 weights on a CPU with AVX2, got "
-                f"{self.model.head_weight.dtype} on {self.device}"
-            )
+            raise ValueError(f"batch_invariant needs the CPU's native forward: {reason}")
+        if reason is not None and self.device.type == "cpu":
+            _note_once(f"the sampler takes PyTorch's forward, slower than the native one: {reason}")
         if self.graphs is not None and self.graphs.device != self.device:
             self.graphs = None
         elif self.graphs is not None and self._addresses != (now := self._weight_addresses()):
@@ -73,10 +82,21 @@ class Runner:
             self._addresses = now
 
     def logits(self, hidden: Tensor) -> Tensor:  # (n, D) of `prefill` or `decode` -> (n, V)
-        """In a buffer that the next call may use again."""
+        """In a buffer that the next call may use again. On a CPU in float32 at least, as in training."""
         if self.is_native:
             return self._native.logits(hidden)
-        return F.linear(hidden, self.model.head_weight)
+        weight = self.model.head_weight
+        # a GPU's stay in the weights' dtype: half of what each graph keeps of them, and read as they are
+        if self.device.type != "cpu":
+            return F.linear(hidden, weight)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if weight.dtype == dtype:
+            return F.linear(hidden, weight)
+        if (
+            self._wide_head is None
+        ):  # twice a 16-bit head's bytes; one row is 1.3 times as slow without
+            self._wide_head = weight.detach().to(dtype)
+        return F.linear(hidden.to(dtype), self._wide_head)
 
     def copy_blocks(self, copies: list[tuple[int, int]], cache: KVCache) -> None:
         if copies:

@@ -16,6 +16,7 @@ import uvicorn
 from r1fast.config import Config
 from r1fast.metrics import note, say, warn
 from r1fast.policy import Policy, policy_of
+from r1fast.provenance import hardware
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.serve.app import Limits, Service
@@ -151,4 +152,5 @@ def _described(policy: Policy, engine: Engine, block_size: int) -> str:
     gib = stats.num_blocks * stats.block_bytes / 2**30
     cache = f"{gib:.1f} GiB" if gib >= 1 else f"{1024 * gib:.0f} MiB"
     tokens = f"{stats.num_blocks * block_size:,} tokens"
-    return f"{size} parameters, {dtype} on {policy.device}; cache up to {cache}, {tokens}"
+    device = f"{policy.device} ({hardware(policy.device)})"
+    return f"{size} parameters, {dtype} on {device}; cache up to {cache}, {tokens}"
