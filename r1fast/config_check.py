@@ -225,7 +225,7 @@ def _check_parallel(c: Config, need: Callable[[bool, str, Any, str], None]) -> N
         why += [f"parallel.tensor_parallel = {p.tensor_parallel}"]
         remedy += ["parallel.tensor_parallel = 1"]
         need(not c.lora.rank, "lora.rank", c.lora.rank,
-             "0 with parallel.tensor_parallel above 1, as adapters are of whole layers: "
+             "0 (or take parallel.tensor_parallel = 1): adapters are of whole layers; "
              'parallel.mode = "fsdp" divides the base below them')  # fmt: skip
     if not why:
         return

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 
-PATIENCE = 10.0  # seconds from SIGTERM to SIGKILL
+PATIENCE = 20.0  # seconds from SIGTERM to SIGKILL
 TIDY = 2.0  # that its children have after it
 PR_SET_PDEATHSIG = 1
 
