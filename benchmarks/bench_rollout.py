@@ -173,6 +173,7 @@ def measure(shape: str, dtype: str, engines: dict, args: argparse.Namespace) -> 
                     print(f"{shape} {dtype} {case_name}: {name} {rate:,.0f} tokens/s", flush=True)
                 results.setdefault((case_name, name), []).append(found)
         if "r1fast" in engines:
+            time.sleep(SETTLE)  # a server polls for a while after its last request
             gemms.append(engines["r1fast"].gemm_rate(64))
     rows, lines = [], []
     for case_name, case in cases.items():
