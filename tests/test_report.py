@@ -469,6 +469,7 @@ def test_ticks_are_round_and_enclose():
     assert nice_ticks(0.0, 0.9) == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert nice_ticks(1.43, 1.99)[0] <= 1.43
     assert nice_ticks(1.43, 1.99)[-1] >= 1.99
+    assert nice_ticks(1.0, 1.0 + 1e-6) == [0.5, 0.75, 1.0, 1.25, 1.5]  # else all are "1"
     assert nice_ticks(0.0, 0.0) == [-1.0, -0.5, 0.0, 0.5, 1.0]
 
 

@@ -198,7 +198,7 @@ def shorten(
 
 def nice_ticks(low: float, high: float, num: int = 4) -> list[float]:
     """Round numbers that enclose low ... high."""
-    if not high - low > 1e-9 * max(abs(low), abs(high)):  # flat, but for rounding
+    if not high - low > 1e-4 * max(abs(low), abs(high)):  # flat, as far as labels can tell
         room = abs(low) / 2 or 1.0
         low, high = low - room, high + room
     raw = (high - low) / num
