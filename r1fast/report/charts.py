@@ -200,7 +200,7 @@ def nice_ticks(low: float, high: float, num: int = 4) -> list[float]:
     """Round numbers that enclose low ... high."""
     if not high - low > 1e-4 * max(abs(low), abs(high)):  # flat, as far as labels can tell
         room = abs(low) / 2 or 1.0
-        low, high = low - room, high + room
+        low, high = low - room, low + room
     raw = (high - low) / num
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
