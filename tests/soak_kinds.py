@@ -24,6 +24,7 @@ class Kind:
     signals: tuple[int, ...] = ()
     exact: bool = True  # the resumed run is to the bit what it would have been
     saves_fail: bool = False  # so that more work than that of one interval may be lost
+    is_limit: bool = False  # it lasts for a while, and so may any number of saves fail
     stage: str = ""  # where alone it can happen
     training: bool = False  # not in an evaluation, or while sampling
     said: str = ""  # what the log must hold then: this run's, or for damage the next one's
@@ -63,9 +64,9 @@ KINDS = (
     _child("EIO in a save", saves_fail=True, training=True),
     # beside saves and metrics: an evaluation, the model at the end
     # the process that judges symbolic answers cannot be started then: a verdict is "error", and does not count
-    _child("no descriptors", GOES_ON, 1, saves_fail=True, exact=False),
-    _child("no room for files", GOES_ON, 1, saves_fail=True),
-    _child("no memory", GOES_ON, 1, 4, saves_fail=True, exact=False),
+    _child("no descriptors", GOES_ON, 1, saves_fail=True, is_limit=True, exact=False),
+    _child("no room for files", GOES_ON, 1, saves_fail=True, is_limit=True),
+    _child("no memory", GOES_ON, 1, 4, saves_fail=True, is_limit=True, exact=False),
     _child("NaN in the loss", exact=False, training=True, said="gradient is not finite, update skipped"),
     _child("NaN in a gradient", exact=False, training=True, said="gradient is not finite, update skipped"),
     _child("NaN in a weight", 3, training=True, said="not finite"),
