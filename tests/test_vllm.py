@@ -199,11 +199,18 @@ def test_weights_that_come_while_samples_are_in_flight(servers, update):
     policy = servers.policy("untied", seed=3)
     engine = servers.engine(policy, "untied-0", update=update)
     engine.sync()
-    for factor, seconds in zip(
-        [1.1, 1 / 1.1] * 4, (0.0, 0.1, 0.2, 0.4, 0.0, 0.1, 0.6, 0.0), strict=True
-    ):
+    # a server that is quick is met early, one on a busy machine late, where its own word takes too long
+    ways = [
+        (is_sampling, 0.0),
+        (has_jobs, 0.5),
+        (has_jobs, 0.2),
+        (is_sampling, 0.2),
+        (has_jobs, 1.0),
+    ]
+    for i, (begun, seconds) in enumerate(ways * 2):
         old, first = copy.deepcopy(policy.model), engine.weights.version
-        in_flight(engine, seconds=seconds)
+        in_flight(engine, seconds=seconds, begun=begun)
+        factor = 1 / 1.1 if i % 2 else 1.1
         with torch.no_grad():
             for p in policy.model.parameters():
                 p.mul_(factor)
