@@ -29,7 +29,7 @@ from r1fast.checkpoint import (
 )
 from r1fast.checkpoint_layout import checkpoint_files, shares
 from r1fast.config import CheckpointConfig
-from r1fast.distributed import is_first, together
+from r1fast.distributed import RankGoneError, is_first, together
 from r1fast.machine import GIB, available_memory
 from r1fast.metrics import warn
 from r1fast.shards import Shard, has_shards
@@ -220,6 +220,8 @@ class CheckpointWriter:
         failure, self._failure, self._written = self._failure, None, {}
         if isinstance(failure, DamagedError):
             warn(str(failure))
+        elif isinstance(failure, RankGoneError):
+            warn(f"checkpoint of step {self._step}: whether it is whole is not known, {failure}")
         elif isinstance(failure, OSError):
             warn(
                 f"checkpoint of step {self._step} could not be written, training goes on: {failure}"

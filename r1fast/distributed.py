@@ -29,6 +29,10 @@ class RankFailedError(OSError):
     """What ranks do together has failed on another one."""
 
 
+class RankGoneError(RankFailedError):
+    """Another rank has ended amid what ranks do together."""
+
+
 def start() -> tuple[int, int]:
     """(rank, world_size); joins the process group when torchrun set the environment."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -221,7 +225,7 @@ def together(do: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
     """What `do()` gives on every rank of `group`, in rank order; without a group, of this process alone.
 
     Plain data: it travels as JSON. Where it fails on a rank it fails on all: there as it is, on the others
-    with RankFailedError. All ranks call it equally often.
+    with RankFailedError (RankGoneError: it has ended). All ranks call it equally often.
     """
     if group is None:
         return [do()]
@@ -234,7 +238,7 @@ def together(do: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
     try:
         parts = gather_bytes(json.dumps([value, why]).encode(), group)
     except RuntimeError as error:
-        raise failure or RankFailedError(f"another rank is gone: {error}") from None
+        raise failure or RankGoneError(f"another rank is gone: {error}") from None
     if failure is not None:
         raise failure
     found = [json.loads(part) for part in parts]

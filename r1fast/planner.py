@@ -209,8 +209,11 @@ def _packed_bytes(job: Job) -> int:
 
 
 def _reference_bytes(job: Job) -> int:
-    if job.config.lora.rank:  # the base, under a copy of the adapters at most
-        return job.size.trained * job.trained_item
+    if (
+        job.config.lora.rank
+    ):  # the base, under a copy of the adapters unless they are new and stay so
+        copies = bool(job.config.grpo.ref_refresh_steps or job.config.model.adapter)
+        return job.size.trained * job.trained_item * copies
     return job.size.total * _reference_dtype(job).itemsize
 
 

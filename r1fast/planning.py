@@ -21,6 +21,7 @@ from r1fast.probe import Footprint, Speed, measure_footprint, measure_gemm, meas
 from r1fast.recompute import MODES
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.roofline import SHARE, roofline
+from r1fast.sharding import check_offload
 from r1fast.shards import local
 from r1fast.tensor_parallel import check_divides, local_spec
 from r1fast.training import Trainer
@@ -64,6 +65,7 @@ def make_job(
             f"parallel.replicas = {p.replicas} does not divide the {num_ranks // p.tensor_parallel} ranks that "
             "have a share of the same weights"
         )
+    check_offload(p, device)
     if p.tensor_parallel > 1:
         check_divides(spec, p.tensor_parallel, p.vocab_parallel)
         own_size = Size.of(Decoder(_own_spec(spec, config), device="meta"))

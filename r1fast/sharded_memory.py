@@ -102,8 +102,9 @@ class Shares:
         if not self.has_rows:
             over = f"divided over {p.tensor_parallel} ranks"
         else:
-            copies = f", {p.replicas} times" if p.replicas > 1 else ""
-            over = f"divided over {self.num_shares * p.tensor_parallel} ranks{copies}"
+            copies = f" in {p.replicas} copies" if p.replicas > 1 else ""
+            num = self.num_shares * p.tensor_parallel
+            over = f"divided over {num} rank{'s' * (num > 1)}{copies}"
         keys = ['parallel.mode = "fsdp"'] * self.has_rows
         keys += [f"parallel.tensor_parallel = {p.tensor_parallel}"] * (p.tensor_parallel > 1)
         sums = (

@@ -187,10 +187,7 @@ class Fsdp(Divided):
     rows_dtype = torch.float32  # they are the masters
 
     def __init__(self, policy: Policy, config: ParallelConfig, grid: RankGrid):
-        if config.cpu_offload and policy.device.type != "cuda":
-            raise ValueError(
-                "parallel.cpu_offload keeps shares in the host's memory for a GPU; on a CPU they are there"
-            )
+        check_offload(config, policy.device)
         super().__init__(policy, config, grid)
 
     def sum_gradients(self, masters: Iterable[Tensor]) -> None:
@@ -270,6 +267,14 @@ class LoraFsdp(Fsdp):
 
     def _optimizer(self, config: OptimConfig) -> Optimizer:
         return Optimizer(self.model.named_parameters(), config)
+
+
+def check_offload(config: ParallelConfig, device: torch.device) -> None:
+    """ValueError where parallel.cpu_offload has nowhere to go."""
+    if config.cpu_offload and device.type != "cuda":
+        raise ValueError(
+            "parallel.cpu_offload keeps shares in the host's memory for a GPU; on a CPU they are there"
+        )
 
 
 def make_parallel(policy: Policy, config: Config, *, can_shard: bool) -> Ddp | Divided:

@@ -77,7 +77,9 @@ class Checks:
         row["injected"] += 1
         row["survived"] += right
         self.rounds[-1]["faults"] += 1
-        if kind.saves_fail:  # one, or, as limits last for a while, all that a quick machine has begun meanwhile
+        if (
+            kind.saves_fail
+        ):  # one, or, as limits last for a while, all that a quick machine has begun meanwhile
             since = len(self.of_run) - self.steps_before if kind.is_limit else 0
             self.excused += 1 + since // self.size.every
         self.num_kills += code == -9

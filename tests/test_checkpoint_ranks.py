@@ -295,7 +295,7 @@ def test_ranks_need_one_filesystem(out, facts):
 def test_a_rank_that_is_killed_leaves_the_checkpoint_before(out, tally):
     told, saved = json.loads((out / "survivor.json").read_text())
     assert saved == 1
-    assert "checkpoint of step 2 could not be written" in told[0]
+    assert "checkpoint of step 2: whether it is whole is not known" in told[0]
     assert "another rank is gone" in told[0]
     assert step_folders(out / "killed") == ["latest", "step-000001"]
     assert_holds(out / "killed", 1)

@@ -68,7 +68,7 @@ def test_shares_are_divided_by_the_ranks_that_hold_one_copy(num_ranks, replicas)
         assert divided[kind] == pytest.approx(alone[kind] / num_shares, abs=1)
     assert divided["cache"] == alone["cache"]
     assert f"divided over {num_shares} ranks" in some.divided.says()
-    assert (f", {replicas} times" in some.divided.says()) == (replicas > 1)
+    assert (f" in {replicas} copies" in some.divided.says()) == (replicas > 1)
     whole, share = phases(one), phases(some)
     assert share["update"]["gradients"] == pytest.approx(4 * one.size.total / num_shares, abs=1)
     assert share["rollout"]["gathered"] == whole["rollout"]["gathered"] == 4 * one.size.total
@@ -114,6 +114,18 @@ def test_what_is_offloaded_is_not_on_the_gpu():
     kept = resident(job, GROUPS, GIB)
     assert kept["weights"] == kept["optimizer"] == kept["reference"] == 0
     assert phases(job)["update"]["gradients"] == 0
+
+
+def test_a_plan_refuses_to_offload_to_where_weights_are():
+    with pytest.raises(ValueError, match=r"on a CPU they are there"):
+        job_of(*FSDP, "--parallel.cpu_offload=true")
+
+
+def test_new_adapters_that_are_never_copied_are_no_reference():
+    for more, share in (("--grpo.ref_refresh_steps=0", 0), ("--grpo.ref_refresh_steps=9", 1),
+                        ("--model.adapter=folder", 1)):  # fmt: skip
+        job = job_of("--lora.rank=4", "--grpo.ref_refresh_steps=0", more)
+        assert resident(job, GROUPS, GIB)["reference"] == 4 * job.size.trained * share
 
 
 def test_a_plan_says_what_it_divides_and_what_it_leaves_out():
