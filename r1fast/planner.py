@@ -209,11 +209,9 @@ def _packed_bytes(job: Job) -> int:
 
 
 def _reference_bytes(job: Job) -> int:
-    if (
-        job.config.lora.rank
-    ):  # the base, under a copy of the adapters unless they are new and stay so
-        copies = bool(job.config.grpo.ref_refresh_steps or job.config.model.adapter)
-        return job.size.trained * job.trained_item * copies
+    if job.config.lora.rank:  # the base itself, under a copy of adapters that have been trained
+        is_copied = job.config.grpo.ref_refresh_steps or job.config.model.adapter
+        return job.size.trained * job.trained_item if is_copied else 0
     return job.size.total * _reference_dtype(job).itemsize
 
 
@@ -250,8 +248,8 @@ def memory(
     if job.has_reference:
         phases["reference"] = kept | {"activations": int(f.forward * tokens)}
         if divided is not None:
-            base = divided.of_base  # the reference's too
-            phases["reference"]["gathered"] = divided.whole() if base else _reference_bytes(job)
+            own = _reference_bytes(job)
+            phases["reference"]["gathered"] = divided.whole() if divided.of_base else own
         elif not kept["reference"]:
             phases["reference"]["reference"] = _reference_bytes(job)
     saved = f.layer * job.spec.num_layers * tokens

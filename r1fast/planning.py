@@ -315,10 +315,9 @@ def held_bytes(trainer: Trainer) -> int:
         trainer.optimizer.state_tensors(),
         *trainer.extra_tensors().values(),
     ]
-    if trainer.parallel.is_sharded:  # what is frozen too
-        named += [trainer.parallel.shards]
-    else:
-        named += [dict(trainer.model.named_parameters())]
+    is_sharded = trainer.parallel.is_sharded
+    # what is frozen too
+    named += [trainer.parallel.shards if is_sharded else dict(trainer.model.named_parameters())]
     tensors = [local(x) for part in named for x in part.values()]
     device = trainer.policy.device.type
     unique = {x.data_ptr(): x.nbytes for x in tensors if x.device.type == device}

@@ -17,9 +17,8 @@ TOKENS_AT_ONCE = 64  # at most, where nobody waits for single ones
 class Loops:
     """The part of `engine.Engine` that drives itself."""
 
-    tend: Callable[[], None] | None = (
-        None  # what a rank that has its samples does for those that have not
-    )
+    # what a rank that has its samples does for those that have not
+    tend: Callable[[], None] | None = None
 
     def stream(
         self,

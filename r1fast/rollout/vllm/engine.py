@@ -60,7 +60,6 @@ class VllmEngine(Loops):
             num_retries=self.config.num_retries,
             request_timeout=self.config.request_timeout,
         )
-        self._num_retries = self.config.num_retries
         self._requests: dict[int, dict[int, Job]] = {}  # samples that have not ended
         self._ended: list[TokenEvent] = []
         self._counts = EngineStats()
@@ -87,29 +86,24 @@ class VllmEngine(Loops):
         What becomes of samples under way, rollout.vllm.update says; what `hold` kept is sent afterwards. Raises
         CanaryError where a server then does not have them, ServersLost where there is none.
         """
-        self._on_main(self._take_weights)
-        version, digest = self._word_of_main([self.weights.version, self.weights.digest])
+        version, digest = self._of_main(self._take_weights)
         if not distributed.is_main():
             self.weights.follow(version, digest)
             self.fleet.expect(version)
-        self._on_main(self._update_all)
-        up = self._word_of_main([i for i, s in enumerate(self.fleet.servers) if s.state == "up"])
+        up = self._of_main(self._update_all)
         if not distributed.is_main():
             self._follow(up)
         self.fleet.hold(False)
 
-    def _on_main(self, do: Callable[[], None]) -> None:
-        """On rank 0; what it raises there waits for `_word_of_main`."""
-        self._failed: BaseException | None = None
+    def _of_main(self, do: Callable[[], list]) -> list:
+        """What `do` gives on rank 0, which alone does it; where it fails, ranks end together."""
+        facts: list = []
+        failed: BaseException | None = None
         if distributed.is_main():
             try:
-                do()
+                facts = do()
             except (Stopped, CanaryError, ValueError, OSError) as error:
-                self._failed = error
-
-    def _word_of_main(self, facts: list) -> list:
-        """The facts of rank 0; where it has failed, ranks end together."""
-        failed = self._failed
+                failed = error
         ending = "" if failed is None else f"rank 0: {failed}"
         own = [facts, ending, isinstance(failed, Stopped)]
         facts, ending, is_stopped = distributed.gather_objects(own)[0]
@@ -119,13 +113,16 @@ class VllmEngine(Loops):
             raise (ServersLost if is_stopped else RuntimeError)(ending)
         return facts
 
-    def _take_weights(self) -> None:
+    def _take_weights(self) -> list:
         self._wait_for_one()
         self.weights.take()
+        return [self.weights.version, self.weights.digest]
 
-    def _update_all(self) -> None:
+    def _update_all(self) -> list:
+        """The places of the servers that have them then."""
         self._update([s for s in self.fleet.servers if s.state != "lost"])
         self._wait_for_one(updated=True)
+        return [i for i, s in enumerate(self.fleet.servers) if s.state == "up"]
 
     def _follow(self, up: Sequence[int]) -> None:
         """Take rank 0's word for which servers have the weights; the others are not asked before they do."""
@@ -339,7 +336,7 @@ class VllmEngine(Loops):
         event = read_completion(reply, job.body["prompt"], *job.key, job.body["max_tokens"])
         if not all(map(math.isfinite, event.logprobs)):
             error = f"{job.name}: {job.server.url} gives a log-probability that is not finite"
-            if job.num_tries <= self._num_retries:  # another one may do better
+            if job.num_tries <= self.config.num_retries:  # another one may do better
                 raise ServerError(error)
             event.finish_reason, event.error = "error", error
         elif max(event.token_ids) >= self.model.spec.vocab_size or min(event.token_ids) < 0:

@@ -132,9 +132,8 @@ class Child:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", log
-        self._begin = (
-            log.stat().st_size if log.exists() else 0
-        )  # what a server before has said stays
+        # what a server before has said stays
+        self._begin = log.stat().st_size if log.exists() else 0
         words, environment = command(python, model, "127.0.0.1", port, options)
         with log.open("a") as file:
             self.process = subprocess.Popen(
