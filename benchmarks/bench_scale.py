@@ -5,14 +5,16 @@
 The global batch stays as it is (strong scaling): 8 prompts x 8 completions of at most 128 tokens, float32, the
 models of bench_step.py, gloo on loopback. `one` is a process on one core; `two` is two ranks, each on its own core;
 `two, FSDP` the same with parallel.mode = fsdp; in `8 slots` a rank samples 8 of its 32 at a time, with and without
-rollout.work_stealing. `apart` is two processes that know nothing of each other, at the same time, each with the
+rollout.work_stealing. `one, vLLM` is one process on one core and a server of vLLM's CPU build, made where it is not
+there, on the other; in `ahead` they work at the same time (grpo.max_staleness = 1, an update waits). `apart` is two processes that know nothing of each other, at the same time, each with the
 whole batch: what is slower there than in `one` is the machine's (memory, caches, clock), not ours.
 
     efficiency           seconds of `one` / (2 x seconds of `two`)
     of what there is     seconds of `apart` / (2 x seconds of `two`)
 
 Seconds lost are the mean over ranks and the median over steps: waiting for the other's rollout, waiting for the
-other's last gradient, summing gradients, gathering the weights once before a rollout. What FSDP gathers and adds up
+other's last gradient, summing gradients, gathering the weights once before a rollout, and, with a server, giving it the
+weights, with the check that it has them. What FSDP gathers and adds up
 layer by layer is in its seconds of training. Ranks read one clock, the machine's.
 """
 
@@ -23,12 +25,18 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest import mock
 
 from bench_step import MODELS, config_of, make_checkpoint
 from common import append_rows, print_table
 from rank_programs import run_ranks
 from step_orders import reward_of
+from vllm_build import install_vllm
+
+from r1fast.rollout.vllm.start import Child
 
 PROMPTS, PROMPT_TOKENS, GROUP, MAX_TOKENS = 8, 64, 8, 128
 WARM_UP = 2  # steps
@@ -40,6 +48,12 @@ VARIANTS = {  # name -> (ranks, processes that know nothing of each other, confi
     "two, FSDP": (2, 1, ["--parallel.mode=fsdp"]),
     "two, 8 slots": (2, 1, [SLOTS]),
     "two, 8 slots, stealing": (2, 1, [SLOTS, "--rollout.work_stealing=true"]),
+    "one, vLLM": (1, 1, ["--rollout.engine=vllm"]),
+    "one, vLLM ahead": (
+        1,
+        1,
+        ["--rollout.engine=vllm", "--grpo.max_staleness=1", "--rollout.vllm.update=wait"],
+    ),
 }
 LOSSES = {
     "waiting for a rollout": lambda ranks: _behind(ranks, "rollout ends"),
@@ -128,13 +142,36 @@ def launch(path: str, num_ranks: int, copies: int, steps: int, overrides: list[s
 CORES = sorted(os.sched_getaffinity(0))
 
 
-def measure(path: str, variants: list[str], steps: int, rounds: int) -> dict[str, list]:
+@contextmanager
+def server_of(path: str, venv: Path) -> Iterator[list[str]]:
+    """A server on the second core; what a config has to say of it."""
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    options = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "64"]
+    with mock.patch.dict(os.environ, environment):
+        os.sched_setaffinity(0, CORES[1:2])  # it keeps what it begins with
+        try:
+            child = Child(str(venv / "bin/python"), path, options, Path(path).parent / "server.log")
+        finally:
+            os.sched_setaffinity(0, CORES)
+    try:
+        child.wait(300)
+        yield [
+            f"--rollout.vllm.servers=['{child.url}']",
+            f"--rollout.max_prompt_tokens={2 * PROMPT_TOKENS}",
+        ]
+    finally:
+        child.close()
+
+
+def measure(path: str, variants: list[str], steps: int, rounds: int, venv: Path) -> dict[str, list]:
     """variant -> steps, each with what its ranks have noted."""
     found: dict[str, list] = {name: [] for name in variants}
     for number in range(rounds):
         for name in variants:
             num_ranks, copies, overrides = VARIANTS[name]
-            for copy in launch(path, num_ranks, copies, steps + WARM_UP, overrides):
+            with server_of(path, venv) if "vLLM" in name else nullcontext([]) as more:
+                copied = launch(path, num_ranks, copies, steps + WARM_UP, overrides + more)
+            for copy in copied:
                 found[name] += copy[WARM_UP:]
             seconds = statistics.median(seconds_of(step) for step in found[name])
             print(f"round {number + 1}: {name}: {seconds:.2f} s", flush=True)
@@ -151,6 +188,10 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--vllm", type=Path, default=Path("~/.cache/r1fast/vllm").expanduser(),
+        help="virtual environment of vLLM, made where it is not there",
+    )  # fmt: skip
     parser.add_argument("--no-append", action="store_true")
     parser.add_argument("--rank-program", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -158,10 +199,16 @@ def main() -> None:
         rank_program(*args.rank_program)
     if len(CORES) < 2:
         raise SystemExit("this needs two cores")
+    if any("vLLM" in name for name in args.variants):
+        try:
+            install_vllm(args.vllm)
+        except (RuntimeError, OSError) as error:
+            print(f"skipped vLLM: {error}")
+            args.variants = [name for name in args.variants if "vLLM" not in name]
     for model in args.models:
         with tempfile.TemporaryDirectory() as folder:
             path = make_checkpoint(Path(folder) / model, config_of(model), MODELS[model][-1])
-            found = measure(path, args.variants, args.steps, args.rounds)
+            found = measure(path, args.variants, args.steps, args.rounds, args.vllm)
         report(model, found, append=not args.no_append)
 
 
@@ -174,6 +221,8 @@ def report(model: str, found: dict[str, list], *, append: bool) -> None:
         for part in ("rollout", "train"):
             slowest = [max(r[f"time/{part}"] for r in ranks) for ranks in steps]
             values[part] = (statistics.median(slowest), "s")
+        if "vLLM" in name:
+            values["weight sync"] = (statistics.median(r[0]["time/sync"] for r in steps), "s")
         values["tokens forwarded"] = (statistics.median(r[0]["tokens"] for r in steps), "tokens")
         if num_ranks > 1:
             for ratio, peer in (("efficiency", "one"), ("of what there is", "apart")):
