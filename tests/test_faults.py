@@ -715,6 +715,9 @@ def test_a_signal_to_the_command(tmp_path):
 SIGNALS = """
     import atexit, signal, sys
 
+    # a shell that starts the tests in the background has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
     class Finder:  # of modules, asked at every import
         def find_spec(self, name, *more):
             if name == {module!r}:
