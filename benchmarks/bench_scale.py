@@ -6,16 +6,17 @@ The global batch stays as it is (strong scaling): 8 prompts x 8 completions of a
 models of bench_step.py, gloo on loopback. `one` is a process on one core; `two` is two ranks, each on its own core;
 `two, FSDP` the same with parallel.mode = fsdp; in `8 slots` a rank samples 8 of its 32 at a time, with and without
 rollout.work_stealing. `one, vLLM` is one process on one core and a server of vLLM's CPU build, made where it is not
-there, on the other; in `ahead` they work at the same time (grpo.max_staleness = 1, an update waits). `apart` is two processes that know nothing of each other, at the same time, each with the
-whole batch: what is slower there than in `one` is the machine's (memory, caches, clock), not ours.
+there, on the other; in `ahead` they work at the same time (grpo.max_staleness = 1, an update waits). `apart` is two
+processes that know nothing of each other, at the same time, each with the whole batch: what is slower there than in
+`one` is the machine's (memory, caches, clock), not ours.
 
     efficiency           seconds of `one` / (2 x seconds of `two`)
     of what there is     seconds of `apart` / (2 x seconds of `two`)
 
 Seconds lost are the mean over ranks and the median over steps: waiting for the other's rollout, waiting for the
 other's last gradient, summing gradients, gathering the weights once before a rollout, and, with a server, giving it the
-weights, with the check that it has them. What FSDP gathers and adds up
-layer by layer is in its seconds of training. Ranks read one clock, the machine's.
+weights, with the check that it has them. What FSDP gathers and adds up layer by layer is in its seconds of training.
+Ranks read one clock, the machine's.
 """
 
 import argparse
