@@ -58,7 +58,7 @@ VARIANTS = {  # name -> (ranks, processes that know nothing of each other, confi
 }
 LOSSES = {
     "waiting for a rollout": lambda ranks: _behind(ranks, "rollout ends"),
-    "waiting for a gradient": lambda ranks: _behind(ranks, "sum begins"),
+    "waiting for a gradient": lambda ranks: _behind(ranks, "gradient made"),
     "summing gradients": lambda ranks: (
         statistics.mean(r["sum ends"] for r in ranks) - max(r["sum begins"] for r in ranks)
     ),
@@ -104,19 +104,25 @@ def rank_program(path: str, steps: int, overrides: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(policy, config, folder, problems, Scorer())
         events: dict[str, float] = {}
-        rollout, sum_gradients = trainer.rollout, trainer.parallel.sum_gradients
+        rollout, compared = trainer.rollout, trainer._mismatch
+        sum_gradients = trainer.parallel.sum_gradients
 
         def sampled(step):
             found = rollout(step)
             events["rollout ends"] = time.monotonic()
             return found
 
+        def compares(diffs):  # over all ranks: where those wait that have their gradient
+            events["gradient made"] = time.monotonic()
+            return compared(diffs)
+
         def summed(parameters):
             events["sum begins"] = time.monotonic()
             sum_gradients(parameters)
             events["sum ends"] = time.monotonic()
 
-        trainer.rollout, trainer.parallel.sum_gradients = sampled, summed
+        trainer.rollout, trainer._mismatch = sampled, compares
+        trainer.parallel.sum_gradients = summed
         for step in range(steps):
             distributed.barrier()
             events["begins"] = time.monotonic()
