@@ -8,11 +8,10 @@ namespace {
 
 #if defined(__x86_64__)
 // Throws where this CPU lacks the instructions.
-template <class T, class Tiles>
+template <class Tiles>
 void check_has() {
-  constexpr bool kBf16 = sizeof(T) == sizeof(Bf16);
   bool is_here = best_level() >= Level::kAvx2;
-  if constexpr (std::is_same_v<Tiles, Avx512Tiles>) is_here = kBf16 ? avx512_bf16_supported() : best_level() == Level::kAvx512;
+  if constexpr (std::is_same_v<Tiles, Avx512Tiles>) is_here = best_level() == Level::kAvx512;
   if constexpr (std::is_same_v<Tiles, AmxTiles>) is_here = amx_supported();
   if (!is_here) throw std::invalid_argument("this CPU has no such instructions; native_level says what it has");
 }
@@ -25,7 +24,7 @@ void bind_decoder_of(py::module_& m, const char* name) {
   py::class_<Native>(m, name, "The decoder's forward over packed weights and a tiled cache.")
       .def(py::init([](int64_t width, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t mlp_width,
                        float eps, Address embedding, int64_t ld_embedding, Address norm) {
-             check_has<T, Tiles>();
+             check_has<Tiles>();
              return std::make_unique<Native>(
                  DecoderShape{width, num_heads, num_kv_heads, head_dim, mlp_width, eps},
                  at<const T>(embedding), ld_embedding, at<const T>(norm));
@@ -173,7 +172,7 @@ void bind_decoder(py::module_& m) {
     py::class_<Linear>(m, name, "A weight (N, D) packed for x W^T.")
         .def(py::init([](Address weight, int64_t ld, Address bias, int64_t num_out, int64_t num_in, bool halved,
                          int64_t num_threads) {
-               check_has<T, decltype(tiles)>();
+               check_has<decltype(tiles)>();
                check_range("num_out", num_out, 1, INT32_MAX);
                check_range("num_in", num_in, 1, INT32_MAX);
                check_threads(num_threads);

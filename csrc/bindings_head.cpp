@@ -55,6 +55,8 @@ void bind_head(py::module_& m) {
       "cpu_level", [] { return std::string(name_of(cpu_level())); },
       "What the level auto is: what this CPU has, or what R1FAST_CPU_LEVEL asks for.");
 
+  m.def("has_avx512_bf16", &avx512_bf16_supported, "Whether AVX-512 multiplies bf16 by instructions of its own.");
+
   m.def(
       "native_level",
       [](bool bf16) {

@@ -5,6 +5,8 @@
 // A tile is M rows of A by N vectors of 16 columns of B: each word of A is broadcast, B is packed in panels [k][16 N]. An
 // element's sum runs over k in one fixed order whatever M and N are and wherever it lies, so a row's result depends neither
 // on its neighbours nor on its place; of a word of bf16 the high halves' product is added before the low halves'.
+// Without instructions for bf16, on AVX2 and on AVX-512 before AVX512-BF16, rows of A are made fp32 in a buffer, panels in
+// registers: a product of bf16 is exact in fp32, so the sums are the same.
 #pragma once
 
 #include "lanes.hpp"
@@ -56,6 +58,8 @@ inline Word word_of_row(const T* row, int64_t size, int64_t k) {
   }
 }
 
+constexpr int64_t kWide = 128;  // words of bf16 rows that are made fp32 at a time
+
 // sums[i][j] = sum over k of A(i, k) * panel(k, 16 j ..): A(i, k) is a[i * lda + k], or a[k * lda + i] if kColumns.
 namespace avx512 {
 
@@ -63,12 +67,65 @@ constexpr int kTileRows = 8;     // with 3 vectors 24 sums, 3 of B and one of A 
 constexpr int kTileVectors = 3;
 constexpr bool kFewerRows = false;  // tiles have all their rows, those that do not count are read as well
 
+// `count` words of the rows of A as fp32: the low halves of row i at wide[i * kWide], or word by word at wide[16 k] if
+// kColumns; the high halves behind them.
+template <bool kColumns>
+R1FAST_AVX512_INLINE void widen_rows(const Word* a, int64_t lda, int64_t count, float* wide) {
+  if constexpr (kColumns) {
+    for (int64_t k = 0; k < count; ++k) {
+      const __m512i words = load_words(a + k * lda, 0x00ff);
+      Lanes low, high;
+      halves(words, low, high);
+      store_lanes(wide + 16 * k, 0x00ff, low);
+      store_lanes(wide + 16 * k + 8, 0x00ff, high);
+    }
+  } else {
+    for (int i = 0; i < kTileRows; ++i) {
+      for (int64_t k = 0; k < count; k += kLanes) {
+        Lanes low, high;
+        halves(load_words(a + i * lda + k, column_mask(k, count)), low, high);
+        store_lanes(wide + i * kWide + k, low);
+        store_lanes(wide + (kTileRows + i) * kWide + k, high);
+      }
+    }
+  }
+}
+
+// sums += the products of words of bf16, made fp32 first: those of the high halves, then those of the low ones.
+template <bool kColumns, int M, int N>
+R1FAST_AVX512_INLINE void add_widened_products(int64_t num_k, const Word* a, int64_t lda, const Word* panel,
+                                               Lanes (&sums)[M][N]) {
+  constexpr int64_t kRow = kColumns ? 1 : kWide, kWord = kColumns ? 16 : 1, kHigh = kTileRows * kRow;
+  alignas(64) float wide[2 * kTileRows * kWide];
+  for (int64_t begin = 0; begin < num_k; begin += kWide) {
+    const int64_t count = std::min(kWide, num_k - begin);
+    widen_rows<kColumns>(a + begin * (kColumns ? lda : 1), lda, count, wide);
+    const float* from = wide;
+#pragma GCC unroll 1
+    for (int64_t k = 0; k < count; ++k, from += kWord, panel += kLanes * N) {
+      Lanes low[N], high[N];
+      for (int j = 0; j < N; ++j) halves(load_words(panel + kLanes * j), low[j], high[j]);
+#pragma GCC unroll 8
+      for (int i = 0; i < kTileRows; ++i) {
+        const Lanes value = all(from[kHigh + i * kRow]);
+        for (int j = 0; j < N; ++j) sums[i][j] = times_plus(value, high[j], sums[i][j]);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kTileRows; ++i) {
+        const Lanes value = all(from[i * kRow]);
+        for (int j = 0; j < N; ++j) sums[i][j] = times_plus(value, low[j], sums[i][j]);
+      }
+    }
+  }
+}
+
 template <bool kBf16, bool kColumns, int M, int N>
 R1FAST_AVX512_INLINE void tile_products(int64_t num_k, const Word* a, int64_t lda, const Word* panel,
                                         Lanes (&sums)[M][N]) {
   for (int i = 0; i < kTileRows; ++i) {
     for (int j = 0; j < N; ++j) sums[i][j] = _mm512_setzero_ps();
   }
+  if (kBf16 && !kHasBf16) return add_widened_products<kColumns>(num_k, a, lda, panel, sums);
   const Word* a0 = a;
   const Word* a3 = kColumns ? a : a + 3 * lda;  // three pointers reach eight rows: +lda, +2 lda are addressing modes
   const Word* a6 = kColumns ? a : a + 6 * lda;
@@ -104,8 +161,6 @@ namespace avx2 {
 constexpr int kTileRows = 6;     // 12 sums in registers of 8, 2 of B and one of A
 constexpr int kTileVectors = 1;
 constexpr bool kFewerRows = true;  // tiles have as many rows as count
-
-constexpr int64_t kWide = 128;  // words of bf16 rows that are made fp32 at a time
 
 // `count` words of M rows of A as fp32: the low halves of row i at wide[i * kWide], or word by word at wide[16 k] if
 // kColumns; the high halves behind them.

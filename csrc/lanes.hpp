@@ -1,6 +1,6 @@
 // Sixteen lanes of fp32, or of 32-bit words, as kernels of the native forward and head see them: one AVX-512 register, or two
 // of AVX2. Both namespaces have the same names, and the same results but for bf16 below its smallest normal number, which
-// AVX-512's instructions take for 0.
+// AVX-512's instructions for bf16 take for 0.
 #pragma once
 
 #include "epilogue.hpp"
@@ -16,6 +16,8 @@ using Word = float __attribute__((may_alias));
 constexpr int kLanes = 16;
 
 namespace avx512 {
+
+inline const bool kHasBf16 = avx512_bf16_supported();
 
 using Lanes = __m512;
 using Words = __m512i;
@@ -73,8 +75,23 @@ R1FAST_AVX512_INLINE void halves(Words words, Lanes& low, Lanes& high) {
   high = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
+// Rounded to bf16, in the low halves of words, by instructions of fp32 alone; a NaN stays one.
+R1FAST_AVX512_INLINE Words round_words(Lanes x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_mask_mov_epi32(_mm512_maskz_srli_epi32(0xffff, rounded, 16), is_nan, _mm512_set1_epi32(0x7fc0));
+}
+R1FAST_AVX512_INLINE __m256i to_bf16(Lanes x) {
+  return kHasBf16 ? (__m256i)_mm512_cvtneps_pbh(x) : _mm512_maskz_cvtepi32_epi16(0xffff, round_words(x));
+}
+
 // Two vectors rounded to bf16, in words: low[0] high[0] low[1] high[1] ...
 R1FAST_AVX512_INLINE Words interleave_bf16(Lanes low, Lanes high) {
+  if (!kHasBf16) {
+    return _mm512_or_si512(round_words(low), _mm512_maskz_slli_epi32(0xffff, round_words(high), 16));
+  }
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);  // 16 of low, then 16 of high
   alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -121,10 +138,10 @@ R1FAST_AVX512_INLINE Lanes load_lanes(const Bf16* from, Mask mask) {
 R1FAST_AVX512_INLINE void store_lanes(Word* to, Lanes x) { _mm512_storeu_ps(to, x); }
 R1FAST_AVX512_INLINE void store_lanes(Word* to, Mask mask, Lanes x) { _mm512_mask_storeu_ps(to, mask, x); }
 R1FAST_AVX512_INLINE void store_lanes(Bf16* to, Mask mask, Lanes x) {
-  _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
+  _mm256_mask_storeu_epi16(to, mask, to_bf16(x));
 }
 R1FAST_AVX512_INLINE Lanes round_lanes(Lanes x, float) { return x; }
-R1FAST_AVX512_INLINE Lanes round_lanes(Lanes x, Bf16) { return widen((__m256i)_mm512_cvtneps_pbh(x)); }
+R1FAST_AVX512_INLINE Lanes round_lanes(Lanes x, Bf16) { return widen(to_bf16(x)); }
 
 }  // namespace avx512
 

@@ -14,7 +14,7 @@ inline const char* name_of(Level level) {
 }
 
 // The most that this CPU has. Code of kAvx512 names bf16 too, but those instructions come from intrinsics alone, which run
-// where `native_level` says so.
+// where `avx512_bf16_supported` says so.
 inline Level best_level() {
 #if defined(__x86_64__)
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Level::kBaseline;
@@ -36,11 +36,19 @@ inline Level parse_level(const std::string& what, const std::string& name, Level
                               name_of(best_level()) + "); got '" + name + "'");
 }
 
+inline std::string from_environment(const char* name) {
+  const char* const value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
 // What "auto" is. The environment is read once; a variable that is empty counts as unset.
 inline Level cpu_level() {
   static const Level level = [] {
-    const char* const asked = std::getenv("R1FAST_CPU_LEVEL");
-    return asked == nullptr || *asked == '\0' ? best_level() : parse_level("R1FAST_CPU_LEVEL", asked, best_level());
+    const std::string asked = from_environment("R1FAST_CPU_LEVEL"), bf16 = from_environment("R1FAST_CPU_BF16");
+    if (bf16 != "" && bf16 != "0" && bf16 != "1") {
+      throw std::invalid_argument("R1FAST_CPU_BF16 must be 0 or 1; got '" + bf16 + "'");
+    }
+    return asked == "" ? best_level() : parse_level("R1FAST_CPU_LEVEL", asked, best_level());
   }();
   return level;
 }
@@ -48,18 +56,15 @@ inline Level cpu_level() {
 // `name` is auto, baseline, avx2 or avx512.
 inline Level level_of(const std::string& name) { return parse_level("level", name, cpu_level()); }
 
+// Whether AVX-512 multiplies and rounds bf16 by instructions of its own; without them it does so by those of fp32, with the
+// same sums. R1FAST_CPU_BF16=0 in the environment, read once: as if the CPU had none, for tests and measurements.
 inline bool avx512_bf16_supported() {
 #if defined(__x86_64__)
-  return best_level() == Level::kAvx512 && __builtin_cpu_supports("avx512bf16");
+  static const bool is_left_out = from_environment("R1FAST_CPU_BF16") == "0";
+  return !is_left_out && best_level() == Level::kAvx512 && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif
-}
-
-// Of the forward and the head, which have no code for kBaseline: that stands for none.
-inline Level native_level(bool bf16) {
-  const bool is_short = bf16 && cpu_level() == Level::kAvx512 && !avx512_bf16_supported();
-  return is_short ? Level::kAvx2 : cpu_level();
 }
 
 }  // namespace r1fast

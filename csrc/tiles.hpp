@@ -9,7 +9,7 @@ namespace r1fast {
 
 // avx2, avx512 or, for bf16 alone, amx: the best that the CPU has and R1FAST_CPU_LEVEL allows; baseline, if none of them.
 inline std::string best_tiles(bool bf16) {
-  const Level level = native_level(bf16);
+  const Level level = cpu_level();
   return bf16 && level == Level::kAvx512 && amx_supported() ? "amx" : name_of(level);
 }
 
@@ -19,9 +19,7 @@ auto with_tiles(const std::string& level, const Body& body) {
   constexpr bool kBf16 = sizeof(T) == sizeof(Bf16);
   const std::string name = level == "auto" ? best_tiles(kBf16) : level;
   if (name == "avx2" && best_level() >= Level::kAvx2) return body(Avx2Tiles{});
-  if (name == "avx512" && (kBf16 ? avx512_bf16_supported() : best_level() == Level::kAvx512)) {
-    return body(Avx512Tiles{});
-  }
+  if (name == "avx512" && best_level() == Level::kAvx512) return body(Avx512Tiles{});
   if constexpr (kBf16) {
     if (name == "amx" && amx_supported()) return body(AmxTiles{});
   }

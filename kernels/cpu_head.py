@@ -4,7 +4,7 @@
     E = e (1 - (z / softcap)^2), 0 at the target       s = sum_{j != y} e       sz = sum_{j != y} e x
 
 `anchor` is near the row's logsumexp, so e needs no running maximum. The native kernels (AVX-512 or AVX2; in bfloat16
-AMX, AVX512-BF16 or AVX2; all with float32 sums) keep E transposed in a workspace that calls may share; `epilogue_` works in place
+AMX, too; all with float32 sums) keep E transposed in a workspace that calls may share; `epilogue_` works in place
 on logits that a GEMM of PyTorch has made. Results are the same bits for any number of threads.
 """
 

@@ -45,16 +45,21 @@ def is_sampled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 @cache
 def has_bf16_products() -> bool:
-    """Whether PyTorch multiplies bfloat16 by oneDNN here: what it asks itself (AVX-512, AVX2-VNNI-2, or Arm's).
+    """Whether PyTorch multiplies bfloat16 by oneDNN here, and oneDNN by instructions for it (AVX512-BF16, AMX,
+    AVX2-VNNI-2, or Arm's).
 
-    ONEDNN_MAX_CPU_ISA counts, a oneDNN that is switched off later does not. No oneDNN, no such question.
+    On AVX-512 without them oneDNN takes bfloat16 all the same, three times slower and more than float32.
+    ONEDNN_MAX_CPU_ISA counts where it leaves out AVX-512, a oneDNN that is switched off later does not. No oneDNN, no
+    such question.
     """
     name = "_is_mkldnn_bf16_supported"
-    return hasattr(torch.ops.mkldnn, name) and getattr(torch.ops.mkldnn, name)()
+    if not hasattr(torch.ops.mkldnn, name) or not getattr(torch.ops.mkldnn, name)():
+        return False
+    return not torch.cpu._is_avx512_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def is_widened(*factors: Tensor) -> bool:
-    """Whether the product is taken in float32, as PyTorch would be slow: twenty times and more."""
+    """Whether the product is taken in float32, as PyTorch would be slow: three times on AVX-512, twenty and more on AVX2."""
     return (
         all(type(t) in (Tensor, nn.Parameter) for t in factors)
         and all(t.is_cpu and t.dtype == torch.bfloat16 for t in factors)

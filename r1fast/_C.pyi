@@ -136,6 +136,9 @@ def cpu_level() -> str:
     ValueError, as from everything that has a level, if that variable asks for what is not one, or not here; empty is unset.
     """
 
+def has_avx512_bf16() -> bool:
+    """Whether AVX-512 multiplies and rounds bfloat16 by its own instructions, not float32's. R1FAST_CPU_BF16=0: it does not."""
+
 def native_level(bf16: bool) -> str:
     """What "auto" is for the native_ functions of float32 or bfloat16: amx, avx512, avx2; baseline where they do not run."""
 

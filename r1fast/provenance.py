@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from r1fast import _C
 from r1fast.kernels import cpu_head
 from r1fast.kernels.linear import has_bf16_products
 
@@ -32,8 +33,10 @@ def hardware(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     n, own = torch.get_num_threads(), levels()
     name = {"avx512": "AVX-512", "avx2": "AVX2"}.get(own["float32"], own["float32"])
-    if own["float32"] == "avx512":
-        name += {"amx": " with AMX", "avx512": " with bfloat16"}.get(own["bfloat16"], "")
+    if own["bfloat16"] == "amx":
+        name += " with AMX"
+    elif own["bfloat16"] == "avx512" and _C.has_avx512_bf16():
+        name += " with bfloat16"
     return f"{platform.processor() or platform.machine()}, {n} thread{'s' * (n != 1)}, {name}"
 
 

@@ -355,15 +355,16 @@ def test_a_recording_of_before_the_levels_were_written_down(tmp_path, base):
 
 def test_a_manifest_names_the_level(monkeypatch):
     found = []
-    for float32, bfloat16 in (
-        ("avx512", "amx"),
-        ("avx512", "avx512"),
-        ("avx512", "avx2"),
-        ("avx2", "avx2"),
-        ("baseline", "baseline"),
+    for float32, bfloat16, has_bf16 in (
+        ("avx512", "amx", True),
+        ("avx512", "avx512", True),
+        ("avx512", "avx512", False),
+        ("avx2", "avx2", False),
+        ("baseline", "baseline", False),
     ):
         own = {"float32": float32, "bfloat16": bfloat16}
         monkeypatch.setattr(provenance, "levels", lambda own=own: own)
+        monkeypatch.setattr(provenance._C, "has_avx512_bf16", lambda has=has_bf16: has)
         found.append(provenance.hardware(torch.device("cpu")).split(", ")[-1])
     assert found == ["AVX-512 with AMX", "AVX-512 with bfloat16", "AVX-512", "AVX2", "baseline"]
 
