@@ -60,6 +60,7 @@ inline Level level_of(const std::string& name) { return parse_level("level", nam
 // same sums. R1FAST_CPU_BF16=0 in the environment, read once: as if the CPU had none, for tests and measurements.
 inline bool avx512_bf16_supported() {
 #if defined(__x86_64__)
+  __builtin_cpu_init();  // lanes.hpp asks before main
   static const bool is_left_out = from_environment("R1FAST_CPU_BF16") == "0";
   return !is_left_out && best_level() == Level::kAvx512 && __builtin_cpu_supports("avx512bf16");
 #else
