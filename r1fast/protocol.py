@@ -10,6 +10,7 @@ White space around tags never matters: word-level tokenizers join with spaces.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 PROTOCOLS = ("think_answer", "cold_start", "think")
@@ -173,6 +174,30 @@ def join_completion(
         return f"{thought} {ANSWER} {answer} {END_ANSWER}"
     thought = f"{THINK}\n{reasoning}\n{END_THINK}" if reasoning else f"{THINK}\n\n{END_THINK}"
     return f"{thought}\n\n{answer}"
+
+
+def protocol_hint(
+    texts: Sequence[str], protocol: str = "think_answer", special_token: str = SPECIAL_TOKEN
+) -> str:
+    """A sentence for who reads completions by `protocol` where most follow another one; "" where they do not.
+
+    Of at most 200 `texts`, spread over all: under a tenth follow `protocol`, and at least half the other one.
+    """
+    some = texts[:: -(-len(texts) // 200) or 1]
+
+    def share(name: str) -> float:
+        parts = (split_completion(t, name, special_token, prompt_opens_think=True) for t in some)
+        return sum(p.well_formed for p in parts) / len(some)
+
+    if not some or share(protocol) >= 0.1:
+        return ""
+    for other in PROTOCOLS:
+        if other != protocol and share(other) >= 0.5:
+            return (
+                f'next to none of the completions follow template.protocol = "{protocol}", and '
+                f'most follow "{other}": --template.protocol={other} reads those'
+            )
+    return ""
 
 
 def opens_think(

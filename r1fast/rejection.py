@@ -22,7 +22,13 @@ from r1fast.jsonl import write_jsonl
 from r1fast.judge_engine import rejection_chat
 from r1fast.metrics import say
 from r1fast.policy import Policy
-from r1fast.protocol import Parts, join_completion, split_completion, whole_completion
+from r1fast.protocol import (
+    Parts,
+    join_completion,
+    protocol_hint,
+    split_completion,
+    whole_completion,
+)
 from r1fast.rewards import filters
 from r1fast.rewards.judge import Judge
 from r1fast.rewards.score import RewardScorer
@@ -99,9 +105,13 @@ def rejection_sample(
         write_examples(folder / "sampled.jsonl", examples)
         write_json(folder / "accounting.json", accounting)
     if not examples:
+        t = config.template
+        texts = [c.text for group in groups for c in group.completions]
+        hint = protocol_hint(texts, t.protocol, t.special_token)
+        advice = f"The reason may be that {hint}" if hint else "Train longer, sample more or loosen [sample]"  # fmt: skip
         raise ValueError(
             f"rejection sampling kept none of {accounting['sampled']} completions: "
-            f"{accounting['dropped']}. Train longer, sample more or loosen [sample]."
+            f"{accounting['dropped']}. {advice}."
         )
     say(f"kept {len(examples)} of {accounting['sampled']} completions")
     return examples

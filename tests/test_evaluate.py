@@ -305,6 +305,24 @@ def test_stored_samples_recompute_the_scores(tmp_path):
     assert again == result
 
 
+def test_texts_of_another_protocol_are_told(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def hint(texts, protocol, special_token):
+        seen.append((texts, protocol, special_token))
+        return f"{len(texts)} texts of another protocol"
+
+    monkeypatch.setattr("r1fast.evaluate.run.protocol_hint", hint)
+    config = tiny_config("--template.protocol=cold_start", "--template.special_token=<#>")
+    evaluate(tiny_policy(), tiny_problems(2), config, ParityScorer())  # amid training: not told
+    assert seen == []
+    evaluate(tiny_policy(), tiny_problems(2), config, ParityScorer(), folder=tmp_path)
+    ((texts, *read_by),) = seen
+    assert texts == [r["text"] for _, r in read_jsonl(tmp_path / "samples.jsonl")]
+    assert read_by == ["cold_start", "<#>"]
+    assert f"warning: {len(texts)} texts of another protocol" in capsys.readouterr().err
+
+
 def test_a_sample_does_not_depend_on_the_other_problems():
     policy, config = tiny_policy(), tiny_config()
     problems, sampling = tiny_problems(5), SamplingParams(max_tokens=8)

@@ -89,6 +89,10 @@ def test_switches(monkeypatch, tmp_path):
 def test_nothing_kept_says_why(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"kept none of 2 completions: {'wrong': 2}"):
         sample(monkeypatch, tmp_path, [["wrong", "wrong wrong"]])
+    with pytest.raises(
+        ValueError, match=r"may be that next to none .* --template.protocol=think r"
+    ):
+        sample(monkeypatch, tmp_path, [["<think> wrong </think> 8"] * 2])
 
 
 def test_the_judge_is_asked_for_all_that_rules_cannot_read_at_once(monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ from r1fast.protocol import (
     boxes,
     join_completion,
     opens_think,
+    protocol_hint,
     rest_of_completion,
     split_completion,
     whole_completion,
@@ -151,6 +152,27 @@ def test_broken_think_answer(text, answer):
     assert not parts.well_formed
     assert parts.fault
     assert parts.answer == answer
+
+
+@pytest.mark.parametrize("written", PROTOCOLS)
+@pytest.mark.parametrize("read", PROTOCOLS)
+@pytest.mark.parametrize("opened", [False, True])
+def test_texts_of_another_protocol_are_told(written, read, opened):
+    texts = [join_completion(f"step {i}", "8", written) for i in range(1000)]
+    if opened:  # by the prompt
+        texts = [t.removeprefix("<think>").removeprefix("|special_token|") for t in texts]
+    hint = protocol_hint(texts, read)
+    assert bool(hint) == (written != read)
+    assert not hint or hint.endswith(f"--template.protocol={written} reads those")
+
+
+def test_no_protocol_is_guessed():
+    think = ["<think> a </think> b"]
+    assert protocol_hint([]) == protocol_hint(["no tags"] * 9) == ""
+    assert protocol_hint([GOOD] * 2 + think * 8) == ""  # some follow the own one
+    assert protocol_hint(["no tags"] * 6 + think * 4) == ""  # most follow none
+    assert '"think"' in protocol_hint(["no tags"] * 4 + think * 6)
+    assert protocol_hint(["<#> a <#> b"], "think", "<#>").endswith("=cold_start reads those")
 
 
 def test_cut_off_reasoning_is_still_reasoning():

@@ -39,9 +39,10 @@ from r1fast.evaluate.statistics import summarise
 from r1fast.hf_folder import write_json
 from r1fast.interrupt import boundary, stoppable
 from r1fast.jsonl import write_jsonl
-from r1fast.metrics import note
+from r1fast.metrics import note, warn
 from r1fast.policy import Policy
 from r1fast.progress import progress
+from r1fast.protocol import protocol_hint
 from r1fast.rewards.graders import JUDGED_KINDS
 from r1fast.rewards.score import RewardScorer
 from r1fast.rollout.sampler import SamplingParams
@@ -102,6 +103,10 @@ def evaluate(
     result |= {"temperature": e.temperature, "top_p": e.top_p, "seed": config.seed}
     if folder is not None:
         check_judge(rows, scorer)
+        t = config.template
+        hint = protocol_hint([row["text"] for row in rows], t.protocol, t.special_token)
+        if hint and distributed.is_main():
+            warn(hint)
     result |= what_graded(scorer, before, earlier)
     if folder is not None:
         if distributed.is_main():
