@@ -1,6 +1,6 @@
 """What a second rank brings, and where the rest goes: GRPO steps of one and of two processes, a core each.
 
-    python benchmarks/bench_scale.py [--models 3.5M 25M] [--variants NAME ...] [--steps N] [--rounds N] [--no-append]
+    python benchmarks/bench_scale.py [--models 3.5M 25M] [--variants NAME ...] [--steps N] [--rounds N] [--vllm VENV] [--no-append]
 
 The global batch stays as it is (strong scaling): 8 prompts x 8 completions of at most 128 tokens, float32, the
 models of bench_step.py, gloo on loopback. `one` is a process on one core; `two` is two ranks, each on its own core;

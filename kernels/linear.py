@@ -48,7 +48,7 @@ def has_bf16_products() -> bool:
     """Whether PyTorch multiplies bfloat16 by oneDNN here, and oneDNN by instructions for it (AVX512-BF16, AMX,
     AVX2-VNNI-2, or Arm's).
 
-    On AVX-512 without them oneDNN takes bfloat16 all the same, three times slower and more than float32.
+    On AVX-512 without them oneDNN takes bfloat16 all the same, two to five times slower than float32.
     ONEDNN_MAX_CPU_ISA counts where it leaves out AVX-512, a oneDNN that is switched off later does not. No oneDNN, no
     such question.
     """
@@ -59,7 +59,7 @@ def has_bf16_products() -> bool:
 
 
 def is_widened(*factors: Tensor) -> bool:
-    """Whether the product is taken in float32, as PyTorch would be slow: three times on AVX-512, twenty and more on AVX2."""
+    """Whether the product is taken in float32, as PyTorch would be slow: two to five times on AVX-512, twenty and more on AVX2."""
     return (
         all(type(t) in (Tensor, nn.Parameter) for t in factors)
         and all(t.is_cpu and t.dtype == torch.bfloat16 for t in factors)

@@ -154,9 +154,8 @@ def test_what_an_update_aborts_is_of_the_new_weights_and_says_so(tmp_path, serve
     """Half of the samples are under way at a time, those of the next step when an update comes."""
     slots = f"--rollout.max_batch_size={SAMPLES}"
     more = [FAST, slots, "--grpo.num_steps=2", *ahead(1, "abort")]
-    trainer, rows = run(
-        tmp_path, servers(delay=1.5), *more
-    )  # so that no busy machine trains longer
+    # so slow that no busy machine trains longer
+    trainer, rows = run(tmp_path, servers(delay=1.5), *more)
     assert sum(row["vllm/retries"] for row in rows) == 0  # nothing was wrong
     assert rows[1]["vllm/version_lag"] < 0.5  # they were asked for under the weights before
     for groups in trainer.groups.values():
