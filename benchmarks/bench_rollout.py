@@ -14,12 +14,13 @@ tokens ignored, temperature 1:
 Every engine is a process of its own (rollout_peers.py) that stays for its shape and type; each round runs
 every engine once, in turns. Quoted: medians of tokens a second and a CPU-second, resident memory at its
 peak and above what the loaded model took, seconds from start to ready, and the rate of the bare matrix
-products of the same decode steps in r1fast's process. `generate` makes no log-probabilities here, the
+products of the same decode steps in r1fast's process, right after its run (the share of it is the median of pairs). `generate` makes no log-probabilities here, the
 others do. What is much slower than the rest runs in the first round only. vLLM is installed into a
 virtual environment of its own at the first run (2 GB), and left out, with a note, where that fails; it
 runs eagerly unless --vllm-compiled.
 
-"Cache over what its tokens need" is taken at the step after which most blocks are held: positions in them
+r1fast is run as `Engine.generate` runs it, up to 64 tokens a call while no sample ends. "Cache over what its tokens
+need" is taken in a run of its own, one token a call, at the step after which most blocks are held: positions in them
 over positions alive at that moment, a prompt once for all its running samples. That is the moment that
 decides how large a cache must be, and the stricter of two readings: over the most that is alive at any time
 (`needed_positions`, which is also said) a cache may look good because it is largest when less is needed.
@@ -154,7 +155,7 @@ def measure(shape: str, dtype: str, engines: dict, args: argparse.Namespace) -> 
         engine.run(warm)
         if name in (GENERATE, COMPILED, VLLM):  # its first large batch is up to four times slower
             engine.run(Case(make_case("equal", SHAPES[shape][2]).prompts, [[16] * 8] * NUM_PROMPTS))
-    gemms = []
+    gemms, shares = [], []
     for number in range(args.rounds):
         for case_name, case in cases.items():
             for name, engine in engines.items():
@@ -171,10 +172,13 @@ def measure(shape: str, dtype: str, engines: dict, args: argparse.Namespace) -> 
                 else:
                     rate = found["tokens"] / found["seconds"]
                     print(f"{shape} {dtype} {case_name}: {name} {rate:,.0f} tokens/s", flush=True)
+                    if (case_name, name) == (
+                        "equal",
+                        "r1fast",
+                    ):  # at once: what a core gives varies
+                        gemms.append(engine.gemm_rate(64))
+                        shares.append(rate / gemms[-1])
                 results.setdefault((case_name, name), []).append(found)
-        if "r1fast" in engines:
-            time.sleep(SETTLE)  # a server polls for a while after its last request
-            gemms.append(engines["r1fast"].gemm_rate(64))
     rows, lines = [], []
     for case_name, case in cases.items():
         label = f"{shape} {dtype} {case_name}"
@@ -223,12 +227,11 @@ def measure(shape: str, dtype: str, engines: dict, args: argparse.Namespace) -> 
                 gemm = statistics.median(gemms)
                 rows.append((label, "GEMMs", "tokens/s", gemm, "1/s"))
                 print(f"bare GEMMs of the decode steps: {gemm:,.0f} tokens/s")
-                lines.append(
-                    bar(f"{label}: share of the bare GEMMs", rates["r1fast"] / gemm, GEMM_BAR)
-                )
-            last = results[case_name, "r1fast"][-1]
-            found = last["positions"] / last["alive"]
-            of_most = last["positions"] / needed_positions(case)
+                share = statistics.median(shares)
+                lines.append(bar(f"{label}: share of the bare GEMMs", share, GEMM_BAR))
+            cache = engines["r1fast"].watched(case)
+            found = cache["positions"] / cache["alive"]
+            of_most = cache["positions"] / needed_positions(case)
             rows.append((label, "r1fast", "cached positions over those alive", found, "ratio"))
             rows.append((label, "r1fast", "cached positions over needed ones", of_most, "ratio"))
             lines += [

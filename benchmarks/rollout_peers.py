@@ -3,8 +3,9 @@
     python benchmarks/rollout_peers.py ENGINE MODEL DTYPE THREADS
 
 reads one JSON object a line, runs it and answers with one: {"prompts": [[ids]], "lengths": [[n]]}
-is a rollout (each sample has the length that it is to reach, end tokens are ignored), {"gemm": B} the
-bare matrix products of decode steps of B rows. vLLM is a server in a virtual environment of its own
+is a rollout (each sample has the length that it is to reach, end tokens are ignored), with "watch": true one
+that r1fast makes step by step to see how full its cache is, {"gemm": B} the bare matrix products of decode
+steps of B rows. vLLM is a server in a virtual environment of its own
 (`vllm_build.py`), asked over HTTP for the same.
 """
 
@@ -38,6 +39,7 @@ class Case(NamedTuple):
 def run_r1fast(path: str, dtype: str) -> tuple[Callable[[Case], dict], Any]:
     from r1fast.model import load_model
     from r1fast.rollout.engine import Engine
+    from r1fast.rollout.loops import TOKENS_AT_ONCE
     from r1fast.rollout.sampler import SamplingParams
 
     model = load_model(path, dtype=dtype, device="cpu")
@@ -53,7 +55,7 @@ def run_r1fast(path: str, dtype: str) -> tuple[Callable[[Case], dict], Any]:
         once = prompts[batch.group_starts[:-1]].sum()
         return int((rows.length[batch.slots] - 1 - prompts).sum() + once)
 
-    def run(case: Case) -> dict:
+    def run(case: Case, watch: bool = False) -> dict:
         engine.reset_prefix_cache()
         num_tokens, logprobs, most = 0, 0.0, (0, 0)
         sampling = SamplingParams(ignore_eos=True)
@@ -61,10 +63,11 @@ def run_r1fast(path: str, dtype: str) -> tuple[Callable[[Case], dict], Any]:
             seeds = [next(numbers) for _ in lengths]
             engine.add(prompt, seeds, sampling, stream=False, lengths=lengths)
         while engine.has_work:
-            for event in engine.step():
+            for event in engine.step(1 if watch else TOKENS_AT_ONCE):
                 num_tokens += len(event.token_ids)
                 logprobs += sum(event.logprobs)
-            most = max(most, (16 * engine.stats.blocks_used, alive(engine.rows)))
+            if watch:
+                most = max(most, (16 * engine.stats.blocks_used, alive(engine.rows)))
         return {
             "tokens": num_tokens, "logprob": logprobs / num_tokens, "positions": most[0],
             "alive": most[1],
@@ -233,10 +236,11 @@ def worker(engine: str, path: str, dtype: str, threads: str) -> None:
             if "gemm" in asked:
                 _answer(out, {"rate": gemm_rate(model, asked["gemm"])})
                 continue
+            more = {"watch": True} if asked.pop("watch", False) else {}
             case = Case(**asked)
             before = reset_peak([os.getpid()])
             cpu, start = time.process_time(), time.perf_counter()
-            found = run(case)
+            found = run(case, **more)
             found["seconds"] = time.perf_counter() - start
             found["cpu_seconds"] = time.process_time() - cpu
             found["rss"], found["peak_rss"] = before, peak_bytes([os.getpid()])
@@ -287,6 +291,10 @@ class Worker:
     def run(self, case: Case) -> dict:
         """{"tokens", "seconds", "cpu_seconds", "rss", "peak_rss", ...} or {"error"}."""
         return self._ask(case._asdict())
+
+    def watched(self, case: Case) -> dict:
+        """Of r1fast: {"positions", "alive"} where most blocks are held, from a slower run."""
+        return self._ask(case._asdict() | {"watch": True})
 
     def gemm_rate(self, rows: int) -> float:
         return self._ask({"gemm": rows})["rate"]

@@ -1,0 +1,144 @@
+"""The three products of a linear layer in training, r1fast's on the CPU against PyTorch's (MKL, oneDNN), in turns.
+
+    python benchmarks/bench_linear.py [--threads 1 2] [--dtypes fp32 bf16] [--tokens 64 512 2048] [--rounds 9] [--no-append]
+
+y = x W^T, dx = dy W and dW = dy^T x of T tokens and a weight (N, D) of the widths of checkpoint A (bench_rollout.py) and of
+Qwen2.5-0.5B. Quoted: GFLOP/s of 2 T D N over the median of wall seconds, with packing and conversions; the error of the
+result against the float64 product of the same factors, of its norm; and the rate of a product of 2048 x 2048 x 2048, the
+faster one of either, as what this machine gives. "own" says whether C++ computes it (kernels/linear.py chooses by the
+processor, the dtypes and the shapes): where it does not, both columns are PyTorch.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from common import append_rows, print_table
+from torch import Tensor
+
+from r1fast.kernels.linear import (
+    is_native,
+    is_sampled,
+    is_widened,
+    linear_dweight,
+    linear_dx,
+    linear_fwd,
+)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WEIGHTS = {  # (N, D)
+    "A qkv": (512, 256), "A gate and up": (2048, 256),
+    "0.5B out": (896, 896), "0.5B gate and up": (9728, 896), "0.5B down": (896, 4864),
+}  # fmt: skip
+Product = Callable[[], Tensor]
+
+
+def products(x: Tensor, weight: Tensor, dy: Tensor) -> dict[str, tuple[Product, Product, bool]]:
+    """Name -> (r1fast's, PyTorch's, whether the former is not the latter)."""
+    return {
+        "y": (
+            lambda: linear_fwd(x, weight, None),
+            lambda: F.linear(x, weight),
+            is_native(x, weight) or is_sampled(x, weight) or is_widened(x, weight),
+        ),
+        "dx": (
+            lambda: linear_dx(dy, weight),
+            lambda: dy @ weight,
+            is_native(dy, weight.t()) or is_widened(dy, weight),
+        ),
+        "dW": (
+            lambda: linear_dweight(dy, x),
+            lambda: dy.t() @ x,
+            is_native(x, weight) or is_widened(dy, x),
+        ),
+    }
+
+
+def median_seconds(ops: list[Product], rounds: int) -> list[float]:
+    """Of each, in turns; several calls at once where one is short."""
+    ops[0]()
+    begin = time.perf_counter()
+    ops[0]()
+    calls = max(1, int(2e-3 / max(time.perf_counter() - begin, 1e-9)))
+    taken: list[list[float]] = [[] for _ in ops]
+    for number in range(rounds + 1):
+        for op, seconds in zip(ops, taken, strict=True):
+            begin = time.perf_counter()
+            for _ in range(calls):
+                op()
+            if number:  # the first round warms up
+                seconds.append((time.perf_counter() - begin) / calls)
+    return [statistics.median(seconds) for seconds in taken]
+
+
+def made(T: int, N: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (T, D), (N, D), (T, N)
+    x, weight, dy = (torch.randn(*size, generator=generator).to(dtype) for size in sizes)
+    return x, weight / D**0.5, dy
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 512, 2048])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--no-append", action="store_true", help="leave results.csv alone")
+    args = parser.parse_args()
+    table, rows, bests = [], [], []
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        for dtype_name in args.dtypes:
+            dtype = DTYPES[dtype_name]
+            ours, peer, _ = products(*made(2048, 2048, 2048, dtype))["y"]
+            most = 2 * 2048**3 / min(median_seconds([ours, peer], args.rounds)) / 1e9
+            bests.append(f"{dtype_name}, {threads} threads: {most:,.0f} GFLOP/s")
+            rows.append(
+                ("2048 cubed", "faster one", f"{dtype_name}, {threads} threads", most, "GFLOP/s")
+            )
+            for T in args.tokens:
+                for weight_name, (N, D) in WEIGHTS.items():
+                    x, weight, dy = made(T, N, D, dtype)
+                    wide = products(x.double(), weight.double(), dy.double())
+                    for name, (ours, peer, own) in products(x, weight, dy).items():
+                        seconds = median_seconds([ours, peer], args.rounds)
+                        rates = [2 * T * D * N / s / 1e9 for s in seconds]
+                        exact = wide[name][1]()
+                        errors = [error(ours(), exact), error(peer(), exact)]
+                        shape = f"{name}, {weight_name} {N} x {D}, {T} tokens, {dtype_name}"
+                        for variant, rate, e in zip(
+                            ("r1fast", "PyTorch"), rates, errors, strict=True
+                        ):
+                            rows.append((shape, variant, f"{threads} threads", rate, "GFLOP/s"))
+                            rows.append((shape, variant, "error / norm", e, "ratio"))
+                        table.append([
+                            shape, str(threads), "yes" if own else "no", *(f"{r:,.0f}" for r in rates),
+                            f"{rates[0] / rates[1]:.2f}", f"{max(rates) / most:.0%}", *(f"{e:.1e}" for e in errors),
+                        ])  # fmt: skip
+    head = (
+        "product",
+        "threads",
+        "own",
+        "r1fast",
+        "PyTorch",
+        "times",
+        "of 2048^3",
+        "error",
+        "PyTorch's",
+    )
+    print_table(list(head), table)
+    print("\n".join(["2048 cubed, the faster one of either:", *bests]))
+    if not args.no_append:
+        append_rows("linear", rows)
+
+
+if __name__ == "__main__":
+    main()
