@@ -80,8 +80,9 @@ R1FAST_AVX512_INLINE Words round_words(Lanes x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x00400000));
   const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  return _mm512_mask_mov_epi32(_mm512_maskz_srli_epi32(0xffff, rounded, 16), is_nan, _mm512_set1_epi32(0x7fc0));
+  return _mm512_maskz_srli_epi32(0xffff, _mm512_mask_mov_epi32(rounded, is_nan, quiet), 16);
 }
 R1FAST_AVX512_INLINE __m256i to_bf16(Lanes x) {
   return kHasBf16 ? (__m256i)_mm512_cvtneps_pbh(x) : _mm512_maskz_cvtepi32_epi16(0xffff, round_words(x));

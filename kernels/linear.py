@@ -172,8 +172,8 @@ class LinearFunction(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         dx = linear_dx(dy, weight) if needs_x else None
-        dy = dy.flatten(0, -2)
-        dweight = linear_dweight(dy, x.flatten(0, -2)) if needs_weight else None
+        dy = dy.reshape(-1, dy.shape[-1])
+        dweight = linear_dweight(dy, x.reshape(-1, x.shape[-1])) if needs_weight else None
         return dx, dweight, dy.sum(0) if needs_bias else None
 
 

@@ -9,8 +9,9 @@ White space around tags never matters: word-level tokenizers join with spaces.
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 PROTOCOLS = ("think_answer", "cold_start", "think")
@@ -177,16 +178,25 @@ def join_completion(
 
 
 def protocol_hint(
-    texts: Sequence[str], protocol: str = "think_answer", special_token: str = SPECIAL_TOKEN
+    texts: Sequence[str],
+    protocol: str = "think_answer",
+    special_token: str = SPECIAL_TOKEN,
+    opened: Collection[str] = PROTOCOLS,
 ) -> str:
     """A sentence for who reads completions by `protocol` where most follow another one; "" where they do not.
 
-    Of at most 200 `texts`, spread over all: under a tenth follow `protocol`, and at least half the other one.
+    Of 200 `texts` drawn at random: under a tenth follow `protocol`, and at least half the other one. `opened`: the
+    protocols whose opening tag the prompt has written (`templates.opened_protocols`).
     """
-    some = texts[:: -(-len(texts) // 200) or 1]
+    some = random.Random(0).sample(texts, 200) if len(texts) > 200 else texts
 
     def share(name: str) -> float:
-        parts = (split_completion(t, name, special_token, prompt_opens_think=True) for t in some)
+        if name == "cold_start" and not special_token.strip():
+            return 0.0  # nothing follows it
+        parts = [
+            split_completion(t, name, special_token, prompt_opens_think=name in opened)
+            for t in some
+        ]
         return sum(p.well_formed for p in parts) / len(some)
 
     if not some or share(protocol) >= 0.1:

@@ -20,7 +20,7 @@ from r1fast.examples import Example, has_completions, load_examples
 from r1fast.hf_folder import write_json
 from r1fast.jsonl import write_jsonl
 from r1fast.judge_engine import rejection_chat
-from r1fast.metrics import say
+from r1fast.metrics import say, warn
 from r1fast.policy import Policy
 from r1fast.protocol import (
     Parts,
@@ -33,7 +33,7 @@ from r1fast.rewards import filters
 from r1fast.rewards.judge import Judge
 from r1fast.rewards.score import RewardScorer
 from r1fast.rollout.sampler import SamplingParams
-from r1fast.templates import prompt_opens_think
+from r1fast.templates import opened_protocols, prompt_opens_think
 from r1fast.types import Completion, Problem, Reward, RolloutGroup
 from r1fast.watchdog import watched
 
@@ -104,15 +104,17 @@ def rejection_sample(
     if distributed.is_main():
         write_examples(folder / "sampled.jsonl", examples)
         write_json(folder / "accounting.json", accounting)
+    t = config.template
+    texts = [c.text for group in groups for c in group.completions]
+    hint = protocol_hint(texts, t.protocol, t.special_token, opened_protocols(t, policy.tokenizer))
     if not examples:
-        t = config.template
-        texts = [c.text for group in groups for c in group.completions]
-        hint = protocol_hint(texts, t.protocol, t.special_token)
         advice = f"The reason may be that {hint}" if hint else "Train longer, sample more or loosen [sample]"  # fmt: skip
         raise ValueError(
             f"rejection sampling kept none of {accounting['sampled']} completions: "
             f"{accounting['dropped']}. {advice}."
         )
+    if hint and distributed.is_main():
+        warn(hint)
     say(f"kept {len(examples)} of {accounting['sampled']} completions")
     return examples
 

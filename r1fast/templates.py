@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from r1fast.chat_template import render_chat
 from r1fast.config import TemplateConfig
-from r1fast.protocol import opens_think
+from r1fast.protocol import PROTOCOLS, opens_think
 from r1fast.types import Problem
 
 # the only constraint put on the content of R1-Zero (arXiv 2501.12948, table 1), on one line
@@ -53,6 +53,12 @@ def prompt_opens_think(template: TemplateConfig, tokenizer=None) -> bool:
     return opens_think(
         render_prompt("?", template, tokenizer), template.protocol, template.special_token
     )
+
+
+def opened_protocols(template: TemplateConfig, tokenizer=None) -> list[str]:
+    """The protocols whose opening tag prompts would end in, were they `template.protocol`."""
+    protocols = [p for p in PROTOCOLS if p != "cold_start" or template.special_token.strip()]
+    return [p for p in protocols if prompt_opens_think(replace(template, protocol=p), tokenizer)]
 
 
 def with_system(template: TemplateConfig, meta: Mapping, where: str) -> TemplateConfig:

@@ -124,11 +124,14 @@ def test_sample(files, tmp_path, capsys, monkeypatch):
         return rejection_sample(policy, problems, config, AllRight(scorer), folder)
 
     monkeypatch.setattr(commands, "rejection_sample", sampled)
+    monkeypatch.setattr("r1fast.rejection.protocol_hint", lambda *_: "they follow another protocol")
     assert run("sample", files, tmp_path, data, "--sample.require_format=false",
                "--sample.max_kept=2", "--sample.min_language_share=0") == 0  # fmt: skip
     kept = [row for _, row in read_jsonl(tmp_path / "sampled.jsonl")]
     assert len(kept) == 12
-    assert "enough kept" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "warning: they follow another protocol" in shown.err
+    assert "enough kept" in shown.out
     # what was kept is what distill learns
     out = tmp_path / "student"
     assert run("distill", files, out, f"--data.sft={tmp_path / 'sampled.jsonl'}") == 0

@@ -87,7 +87,7 @@ def test_forward_loss_and_products_hold_on_other_cpus(cpu):
         pytest.skip("the suite itself runs without bfloat16's instructions")
     level, tests = cpu.get("R1FAST_CPU_LEVEL", "avx512"), [*TESTS]
     if level == "avx512":
-        tests += ["test_cpu_level.py::test_packed_products", "test_cpu_level.py::test_the_head_is_the_same_bits_on_every_level"]  # fmt: skip
+        tests += ["test_cpu_level.py::test_packed_products", "test_cpu_level.py::test_the_head_is_the_same_bits_on_every_level", "test_cpu_level.py::test_a_nan_is_the_same_bits_on_every_level"]  # fmt: skip
     code = (
         "import sys, pytest; from r1fast import _C\n"
         f"assert _C.native_level(False) == _C.native_level(True) == {level!r}\n"
@@ -151,6 +151,22 @@ def test_packed_products(dtype, num_rows, width, num_out, after):
         assert (y[:, num_out:] == 7).all()
         found.append(y[:num_rows, :num_out])
         assert_accurate(level, found[-1], reference(dtype), reference(torch.float64))
+    assert all(torch.equal(a, b) for a, b in pairwise(found))
+
+
+@needs_avx2
+def test_a_nan_is_the_same_bits_on_every_level():
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([[1, 1], [inf, 0], [-nan, 1], [inf, -inf]]).bfloat16()
+    weight = torch.tensor([[inf, -inf], [1, 1], [nan, 0]]).bfloat16()
+    found = []
+    for level in levels(torch.bfloat16):
+        y = torch.zeros(4, 3, dtype=torch.bfloat16)
+        _C.linear_forward_bf16(
+            x.data_ptr(), 2, 4, weight.data_ptr(), 2, 3, 2, 0, y.data_ptr(), level, 1
+        )
+        found.append(y.view(torch.int16))
+        assert torch.equal(y.isnan(), (x.float() @ weight.float().t()).isnan())
     assert all(torch.equal(a, b) for a, b in pairwise(found))
 
 

@@ -308,8 +308,8 @@ def test_stored_samples_recompute_the_scores(tmp_path):
 def test_texts_of_another_protocol_are_told(tmp_path, monkeypatch, capsys):
     seen = []
 
-    def hint(texts, protocol, special_token):
-        seen.append((texts, protocol, special_token))
+    def hint(texts, protocol, special_token, opened):
+        seen.append((texts, protocol, special_token, opened))
         return f"{len(texts)} texts of another protocol"
 
     monkeypatch.setattr("r1fast.evaluate.run.protocol_hint", hint)
@@ -319,7 +319,7 @@ def test_texts_of_another_protocol_are_told(tmp_path, monkeypatch, capsys):
     evaluate(tiny_policy(), tiny_problems(2), config, ParityScorer(), folder=tmp_path)
     ((texts, *read_by),) = seen
     assert texts == [r["text"] for _, r in read_jsonl(tmp_path / "samples.jsonl")]
-    assert read_by == ["cold_start", "<#>"]
+    assert read_by == ["cold_start", "<#>", []]
     assert f"warning: {len(texts)} texts of another protocol" in capsys.readouterr().err
 
 

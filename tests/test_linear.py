@@ -49,7 +49,8 @@ def out_and_grads(f, p, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("T", "D", "N"),
     [(32, 1, 1), (33, 16, 17), (40, 64, 48), (127, 191, 64), (128, 192, 65), (129, 193, 31),
-     (191, 33, 129), (193, 400, 100), (1153, 50, 80), (1500, 48, 7), (200, 1000, 300)],
+     (191, 33, 129), (193, 400, 100), (1153, 50, 80), (1500, 48, 7), (200, 1000, 300),
+     (64, 65, 800), (65, 64, 193), (192, 769, 769), (385, 1540, 70)],
 )  # fmt: skip
 @pytest.mark.parametrize("bias", [True, False])
 def test_no_less_accurate_than_pytorch(T, D, N, bias):
@@ -93,7 +94,7 @@ def test_rows_of_any_stride_and_shape():
 
 @native
 def test_threads_and_other_rows_change_no_bit():
-    p = problem(1300, 200, 150)
+    p = problem(1300, 800, 780)  # several groups of rows, chunks and sets of columns
     threads = torch.get_num_threads()
     try:
         found = []
@@ -108,6 +109,17 @@ def test_threads_and_other_rows_change_no_bit():
     part = out_and_grads(linear, {k: v[37:101] if k in ("x", "dy") else v for k, v in p.items()})
     for name in ("y", "dx"):
         assert torch.equal(part[name], found[0][name][37:101]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_row_without_leading_dimensions(dtype):
+    p = problem(1, 24, 10)
+    x, weight, dy = p["x"][0].to(dtype), p["weight"].to(dtype), p["dy"][0].to(dtype)
+    x.requires_grad_()
+    weight.requires_grad_()
+    linear(x, weight).backward(dy)
+    torch.testing.assert_close(x.grad, dy @ weight)
+    torch.testing.assert_close(weight.grad, torch.outer(dy, x))
 
 
 @native

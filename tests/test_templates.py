@@ -19,6 +19,7 @@ from r1fast.templates import (
     R1_ZERO_TEMPLATE,
     encode_prompts,
     encode_text,
+    opened_protocols,
     prompt_opens_think,
     render_prompt,
     with_system,
@@ -173,6 +174,13 @@ def test_no_protocol_is_guessed():
     assert protocol_hint(["no tags"] * 6 + think * 4) == ""  # most follow none
     assert '"think"' in protocol_hint(["no tags"] * 4 + think * 6)
     assert protocol_hint(["<#> a <#> b"], "think", "<#>").endswith("=cold_start reads those")
+    assert protocol_hint(think * 9, special_token=" ") != ""  # a token that nothing can hold
+    assert protocol_hint([*think, GOOD] * 200) == ""  # whatever their order
+    unopened = ["r |special_token| s"] * 9
+    assert "cold_start" in protocol_hint(unopened, "think")
+    assert (
+        protocol_hint(unopened, "think", opened=["think"]) == ""
+    )  # cold_start would not read them
 
 
 def test_cut_off_reasoning_is_still_reasoning():
@@ -281,6 +289,9 @@ def test_the_template_says_whether_it_opens_the_thought():
     assert prompt_opens_think(TemplateConfig(name="raw", prompt="Q: {prompt} <think>"))
     special = TemplateConfig(name="raw", protocol="cold_start", prompt="{prompt} |special_token|")
     assert prompt_opens_think(special)
+    assert opened_protocols(chat, OpeningTokenizer()) == ["think_answer", "think"]
+    assert opened_protocols(chat, WordTokenizer()) == []
+    assert opened_protocols(TemplateConfig(special_token="")) == []
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -47,6 +47,7 @@ from r1fast.rewards.graders import JUDGED_KINDS
 from r1fast.rewards.score import RewardScorer
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.rollout.weights import checksums, weights
+from r1fast.templates import opened_protocols
 from r1fast.types import Completion, Problem, RolloutGroup
 from r1fast.watchdog import watched
 
@@ -104,7 +105,8 @@ def evaluate(
     if folder is not None:
         check_judge(rows, scorer)
         t = config.template
-        hint = protocol_hint([row["text"] for row in rows], t.protocol, t.special_token)
+        texts, opened = [row["text"] for row in rows], opened_protocols(t, policy.tokenizer)
+        hint = protocol_hint(texts, t.protocol, t.special_token, opened)
         if hint and distributed.is_main():
             warn(hint)
     result |= what_graded(scorer, before, earlier)
