@@ -1,3 +1,5 @@
+from itertools import zip_longest
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ from tiny import tiny_config, tiny_model, tiny_policy
 
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams, sample_seed
+from r1fast.types import Problem
 
 EOS = 3
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [21, 22], [23] * 30]
@@ -269,3 +272,64 @@ def test_a_tokenizer_that_fails_ends_its_sample_alone(options):
     assert "mine, sample 0: its tokens cannot be decoded to text (KeyError" in ended[failing].error
     assert ended[other].finish_reason == "length"
     assert engine.stats.blocks_used == 0
+
+
+def test_calls_may_take_turns_on_one_engine(model):
+    """A callback that generates, two streams at once, a stream with a call amid it: all are whole."""
+    sampling, one, two = SamplingParams(max_tokens=9), PROMPTS[:2], PROMPTS[2:4]
+    engine = Engine(model, [EOS], decode=str)
+    expected = [tokens(groups_of(engine.generate(p, 2, sampling))) for p in (one, two)]
+    inner = []
+
+    def generates(event):
+        if not inner:
+            inner.append(engine.generate(two, 2, sampling))
+
+    outer = engine.generate(one, 2, sampling, on_token=generates)
+    assert [tokens(groups_of(g)) for g in (outer, inner[0])] == expected
+
+    first, second = engine.stream(one, 2, sampling), engine.stream(two, 2, sampling)
+    met = [next(first)], [next(second)]
+    inner = engine.generate(two, 2, sampling)
+    for pair in zip_longest(first, second):
+        for events, event in zip(met, pair, strict=True):
+            events += [event] if event else []
+    for events, whole in zip(met, expected, strict=True):
+        found = [[[] for _ in group] for group in whole]
+        for event in events:
+            found[event.request_id][event.sample] += event.token_ids
+        assert found == whole
+        assert sum(e.finish_reason is not None for e in events) == 4
+    assert tokens(groups_of(inner)) == expected[1]
+    assert not engine.has_work
+    assert not engine._events
+
+
+def groups_of(groups):
+    return [group.completions for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"problems": [Problem("")]}, "2 prompts need as many problems, got 1"),
+        ({"seeds": [[1, 2], [3]]}, "num_generations = 2 needs as many seeds .* got .2, 1."),
+        ({"seeds": [[1, 2.5], [3, 4]]}, "prompt 0 has a seed that is no integer: 2.5"),
+        ({"sampling": {"max_tokens": 3}}, "prompt 0 needs SamplingParams .* got dict"),
+        ({"sampling": None}, "prompt 0 needs SamplingParams .* got NoneType"),
+    ],
+)
+def test_a_call_that_cannot_be_is_refused_before_anything_is_sampled(model, wrong, message):
+    engine = Engine(model, [EOS])
+    options = {"sampling": SamplingParams(max_tokens=3)} | wrong
+    with pytest.raises(ValueError, match=message):
+        engine.generate(PROMPTS[:2], 2, **options, on_finish=pytest.fail)
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_batch_size": 1.5}, {"cache_bytes": 1e6}, {"prefill_tokens": "9"}]
+)
+def test_an_engine_of_no_integer_is_refused(model, wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be an integer"):
+        Engine(model, [EOS], **wrong)

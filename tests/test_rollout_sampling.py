@@ -259,6 +259,7 @@ def test_speculation_gives_the_same_tokens(model, temperature):
     ("kwargs", "message"),
     [
         ({"min_p": 1.5}, r"min_p must be in \[0, 1\], got 1.5"),
+        ({"ignore_eos": "no"}, "ignore_eos must be true or false, got .no."),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0, got 0.0"),
         ({"stop": "end"}, "stop must be a tuple of strings that are not empty, got 'end'"),
         ({"stop": ("",)}, "stop must be"),

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from r1fast.rollout.request import (
 from r1fast.rollout.result import EngineStats
 from r1fast.rollout.rows import Rows
 from r1fast.rollout.runner import Runner
-from r1fast.rollout.sampler import SamplingParams
+from r1fast.rollout.sampler import MAX_SCALE, SamplingParams
 from r1fast.rollout.scheduler import Scheduler
 from r1fast.rollout.score import Scoring, make_jobs
 from r1fast.rollout.speculation import Speculation
@@ -77,8 +78,12 @@ class Engine(Loops, Decoding):
             ("block_size", block_size),
             ("prefill_tokens", prefill_tokens),
         ):
+            if not isinstance(value, Integral):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not isinstance(cache_bytes, Integral | None):
+            raise ValueError(f"cache_bytes must be an integer or None, got {cache_bytes!r}")
         if block_size % 16:
             raise ValueError(f"block_size must be a multiple of 16, got {block_size}")
         self.model, self.eos_ids, self.part = model, eos, part
@@ -105,6 +110,7 @@ class Engine(Loops, Decoding):
         self._fixed_weights = fixed_weights
         self._requests: dict[int, Request] = {}
         self._ended: list[TokenEvent] = []  # of requests that were aborted
+        self._events = {}
         self._num_requests = 0
         self._versions: tuple = ()  # of the weights as they were when the engine was last idle,
         self._checksums: list[int] = []  # and what they held
@@ -347,10 +353,10 @@ class Engine(Loops, Decoding):
         on whose logits are not finite. Raises ValueError, which names prompt or completion, for an empty prompt,
         a token id outside the vocabulary, a temperature of 0, more tokens than the context or the cache has room for.
         """
-        if not temperature > 0:
+        if not 1 / MAX_SCALE <= temperature <= MAX_SCALE:
             raise ValueError(
-                f"temperature must be above 0, got {temperature}: a greedy draw has no log-probability, "
-                "and generate reports those at temperature 1 for it"
+                f"temperature must be in [{1 / MAX_SCALE:g}, {MAX_SCALE:g}], got {temperature}: a greedy draw "
+                "has no log-probability, and generate reports those at temperature 1 for it"
             )
         prompts = [token_ids(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
         for i, prompt in enumerate(prompts):

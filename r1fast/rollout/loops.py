@@ -19,6 +19,8 @@ class Loops:
 
     # what a rank that has its samples does for those that have not
     tend: Callable[[], None] | None = None
+    # request id -> events that another loop's step had: a callback may generate, streams may take turns
+    _events: dict[int, list[TokenEvent]]
 
     def stream(
         self,
@@ -32,7 +34,8 @@ class Loops:
     ) -> Iterator[TokenEvent]:
         """The events of `num_generations` samples of each prompt; request_id is the prompt's index.
 
-        Other requests of the engine go on meanwhile, but their events are lost: use `step` for both.
+        Other calls of `stream` and `generate` may take turns with it. Events of requests that were `add`ed go
+        to whoever steps, and are lost here: use `step` for both.
         """
         seeds = _seeds(prompts, num_generations, seed)
         ids = self._add_all(
@@ -52,6 +55,7 @@ class Loops:
         except ValueError:
             self._discard(ids)
             raise
+        self._events |= {id: [] for id in ids}
         return ids
 
     def _steps(self, ids: dict[int, int]) -> Iterator[list[TokenEvent]]:
@@ -60,16 +64,23 @@ class Loops:
         Nothing of them stays when this is left early.
         """
         try:
-            while not ids.keys().isdisjoint(
-                chain(self._requests, (e.request_id for e in self._ended))
-            ):
-                boundary("rollout")
-                events = self.step(TOKENS_AT_ONCE)
-                yield [
-                    replace(e, request_id=ids[e.request_id]) for e in events if e.request_id in ids
-                ]
+            while True:
+                events = [event for id in ids for event in self._events[id]]
+                if not events:
+                    under_way = chain(self._requests, (e.request_id for e in self._ended))
+                    if ids.keys().isdisjoint(under_way):
+                        return
+                    boundary("rollout")
+                    for event in self.step(TOKENS_AT_ONCE):
+                        is_own = event.request_id in ids
+                        (events if is_own else self._events.get(event.request_id, [])).append(event)
+                for id in ids:
+                    self._events[id].clear()
+                yield [replace(e, request_id=ids[e.request_id]) for e in events]
         finally:
             self._discard(ids)
+            for id in ids:
+                self._events.pop(id, None)
 
     def generate(
         self,
@@ -99,6 +110,13 @@ class Loops:
             raise ValueError(
                 f"{len(prompts)} prompts need as many lists of seeds, got {len(seeds)}"
             )
+        if num_generations is not None and any(len(own) != num_generations for own in seeds):
+            raise ValueError(
+                f"num_generations = {num_generations} needs as many seeds for each prompt, "
+                f"got {[len(own) for own in seeds]!r:.80}; None takes as many as there are"
+            )
+        if problems is not None and len(problems) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many problems, got {len(problems)}")
         stream = on_token is not None
         ids = self._add_all(prompts, seeds, sampling, stream=stream, return_entropy=return_entropy)
         parts: list[list[list[TokenEvent]]] = [[[] for _ in own] for own in seeds]
@@ -116,7 +134,8 @@ class Loops:
         flat = [c for group in completions for c in group]
         if flat and all(c.finish_reason == "error" for c in flat):
             raise FloatingPointError(flat[0].error)
-        problems = problems or [Problem("", id=f"prompt {i}") for i in range(len(prompts))]
+        if problems is None:
+            problems = [Problem("", id=f"prompt {i}") for i in range(len(prompts))]
         return [
             RolloutGroup(problem, token_ids(prompt, problem.id).tolist(), group)
             for problem, prompt, group in zip(problems, prompts, completions, strict=True)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import numpy as np
 from torch import Tensor
@@ -12,8 +13,8 @@ from r1fast.rollout.text import TextStream
 
 
 class RefusedRequest(ValueError):
-    """A request that cannot be served. `field` is what of it is at fault: prompt, seeds, lengths or one
-    of SamplingParams."""
+    """A request that cannot be served. `field` is what of it is at fault: prompt, seeds, lengths, sampling
+    or one of SamplingParams."""
 
     def __init__(self, message: str, field: str):
         super().__init__(message)
@@ -98,7 +99,13 @@ def check_request(
     V = vocab_size
     if not len(prompt):
         raise RefusedRequest(f"{name} is empty", "prompt")
+    if not isinstance(sampling, SamplingParams):
+        raise RefusedRequest(
+            f"{name} needs SamplingParams as `sampling`, got {type(sampling).__name__}", "sampling"
+        )
     for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, Integral):
+            raise RefusedRequest(f"{name} has a seed that is no integer: {seed!r:.80}", "seeds")
         if not -(2**63) <= seed < 2**63:
             raise RefusedRequest(f"{name} has a seed that does not fit in 64 bits: {seed}", "seeds")
     if prompt.min() < 0 or prompt.max() >= V:

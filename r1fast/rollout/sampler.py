@@ -51,6 +51,8 @@ class SamplingParams:
             *((name, _plain_int(getattr(self, name))) for name in _INTS),
         ):
             object.__setattr__(self, name, value)
+        if isinstance(self.ignore_eos, np.bool_):
+            object.__setattr__(self, "ignore_eos", bool(self.ignore_eos))
         if isinstance(self.stop, list):
             object.__setattr__(self, "stop", tuple(self.stop))
         if isinstance(self.stop_token_ids, list | tuple):
@@ -98,6 +100,7 @@ class SamplingParams:
                             and (b == -math.inf or -MAX_SCALE <= b <= MAX_SCALE)
                             for t, b in self.logit_bias.items()),
              "logit_bias", "a mapping of token ids to numbers within 1e6, or -inf for a ban")  # fmt: skip
+        need(type(self.ignore_eos) is bool, "ignore_eos", "true or false")
         need(is_count(self.top_logprobs) and self.top_logprobs <= MAX_TOP_LOGPROBS, "top_logprobs",
              f"in [0, {MAX_TOP_LOGPROBS}]")  # fmt: skip
 

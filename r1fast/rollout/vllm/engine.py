@@ -62,6 +62,7 @@ class VllmEngine(Loops):
         )
         self._requests: dict[int, dict[int, Job]] = {}  # samples that have not ended
         self._ended: list[TokenEvent] = []
+        self._events = {}
         self._counts = EngineStats()
         self._num_requests = 0
 
