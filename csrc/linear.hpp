@@ -95,6 +95,7 @@ class PackedLinear {
 
   template <class Y>
   void block(const T* x, int64_t ld_x, int64_t num_rows, const Panel& p, Y* y, int64_t ld_y, After after) const {
+    for (int64_t i = 0; i < num_rows; ++i) __builtin_prefetch(y + i * ld_y + p.begin, 1);  // lines far apart
     alignas(64) float sums[2][kRows * kMaxWidth];
     for (int64_t half = 0; half < halves_; ++half) {
       Tiles::template into<kBf16>(Into::kBuffer, p.num_vectors, num_k_, reinterpret_cast<const Word*>(x),
