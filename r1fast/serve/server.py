@@ -20,6 +20,7 @@ from r1fast.provenance import hardware
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.serve.app import Limits, Service
+from r1fast.serve.connection import Connection
 
 MIB = 2**20
 
@@ -81,6 +82,7 @@ def serve(config: Config, path: str, options: ServeOptions) -> None:
         server = _Server(
             uvicorn.Config(
                 service.app(),
+                http=Connection,
                 log_level="warning",
                 access_log=False,
                 timeout_graceful_shutdown=options.drain,
