@@ -133,7 +133,7 @@ class Service:
         generation = await self.reader.read(await self._body(request), checked)
         self._admit(generation)
         job = await self._submit(generation)
-        responder = Responder(generation, self.model_name, self.token_text)
+        responder = Responder(generation, self.model_name, self.token_text, self.policy.decode)
         if generation.stream:
             return _EventStream(self._stream(job, responder), lambda: self._close(job))
         try:
@@ -190,7 +190,8 @@ class Service:
             await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
             if not collecting.done():
                 raise ClientDisconnect
-            return responder.response(collecting.result())
+            # a text's offsets take time: others go on meanwhile
+            return await asyncio.to_thread(responder.response, collecting.result())
         finally:
             collecting.cancel()
             leaving.cancel()
