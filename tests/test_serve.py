@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import pytest
-from tiny import tiny_checkpoint, tiny_policy
+from tiny import EOS, tiny_checkpoint, tiny_policy
 
 from r1fast.__main__ import main
 from r1fast.rollout.engine import Engine
@@ -31,7 +31,7 @@ uvicorn = pytest.importorskip("uvicorn")
 from r1fast.serve.app import Limits, Service  # noqa: E402
 from r1fast.serve.connection import LEAST, Connection  # noqa: E402
 from r1fast.serve.reader import LONG, MAX_LONG  # noqa: E402
-from r1fast.serve.server import ServeOptions, _is_no_lost_client  # noqa: E402
+from r1fast.serve.server import ServeOptions, _is_no_lost_client, default_name  # noqa: E402
 
 MODEL = "tiny"
 CONTEXT, VOCAB = 2048, 320
@@ -120,12 +120,14 @@ def streamed(chunks) -> dict[int, dict]:
     found = {}
     for chunk in chunks:
         for choice in chunk.choices:
-            of = found.setdefault(choice.index, {"text": "", "ids": [], "tops": [], "logprobs": []})
+            new = {"text": "", "ids": [], "tops": [], "logprobs": [], "offsets": []}
+            of = found.setdefault(choice.index, new)
             of["text"] += choice.text if hasattr(choice, "text") else choice.delta.content or ""
             of["ids"] += getattr(choice, "token_ids", None) or []
             if choice.logprobs is not None and hasattr(choice, "text"):
                 of["logprobs"] += choice.logprobs.token_logprobs
                 of["tops"] += choice.logprobs.top_logprobs or []
+                of["offsets"] += choice.logprobs.text_offset
             elif choice.logprobs is not None:
                 of["logprobs"] += [entry.logprob for entry in choice.logprobs.content]
             assert "reason" not in of, "a chunk came behind the last one"
@@ -156,7 +158,11 @@ def test_a_completion_is_the_engines(client, policy):
             names = [policy.tokenizer.decode([t]) for t in own.token_ids]
             assert choice.logprobs.tokens == names
             offsets = choice.logprobs.text_offset
-            assert offsets == [len("".join(names[:i])) for i in range(len(names))]
+            ends = [*offsets[1:], len(own.text)]
+            assert offsets[0] == 0
+            assert offsets == sorted(offsets)
+            for name, begin, end in zip(names, offsets, ends, strict=True):
+                assert "\ufffd" in name or name in (own.text[begin:end], EOS)
             for top, row in zip(choice.logprobs.top_logprobs, own.top_logprobs, strict=True):
                 assert {policy.tokenizer.decode([t]) for t, _ in row} <= set(top)
                 assert max(top.values()) == pytest.approx(row[0][1], abs=1e-5)
@@ -216,6 +222,7 @@ def test_a_stream_adds_up_to_the_whole(client, chat):
             assert of["logprobs"] == pytest.approx([e.logprob for e in choice.logprobs.content])
         else:
             assert of["logprobs"] == pytest.approx(choice.logprobs.token_logprobs)
+            assert of["offsets"] == choice.logprobs.text_offset
             assert len(of["tops"]) == len(choice.token_ids)
     assert any(choice.finish_reason == "stop" for choice in whole.choices)
 
@@ -436,6 +443,13 @@ HI = {"messages": [{"role": "user", "content": "hi"}]}
         ("", {"prompt": "a", "echo": True, "logprobs": 1}, "echo", "leave one of the two out"),
         ("", {"prompt": "a", "stream": "yes"}, "stream", "must be true or false, got \"yes\""),
         ("", {"prompt": "a", "stream_options": {"x": 1}}, "stream_options", "knows include_usage"),
+        *(
+            ("", {"prompt": "a", "stream": True, "stream_options": {"include_usage": x}},
+             "stream_options", "include_usage must be true or false, got ")
+            for x in ("no", 1, [])
+        ),
+        ("", {"prompt": "a", "stream_options": {}}, "stream_options", "needs stream = true"),
+        (CHAT, HI | {"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
         ("", {"prompt": "a", "suffix": "z"}, "suffix", "suffix = \"z\" is not served"),
         ("", {"prompt": "a", "presence_penalty": 0.5}, "presence_penalty", "is not served"),
         ("", {"prompt": "a", "skip_special_tokens": True}, "skip_special_tokens", "tags"),
@@ -651,7 +665,7 @@ def test_a_slow_client_is_waited_for(policy):
             for _ in range(6):
                 end = len(taken) + 2 * LEAST
                 while len(taken) < end:
-                    taken += client.recv(end - len(taken))
+                    taken += client.recv(end - len(taken)) or pytest.fail("it was disconnected")
                 time.sleep(0.2)
             assert b'"usage"' in rest_of(client)
 
@@ -767,6 +781,13 @@ def httpx_error() -> type[Exception]:
     import httpx2
 
     return httpx2.RemoteProtocolError
+
+
+def test_the_name_of_a_model():
+    assert default_name("runs/demo/r1_zero/model") == "r1_zero"
+    assert default_name("models/Qwen2.5-0.5B/") == "Qwen2.5-0.5B"
+    assert default_name("Qwen/Qwen2.5-0.5B") == "Qwen2.5-0.5B"
+    assert default_name("/model") == "model"
 
 
 def test_options():
