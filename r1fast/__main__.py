@@ -28,7 +28,7 @@ commands
              [--step N|best] [--adapter-only] [--model.path=BASE] [--model.dtype=bfloat16]
   serve      CONFIG or MODEL: answer OpenAI's API on this machine
              [--host 127.0.0.1 --port 8000 --api-key KEY --model-name NAME --max-queued 1024
-             --max-body-mib 16 --drain 30]
+             --max-body-mib 16 --drain 30]; first come, first served
 
 Every value of the config can be set on the command line: --grpo.kl_coef=0 --data.train=gsm8k.jsonl
 (`r1fast grpo --help` lists them).

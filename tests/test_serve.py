@@ -15,9 +15,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
-from tiny import tiny_checkpoint, tiny_policy
+from tiny import EOS, tiny_checkpoint, tiny_policy
 
 from r1fast.__main__ import main
 from r1fast.rollout.engine import Engine
@@ -28,8 +29,9 @@ openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 
 from r1fast.serve.app import Limits, Service  # noqa: E402
+from r1fast.serve.connection import LEAST, Connection  # noqa: E402
 from r1fast.serve.reader import LONG, MAX_LONG  # noqa: E402
-from r1fast.serve.server import ServeOptions, _is_no_lost_client  # noqa: E402
+from r1fast.serve.server import ServeOptions, _is_no_lost_client, default_name  # noqa: E402
 
 MODEL = "tiny"
 CONTEXT, VOCAB = 2048, 320
@@ -46,11 +48,18 @@ def make_engine(policy, **options) -> Engine:
 
 
 @contextmanager
-def running(service: Service):
+def running(service: Service, **connection):
     """The base URL of `service`, served by a thread."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        if connection:  # the kernel is to keep little of what a client does not read
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         server = uvicorn.Server(
-            uvicorn.Config(service.app(), log_level="critical", timeout_graceful_shutdown=5)
+            uvicorn.Config(
+                service.app(),
+                http=partial(Connection, **connection),
+                log_level="critical",
+                timeout_graceful_shutdown=5,
+            )
         )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -111,12 +120,14 @@ def streamed(chunks) -> dict[int, dict]:
     found = {}
     for chunk in chunks:
         for choice in chunk.choices:
-            of = found.setdefault(choice.index, {"text": "", "ids": [], "tops": [], "logprobs": []})
+            new = {"text": "", "ids": [], "tops": [], "logprobs": [], "offsets": []}
+            of = found.setdefault(choice.index, new)
             of["text"] += choice.text if hasattr(choice, "text") else choice.delta.content or ""
             of["ids"] += getattr(choice, "token_ids", None) or []
             if choice.logprobs is not None and hasattr(choice, "text"):
                 of["logprobs"] += choice.logprobs.token_logprobs
                 of["tops"] += choice.logprobs.top_logprobs or []
+                of["offsets"] += choice.logprobs.text_offset
             elif choice.logprobs is not None:
                 of["logprobs"] += [entry.logprob for entry in choice.logprobs.content]
             assert "reason" not in of, "a chunk came behind the last one"
@@ -147,7 +158,11 @@ def test_a_completion_is_the_engines(client, policy):
             names = [policy.tokenizer.decode([t]) for t in own.token_ids]
             assert choice.logprobs.tokens == names
             offsets = choice.logprobs.text_offset
-            assert offsets == [len("".join(names[:i])) for i in range(len(names))]
+            ends = [*offsets[1:], len(own.text)]
+            assert offsets[0] == 0
+            assert offsets == sorted(offsets)
+            for name, begin, end in zip(names, offsets, ends, strict=True):
+                assert "\ufffd" in name or name in (own.text[begin:end], EOS)
             for top, row in zip(choice.logprobs.top_logprobs, own.top_logprobs, strict=True):
                 assert {policy.tokenizer.decode([t]) for t, _ in row} <= set(top)
                 assert max(top.values()) == pytest.approx(row[0][1], abs=1e-5)
@@ -207,6 +222,7 @@ def test_a_stream_adds_up_to_the_whole(client, chat):
             assert of["logprobs"] == pytest.approx([e.logprob for e in choice.logprobs.content])
         else:
             assert of["logprobs"] == pytest.approx(choice.logprobs.token_logprobs)
+            assert of["offsets"] == choice.logprobs.text_offset
             assert len(of["tops"]) == len(choice.token_ids)
     assert any(choice.finish_reason == "stop" for choice in whole.choices)
 
@@ -427,6 +443,13 @@ HI = {"messages": [{"role": "user", "content": "hi"}]}
         ("", {"prompt": "a", "echo": True, "logprobs": 1}, "echo", "leave one of the two out"),
         ("", {"prompt": "a", "stream": "yes"}, "stream", "must be true or false, got \"yes\""),
         ("", {"prompt": "a", "stream_options": {"x": 1}}, "stream_options", "knows include_usage"),
+        *(
+            ("", {"prompt": "a", "stream": True, "stream_options": {"include_usage": x}},
+             "stream_options", "include_usage must be true or false, got ")
+            for x in ("no", 1, [])
+        ),
+        ("", {"prompt": "a", "stream_options": {}}, "stream_options", "needs stream = true"),
+        (CHAT, HI | {"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
         ("", {"prompt": "a", "suffix": "z"}, "suffix", "suffix = \"z\" is not served"),
         ("", {"prompt": "a", "presence_penalty": 0.5}, "presence_penalty", "is not served"),
         ("", {"prompt": "a", "skip_special_tokens": True}, "skip_special_tokens", "tags"),
@@ -584,6 +607,85 @@ def test_too_many_samples_are_refused_and_come_later(policy):
         client.close()
 
 
+@contextmanager
+def unread(url: str, **body):
+    """A socket on which a stream of `body` comes, with next to no room for it."""
+    host, port = url.removeprefix("http://").partition("/")[0].split(":")
+    raw = json.dumps({"prompt": "hi", "stream": True, "ignore_eos": True, **body}).encode()
+    with socket.socket() as client:
+        client.settimeout(10)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((host, int(port)))
+        client.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+            b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(raw) + raw
+        )
+        yield client
+
+
+def rest_of(client: socket.socket) -> bytes:
+    parts = []
+    while parts[-1:] != [b""]:
+        parts.append(client.recv(1 << 18))
+    return b"".join(parts)
+
+
+def test_samples_are_in_flight_until_they_end(policy):
+    """And no longer, whoever reads them or does not."""
+    service = Service(policy, make_engine(policy), MODEL, Limits(8, 1 << 20))
+    with running(service, send_timeout=60) as url:
+        with unread(url, n=8, max_tokens=100, logprobs=20) as client:
+            until(lambda: service.num_samples == 8)
+            until(lambda: service.num_samples == 0)
+            status, answer = post(url, {"prompt": "hi", "n": 8, "max_tokens": 2})
+            assert status == 200, answer
+            assert rest_of(client).count(b'"finish_reason": "length"') == 8
+        assert service.num_samples == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_takes_nothing_is_disconnected(policy, stream):
+    service = Service(policy, make_engine(policy), MODEL, LIMITS)
+    with running(service, send_timeout=0.3) as url:
+        size = 1500 if stream else 100
+        with unread(url, n=8, max_tokens=size, logprobs=20, stream=stream) as client:
+            if stream:
+                until(lambda: service.thread.counters["aborted_requests"] == 1)
+            until(lambda: service.thread.counters["requests"] == 1 and not service.num_samples)
+            until(lambda: service.thread.engine.stats.blocks_used == 0)
+            time.sleep(0.6)
+            assert (b"[DONE]" if stream else b'"usage"') not in rest_of(client)
+
+
+def test_a_slow_client_is_waited_for(policy):
+    service = Service(policy, make_engine(policy), MODEL, LIMITS)
+    with running(service, send_timeout=0.4) as url:
+        with unread(url, n=8, max_tokens=400, logprobs=20, stream=False) as client:
+            taken = b""
+            for _ in range(6):
+                end = len(taken) + 2 * LEAST
+                while len(taken) < end:
+                    taken += client.recv(end - len(taken)) or pytest.fail("it was disconnected")
+                time.sleep(0.2)
+            assert b'"usage"' in rest_of(client)
+
+
+def test_a_stream_that_falls_too_far_behind_ends(policy):
+    """What was made before comes, then an error; the samples and their blocks are free at once."""
+    limits = Limits(8, 1 << 20, max_stream_bytes=1 << 20)
+    service = Service(policy, make_engine(policy), MODEL, limits)
+    with running(service, send_timeout=60) as url:
+        with unread(url, n=8, max_tokens=1500, logprobs=20) as client:
+            until(lambda: service.num_samples == 8)
+            until(lambda: service.num_samples == 0)
+            until(lambda: service.thread.engine.stats.blocks_used == 0)
+            text = rest_of(client)
+        assert b'"code": "client_too_slow"' in text
+        assert b"data: [DONE]" in text
+        assert text.count(b"text_completion") > 100
+        assert service.thread.counters["aborted_requests"] == 1
+
+
 def test_an_api_key(policy):
     service = Service(policy, make_engine(policy), MODEL, LIMITS, api_key="sécret")
     with running(service) as url:
@@ -679,6 +781,13 @@ def httpx_error() -> type[Exception]:
     import httpx2
 
     return httpx2.RemoteProtocolError
+
+
+def test_the_name_of_a_model():
+    assert default_name("runs/demo/r1_zero/model") == "r1_zero"
+    assert default_name("models/Qwen2.5-0.5B/") == "Qwen2.5-0.5B"
+    assert default_name("Qwen/Qwen2.5-0.5B") == "Qwen2.5-0.5B"
+    assert default_name("/model") == "model"
 
 
 def test_options():

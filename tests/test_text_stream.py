@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from r1fast.rollout.text import TextStream
+from r1fast.rollout.text import Offsets, TextStream
 
 
 def byte_decode(ids):
@@ -129,3 +129,17 @@ def test_against_the_whole_text():
                 expected = text[:at]
                 break
         assert run(text, stops)[:2] == (expected, by), (text, stops)
+
+
+@pytest.mark.parametrize("separator", [" ", ""])
+def test_offsets_are_places_in_the_text(separator):
+    """Where a token decoded alone lacks its space, and where it is a part of a character."""
+    words = ["<think>", "1", "is", "é", "so"]
+    offsets = Offsets(lambda ids: separator.join(words[i] for i in ids))
+    assert [x for i in range(5) for x in offsets.feed([i])] == [
+        len(separator.join(words[:i])) for i in range(5)
+    ]
+    parts = [b"a", b"\xf0\x9f", b"\x98", b"\x80", b"b", b"\xe6", b"c", b"d \xc3", b"\xa9", b""]
+    decode = lambda ids: b"".join(parts[i] for i in ids).decode(errors="replace")  # noqa: E731
+    assert decode(range(10)) == "a🙂b\ufffdcd é".replace("🙂", "\U0001f600")
+    assert Offsets(decode).feed(range(10)) == [0, 1, 1, 1, 2, 3, 4, 5, 7, 8]

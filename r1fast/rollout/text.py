@@ -45,6 +45,11 @@ class TextStream:
         self._held = ""
         return rest
 
+    @property
+    def holds_half(self) -> bool:
+        """Whether the newest tokens end in what may become a character."""
+        return self._read < len(self._ids)
+
     def _decode_new(self, final: bool = False) -> str:
         before = self.decode(self._ids[self._start : self._read])
         text = self.decode(self._ids[self._start :])
@@ -91,3 +96,24 @@ class TextStream:
         )
         self._held = known[len(known) - keep :]
         return known[: len(known) - keep]
+
+
+class Offsets:
+    """Feed it a completion's tokens, take the character of its text at which each begins.
+
+    A part of a character begins where the character does, a token without text where the next text does.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self._text, self._known = TextStream(decode), 0
+
+    def feed(self, token_ids: Sequence[int]) -> list[int]:
+        offsets = []
+        for token in token_ids:
+            had_half = self._text.holds_half
+            new = self._text.feed([token])
+            # halves that this token has not made whole stand before it
+            broken = len(new) - len(new.lstrip(REPLACEMENT)) if had_half else 0
+            offsets.append(self._known + broken)
+            self._known += len(new)
+        return offsets

@@ -38,6 +38,7 @@ class Limits:
 
     max_samples: int  # of all requests at work or waiting; more is answered with 429
     max_body_bytes: int  # of one request
+    max_stream_bytes: int = 64 << 20  # of one stream, made and not yet taken, about; more ends it
 
 
 class Service:
@@ -49,11 +50,15 @@ class Service:
         self.policy, self.model_name, self.limits, self.api_key = (
             policy, model_name, limits, api_key,
         )  # fmt: skip
-        self.thread = EngineThread(engine)
-        self.num_samples = 0  # at work or waiting
+        self.thread = EngineThread(engine, limits.max_stream_bytes)
         self.created = int(time.time())
         self.token_text = functools.lru_cache(1 << 16)(lambda t: policy.tokenizer.decode([t]))
         self.reader = Reader(policy)
+
+    @property
+    def num_samples(self) -> int:
+        """At work or waiting."""
+        return self.thread.num_samples
 
     def app(self) -> Starlette:
         """The ASGI application; the engine's thread lives as long as it does."""
@@ -127,12 +132,8 @@ class Service:
 
         generation = await self.reader.read(await self._body(request), checked)
         self._admit(generation)
-        try:
-            job = await self._submit(generation)
-        except BaseException:
-            self.num_samples -= generation.num_samples
-            raise
-        responder = Responder(generation, self.model_name, self.token_text)
+        job = await self._submit(generation)
+        responder = Responder(generation, self.model_name, self.token_text, self.policy.decode)
         if generation.stream:
             return _EventStream(self._stream(job, responder), lambda: self._close(job))
         try:
@@ -159,7 +160,7 @@ class Service:
         return job
 
     def _admit(self, generation: Generation) -> None:
-        """Take the samples of a request on, or refuse it because too many are here already."""
+        """Refuse a request where too many samples are here already."""
         wanted, limit = generation.num_samples, self.limits.max_samples
         if wanted > limit:
             raise RequestError(
@@ -174,11 +175,9 @@ class Service:
                 status=429,
                 code="too_many_samples",
             )
-        self.num_samples += wanted
 
     def _close(self, job: Job) -> None:
         """A request is over, by its end or because its client left."""
-        self.num_samples -= sum(map(len, job.seeds))
         if job.num_open:
             self.thread.counters["aborted_requests"] += 1
             self.thread.abort(job)
@@ -191,7 +190,8 @@ class Service:
             await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
             if not collecting.done():
                 raise ClientDisconnect
-            return responder.response(collecting.result())
+            # a text's offsets take time: others go on meanwhile
+            return await asyncio.to_thread(responder.response, collecting.result())
         finally:
             collecting.cancel()
             leaving.cancel()
@@ -202,19 +202,23 @@ class Service:
         if first:
             yield first
         num_tokens = 0
-        async for items in job.events():
-            parts = []
-            for prompt, event in items:
-                num_tokens += len(event.token_ids)
-                if event.finish_reason == "error":
-                    error = RequestError(f"the engine failed: {event.error}", status=500)
-                    yield b"".join(parts) + sse(error.body()) + DONE
-                    return
-                chunk = responder.chunk(prompt, event)
-                if chunk is not None:
-                    parts.append(sse(chunk))
-            if parts:
-                yield b"".join(parts)
+        try:
+            async for items in job.events():
+                parts = []
+                for prompt, event in items:
+                    num_tokens += len(event.token_ids)
+                    if event.finish_reason == "error":
+                        error = RequestError(f"the engine failed: {event.error}", status=500)
+                        yield b"".join(parts) + sse(error.body()) + DONE
+                        return
+                    chunk = responder.chunk(prompt, event)
+                    if chunk is not None:
+                        parts.append(sse(chunk))
+                if parts:
+                    yield b"".join(parts)
+        except RequestError as error:
+            yield sse(error.body()) + DONE
+            return
         if responder.generation.include_usage:
             yield sse(responder.usage_chunk(num_tokens))
         yield DONE

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from r1fast.metrics import warn
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams
+from r1fast.serve.fields import RequestError
 from r1fast.types import TokenEvent
 
 COUNTERS = (
@@ -31,16 +32,26 @@ class Job:
     sampling: SamplingParams
     streams: bool
     accepted: asyncio.Future
-    queue: asyncio.Queue[list[Item]] = field(default_factory=asyncio.Queue)
+    queue: asyncio.Queue[list[Item] | None] = field(default_factory=asyncio.Queue)
+    num_bytes: int = 0  # of what is in the queue, about
+    num_left: int = 0  # samples that have not ended, as the event loop counts them
     ids: dict[int, int] = field(default_factory=dict)  # the engine's request id -> prompt
     num_open: int = 0  # samples that have not ended, as the engine's thread counts them
     began: float = 0.0
 
     async def events(self) -> AsyncIterator[list[Item]]:
-        """What is new, as it comes, until every sample has ended."""
+        """What is new, as it comes, until every sample has ended. Raises RequestError where too much waited."""
         left = sum(map(len, self.seeds))
         while left:
             items = await self.queue.get()
+            if items is None:
+                raise RequestError(
+                    "the stream is taken more slowly than it is made, and too much of it waits; "
+                    "ask for fewer samples or log-probabilities at once",
+                    status=408,
+                    code="client_too_slow",
+                )
+            self.num_bytes -= _num_bytes(items)
             left -= sum(event.finish_reason is not None for _, event in items)
             yield items
 
@@ -48,11 +59,12 @@ class Job:
 class EngineThread:
     """Owns the engine: nothing else calls it, though anybody may read its `stats`.
 
-    What begins with an underscore runs in the thread, but for `_post`; the rest belongs to the event loop.
+    What begins with an underscore runs in the thread, but for `_post` and `_put`; the rest belongs to the event loop.
     """
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, engine: Engine, max_stream_bytes: int = 64 << 20):
+        self.engine, self.max_stream_bytes = engine, max_stream_bytes
+        self.num_samples = 0  # that have not ended; the event loop counts them
         self.counters = dict.fromkeys(COUNTERS, 0)  # since the start, for /metrics
         self.failure = ""  # of the last step, where that failed
         self._inbox: deque[Callable[[], None]] = deque()
@@ -86,7 +98,9 @@ class EngineThread:
     ) -> Job:
         """Hand a request to the engine. Raises what it raises where it refuses one of the prompts."""
         job = Job(prompts, seeds, sampling, streams, self._loop.create_future())
-        job.num_open, job.began = sum(map(len, seeds)), time.monotonic()
+        job.num_open = job.num_left = sum(map(len, seeds))
+        job.began = time.monotonic()
+        self.num_samples += job.num_left
         self._post(lambda: self._add(job))
         try:
             await job.accepted
@@ -97,6 +111,8 @@ class EngineThread:
 
     def abort(self, job: Job) -> None:
         """Give up what is unfinished; its blocks are free after the next step."""
+        self.num_samples -= job.num_left
+        job.num_left = 0
         self._post(lambda: self._abort(job))
 
     def _post(self, action: Callable[[], None]) -> None:
@@ -165,7 +181,7 @@ class EngineThread:
                 for request_id in job.ids:
                     self._jobs.pop(request_id, None)
         if by_job:
-            self._call(lambda: _put(by_job))
+            self._call(lambda: self._put(by_job))
 
     def _fail(self, error: Exception) -> None:
         """A step failed as a whole: every request of the moment ends with its error."""
@@ -175,7 +191,7 @@ class EngineThread:
         for job in dict.fromkeys(self._jobs.values()):
             item = (0, TokenEvent(-1, 0, [], [], finish_reason="error", error=self.failure))
             by_job[job], job.num_open = [item] * job.num_open, 0
-        self._call(lambda: _put(by_job))
+        self._call(lambda: self._put(by_job))
         for job in by_job:
             try:
                 self._abort(job)
@@ -183,6 +199,20 @@ class EngineThread:
                 warn(f"a request could not be given up: {type(again).__name__}: {again}")
         self._jobs.clear()
         time.sleep(0.1)  # a fault that stays must not spin
+
+    def _put(self, by_job: dict[Job, list[Item]]) -> None:
+        """In the event loop. A stream of which too much waits already is given up."""
+        for job, items in by_job.items():
+            if not job.num_left:  # given up meanwhile
+                continue
+            num_ended = sum(event.finish_reason is not None for _, event in items)
+            job.num_left -= num_ended
+            self.num_samples -= num_ended
+            job.queue.put_nowait(items)
+            job.num_bytes += _num_bytes(items)
+            if job.streams and job.num_left and job.num_bytes > self.max_stream_bytes:
+                self.abort(job)
+                job.queue.put_nowait(None)
 
     def _call(self, function: Callable[[], None]) -> None:
         try:
@@ -200,6 +230,9 @@ def _resolve(future: asyncio.Future, error: Exception | None) -> None:
         future.set_exception(error)
 
 
-def _put(by_job: dict[Job, list[Item]]) -> None:
-    for job, items in by_job.items():
-        job.queue.put_nowait(items)
+def _num_bytes(items: list[Item]) -> int:
+    """What Python takes for them, about."""
+    return sum(
+        1024 + 64 * len(event.token_ids) + 128 * sum(map(len, event.top_logprobs or ()))
+        for _, event in items
+    )

@@ -113,12 +113,19 @@ def _generation(
             "best_of",
         )
     options = fields.mapping("stream_options")
-    include_usage = bool(options.pop("include_usage", False))
+    include_usage = options.pop("include_usage", False)
+    if not isinstance(include_usage, bool):
+        raise RequestError(
+            f"stream_options.include_usage must be true or false, got {named(include_usage)}",
+            "stream_options",
+        )
     if options:
         raise RequestError(
             f"stream_options knows include_usage, got {', '.join(map(repr, options))}",
             "stream_options",
         )
+    if fields.given("stream_options") and not stream:
+        raise RequestError("stream_options needs stream = true", "stream_options")
     sampling = _sampling(fields, max_tokens, max_tokens_name, top_logprobs)
     generation = Generation(
         prompts, texts, sampling, n, best_of,

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 
 from r1fast.rollout.result import best_completions
+from r1fast.rollout.text import Offsets
 from r1fast.serve.requests import Generation
 from r1fast.types import Completion, TokenEvent
 
@@ -21,10 +22,18 @@ def sse(body: dict) -> bytes:
 
 
 class Responder:
-    """Builds everything that answers one request. `token_text` is the text of a single token id."""
+    """Builds everything that answers one request. `token_text` is the text of a single token id,
+    `decode` that of a completion's.
+    """
 
-    def __init__(self, generation: Generation, model: str, token_text: Callable[[int], str]):
-        self.generation, self.token_text = generation, token_text
+    def __init__(
+        self,
+        generation: Generation,
+        model: str,
+        token_text: Callable[[int], str],
+        decode: Callable[[list[int]], str],
+    ):
+        self.generation, self.token_text, self.decode = generation, token_text, decode
         self.head = {
             "id": f"{'chatcmpl' if generation.chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "chat.completion" if generation.chat else "text_completion",
@@ -34,7 +43,7 @@ class Responder:
         self.chunk_head = self.head | (
             {"object": "chat.completion.chunk"} if generation.chat else {}
         )
-        self.num_sent = [0] * generation.num_samples  # characters of each choice, for text_offset
+        self.offsets: dict[int, Offsets] = {}  # of each choice that streams
 
     def response(self, completions: Sequence[Sequence[Completion]]) -> dict:
         """The whole answer; `completions` are `best_of` of each prompt, of which the best n stay."""
@@ -66,7 +75,7 @@ class Responder:
         else:
             choice["text"] = echoed + c.text
         choice["logprobs"] = self._logprobs(
-            c.token_ids, c.logprobs, c.top_logprobs, offset=len(echoed)
+            c.token_ids, c.logprobs, c.top_logprobs, Offsets(self.decode)
         )
         if g.return_token_ids:
             choice["token_ids"] = c.token_ids
@@ -86,7 +95,6 @@ class Responder:
                 choice["delta"] = {"role": "assistant", "content": ""}
             else:
                 choice["text"] = g.prompt_texts[prompt] * g.echo
-                self.num_sent[index] = len(choice["text"])
             chunk = self.chunk_head | {"choices": [choice]}
             if g.return_token_ids:
                 choice["token_ids"] = []
@@ -101,12 +109,12 @@ class Responder:
             return None
         index = prompt * g.n + event.sample
         choice = {"index": index, "finish_reason": event.finish_reason}
+        if index not in self.offsets:
+            self.offsets[index] = Offsets(self.decode)
         choice["logprobs"] = self._logprobs(
-            event.token_ids, event.logprobs, event.top_logprobs or [], offset=self.num_sent[index]
+            event.token_ids, event.logprobs, event.top_logprobs or [], self.offsets[index]
         )
         choice |= {"delta": {"content": event.text}} if g.chat else {"text": event.text}
-        if g.top_logprobs is not None:
-            self.num_sent[index] += sum(len(self.token_text(t)) for t in event.token_ids)
         if event.finish_reason:
             choice["stop_reason"] = event.stop_reason
         if g.return_token_ids:
@@ -122,10 +130,9 @@ class Responder:
         ids: list[int],
         logprobs: list[float],
         top: list[list[tuple[int, float]]],
-        *,
-        offset: int,
+        offsets: Offsets,
     ) -> dict | None:
-        """In OpenAI's two shapes; None where they were not asked for. `offset` is of the first token."""
+        """In OpenAI's two shapes; None where they were not asked for."""
         g = self.generation
         if g.top_logprobs is None:
             return None
@@ -136,18 +143,16 @@ class Responder:
                 for t, lp, row in zip(ids, logprobs, tops, strict=True)
             ]
             return {"content": entries}
-        rows, offsets = [], []
+        rows = []
         for t, lp, row in zip(ids, logprobs, tops, strict=True):
             # tokens of equal text, as halves of characters, share a key: the likeliest keeps it
             pairs = sorted([*row, (t, lp)], key=lambda pair: pair[1])
             rows.append({self._name(i): _number(x) for i, x in pairs})
-            offsets.append(offset)
-            offset += len(self.token_text(t))
         return {
             "tokens": [self._name(t) for t in ids],
             "token_logprobs": [_number(lp) for lp in logprobs],
             "top_logprobs": rows if g.top_logprobs else None,
-            "text_offset": offsets,
+            "text_offset": offsets.feed(ids),
         }
 
     def _entry(self, token_id: int, logprob: float) -> dict:

@@ -20,6 +20,7 @@ from r1fast.provenance import hardware
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams
 from r1fast.serve.app import Limits, Service
+from r1fast.serve.connection import Connection
 
 MIB = 2**20
 
@@ -31,7 +32,7 @@ class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any that is free
     api_key: str = ""  # clients must send it
-    model_name: str = ""  # what clients call the model; "": the folder's name
+    model_name: str = ""  # what clients call the model; "": `default_name`
     max_queued: int = 1024  # samples that may wait while max_batch_size are at work
     max_body_mib: int = 16  # of one request
     drain: int = 30  # seconds that running requests have after SIGTERM
@@ -72,7 +73,7 @@ def serve(config: Config, path: str, options: ServeOptions) -> None:
         engine = Engine.of(policy, config.rollout, fixed_weights=True)
         # the first request is not to pay for the cache, nor for preparing the weights
         engine.generate([[policy.eos_id]], 1, SamplingParams(max_tokens=1))
-        name = options.model_name or Path(path).resolve().name
+        name = options.model_name or default_name(path)
         limits = Limits(
             config.rollout.max_batch_size + options.max_queued, options.max_body_mib * MIB
         )
@@ -81,6 +82,7 @@ def serve(config: Config, path: str, options: ServeOptions) -> None:
         server = _Server(
             uvicorn.Config(
                 service.app(),
+                http=Connection,
                 log_level="warning",
                 access_log=False,
                 timeout_graceful_shutdown=options.drain,
@@ -94,6 +96,12 @@ def serve(config: Config, path: str, options: ServeOptions) -> None:
             # uvicorn raises the signal again when it is done; that must not end us with an error
             signal.signal(number, server.handle_exit)
         server.run(sockets=[listener])
+
+
+def default_name(path: str) -> str:
+    """The folder's name; of r1fast's own RUN/STAGE/model the stage's."""
+    folder = Path(path).resolve()
+    return (folder.parent.name if folder.name == "model" else "") or folder.name
 
 
 class _Server(uvicorn.Server):
