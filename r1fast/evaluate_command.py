@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from r1fast import distributed
 from r1fast.assemble import has_judge, make_scorer, problem_sets
-from r1fast.config import Config, load_config, to_dict
+from r1fast.config import STAGES, Config, load_config, to_dict
 from r1fast.evaluate.compare import compare_runs
 from r1fast.evaluate.presets import (
     MAX_COMPLETION_TOKENS,
@@ -18,6 +19,7 @@ from r1fast.evaluate.presets import (
     Preset,
     find_preset,
 )
+from r1fast.evaluate.replaced import set_other_aside
 from r1fast.evaluate.rescore import rescore, stored_config, stored_problems, stored_setup
 from r1fast.evaluate.run import evaluate
 from r1fast.evaluation_table import show_comparison, show_evaluation, show_rescored
@@ -72,10 +74,9 @@ def evaluation_config(target: str, overrides: list[str], options: Options) -> Co
     data = str(options.get("data", ""))
     if not is_config:
         name = preset.name if preset else Path(data).stem or "evaluation"
-        model = Path(target).name or "model"
         first += [
             f"--model.path={json.dumps(target)}",
-            f"--output_dir=runs/evaluate/{model}-{name}",
+            f"--output_dir=runs/evaluate/{_model_name(target)}-{name}",
         ]
     config = load_config(target if is_config else None, [*first, *overrides])
     if preset is not None and not data:
@@ -93,6 +94,17 @@ def evaluation_config(target: str, overrides: list[str], options: Options) -> Co
             "--model.path=path/to/Qwen2.5-0.5B"
         )
     return config
+
+
+def _model_name(target: str) -> str:
+    """The last part of a path; of `.../RUN/model`, which every run writes, RUN; of a stage of a pipeline PIPELINE-STAGE."""
+    path = Path(os.path.abspath(target))
+    name, parent = path.name, path.parent
+    if name == "model":
+        name, parent = parent.name, parent.parent
+        if name in STAGES:
+            name = f"{parent.name}-{name}"
+    return name.strip("-") or "model"
 
 
 def _evaluate(target: str, overrides: list[str], options: Options) -> None:
@@ -116,6 +128,8 @@ def _evaluate_by(
     problems = _problems(config, preset, options)
     with make_scorer(config, tokenizer=policy.tokenizer, rules_only=True) as scorer:
         folder = Path(config.output_dir)
+        name = preset.name if preset else ""
+        set_other_aside(folder, policy, problems, config, scorer)
         if distributed.is_main():
             folder.mkdir(parents=True, exist_ok=True)
             manifest = {
@@ -123,7 +137,7 @@ def _evaluate_by(
                 "name": folder.name,
                 "kind": "evaluate",
                 "starts_from": config.model.path,
-                "preset": preset.name if preset else "",
+                "preset": name,
                 "data_file": str(options.get("data", config.data.eval)),
                 "judge": scorer.judge_name if judged(problems) else "",
                 "config": to_dict(config),
@@ -133,9 +147,8 @@ def _evaluate_by(
             write_json(folder / "manifest.json", manifest)
         distributed.barrier()
         result = evaluate(
-            policy, problems, config, scorer, folder=folder, title="evaluation",
-            preset=preset.name if preset else "",
-        )  # fmt: skip
+            policy, problems, config, scorer, folder=folder, title="evaluation", preset=name
+        )
     if distributed.is_main():
         show_evaluation(result)
         report_on(folder)

@@ -107,7 +107,8 @@ def table(
     """A table on stdout. Columns that hold only numbers, shares and marks are right-aligned, unless
     they are among `left`, as names are that may be numbers.
 
-    The cells of `whole` columns stay on one line.
+    The cells of `whole` columns stay on one line. Where the table is wider than the terminal headings and texts break
+    at spaces, and inside a word only where that is not enough.
     """
     if launch_rank() != 0:
         return
@@ -120,14 +121,20 @@ def table(
         assert len(row) == len(columns), (columns, row)
     shared = console()
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for i, name in enumerate(columns):
-        column = [row[i] for row in cells]
+    by_column = [[row[i] for row in cells] for i in range(len(columns))]
+    kept = [
+        name in whole or all(_is_number(cell) or _is_amount(cell) for cell in column)
+        for name, column in zip(columns, by_column, strict=True)
+    ]
+    widths = _widths(columns, by_column, kept, line_width() - 2 * (len(columns) - 1))
+    for name, column, keep, width in zip(columns, by_column, kept, widths, strict=True):
         numeric = any(column) and all(_is_number(cell) for cell in column)
         grid.add_column(
-            Text(name),
+            Text(textwrap.fill(name, width, break_on_hyphens=False) if width else name),
             justify="right" if numeric and name not in left else "left",
-            no_wrap=numeric or name in whole,
+            no_wrap=numeric or name in whole or (keep and width is not None),
             overflow="fold",
+            width=width,
         )
     for row in cells:
         grid.add_row(*(Text(cell) for cell in row))
@@ -146,6 +153,32 @@ _NUMBER = re.compile(
 
 def _is_number(text: str) -> bool:
     return _NUMBER.fullmatch(text) is not None
+
+
+def _is_amount(text: str) -> bool:
+    """117 MiB, 0.2 s."""
+    number, _, unit = text.rpartition(" ")
+    return bool(number) and _is_number(number) and unit.isalpha() and len(unit) <= 3
+
+
+def _widths(
+    columns: Sequence[str], cells: Sequence[Sequence[str]], kept: Sequence[bool], room: int
+) -> list[int | None]:
+    """Such that no word breaks, and no cell of the columns that are `kept`; None, for rich to choose, where all fits
+    as it is, or not even so."""
+    from rich.cells import cell_len
+
+    widths, least = [], []
+    for name, column, keep in zip(columns, cells, kept, strict=True):
+        words = [*name.split(), *(column if keep else " ".join(column).split())]
+        least.append(max(map(cell_len, words), default=0))
+        widths.append(max(map(cell_len, [name, *column])))
+    if sum(widths) <= room or sum(least) > room:
+        return [None] * len(widths)
+    while sum(widths) > room:
+        _, widest = max((w, i) for i, w in enumerate(widths) if w > least[i])
+        widths[widest] -= 1
+    return widths
 
 
 def launch_rank() -> int:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from r1fast import cold_start, distributed
+from r1fast.aside import new_aside
 from r1fast.assemble import make_scorer, problem_sets
 from r1fast.claims import claims
 from r1fast.config import STAGES, Config, stage_config, to_dict
@@ -247,11 +248,7 @@ class Pipeline:
         """Move the folders of these stages away: nothing is deleted."""
         existing = [n for n in names if self.path(n).exists()]
         if existing and distributed.is_main():
-            now, number = time.strftime("%Y%m%d-%H%M%S"), 1
-            aside = self.folder / "replaced" / now
-            while aside.exists():  # twice in one second
-                number += 1
-                aside = self.folder / "replaced" / f"{now}-{number}"
+            aside = new_aside(self.folder)
             aside.mkdir(parents=True)
             reused = names[0] == "cold_start" and self._may_reuse_collection()
             for name in reversed(existing):  # what a kill leaves is a beginning, whose stages fit

@@ -118,15 +118,25 @@ def _plan(config: Config, stage: str, kind: str, options: Options, path: str) ->
             _prompts(config, _tokenizer(policy, path), spec),
             config.rollout.max_completion_tokens,
         )
-        mean = whole(options, "completion-tokens") or cut
-        if mean > cut:
+        asked, context = whole(options, "completion-tokens"), spec.max_position_embeddings
+        if asked > cut:
             raise ValueError(
-                f"--completion-tokens {mean} is more than rollout.max_completion_tokens = {cut}"
+                f"--completion-tokens {asked} is more than rollout.max_completion_tokens = {cut}"
             )
+        prompt = grpo_groups(config, prompts, cut, num_ranks)[0][0]
+        if asked > context - prompt:
+            raise ValueError(
+                f"--completion-tokens {asked} behind prompts of {prompt} tokens is more than the model's context of "
+                f"{context} (max_position_embeddings)"
+            )
+        mean = asked or min(cut, context - prompt)
         groups = grpo_groups(config, prompts, mean, num_ranks)
-        longest = min(max(prompts) + cut, spec.max_position_embeddings)
-        lengths = f"prompts of {groups[0][0]} and completions of {mean} tokens"
-        lengths += ", the longest" * (mean == cut)
+        longest = min(max(prompts) + cut, context)
+        lengths = f"prompts of {prompt} and completions of {mean} tokens"
+        if mean == cut:
+            lengths += ", the longest"
+        elif mean == context - prompt:
+            lengths += f", all that the model's context of {context} leaves"
     else:
         examples = _examples(config, policy, _tokenizer(policy, path), spec)
         groups = sft_groups(config, examples, num_ranks // group_size)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from r1fast.metrics import warn
+
 PROBE = "What is 1 + 1?"
+FIRST = 200  # prompts that are looked at
+MUCH = 0.1  # of their tokens
 
 
 def check_tokenizer_config(config: dict, folder: Path) -> None:
@@ -30,6 +35,26 @@ def check_tokenizer_config(config: dict, folder: Path) -> None:
 def probe(tokenizer: Any) -> None:
     """Use it once: what a tokenizer is made of is only looked at then."""
     tokenizer.decode(tokenizer.encode(PROBE), skip_special_tokens=False)
+
+
+def warn_of_unknown(
+    prompts: Sequence[Sequence[int]], tokenizer: Any, path: str, ends: Sequence[int]
+) -> None:
+    """Warn where the first prompts hold much text that the tokenizer does not know.
+
+    An unknown token that is also one that ends or pads says nothing: a chat template writes it too.
+    """
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or unknown in (*ends, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        return
+    ids = [i for prompt in prompts[:FIRST] for i in prompt]
+    share = ids.count(unknown) / max(1, len(ids))
+    if share > MUCH:
+        warn(
+            f"{100 * share:.0f}% of the tokens of the first {min(FIRST, len(prompts))} prompts are "
+            f"{tokenizer.unk_token!r}, text that the tokenizer of {path or 'the model'} does not know: the model "
+            "does not see it"
+        )
 
 
 def end_ids(named: dict[str, Any], vocab_size: int, folder: object) -> list[int]:

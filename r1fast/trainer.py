@@ -37,6 +37,7 @@ from r1fast.rollout_metrics import (
 )
 from r1fast.rollouts_ahead import RolloutsAhead, settled_update
 from r1fast.templates import encode_prompts
+from r1fast.tokenizer_check import warn_of_unknown
 from r1fast.training_state import digest
 from r1fast.types import Problem, RolloutGroup
 
@@ -90,6 +91,8 @@ class GRPOTrainer(PolicyUpdate):
         if any(problem.kind == "code" for problem in problems):
             scorer.prepare(problems)
         self.prompt_ids = self._encode(problems, policy, config)
+        if distributed.is_main():
+            warn_of_unknown(self.prompt_ids, policy.tokenizer, policy.path, policy.eos_ids)
         self.general_ids = self._encode(self.general, policy, config)
         self._check_budget(policy, config)
         scored = (_scored_by(problem, scorer) for problem in problems + self.general)

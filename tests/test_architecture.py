@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = {  # bottom first; a module may import from layers below its own
-    "leaves": "types chat_template chat_template_worker config config_check metrics metric_help progress timer rollout_metrics distributed protocol hf_folder interrupt watchdog partial run_lock jsonl columns problem_rows data_order tensor_file config_diff checkpoint_layout checkpoint_check json_fields metric_rows tokenizer_check file_errors worker_process shards",
+    "leaves": "types chat_template chat_template_worker config config_check metrics metric_help progress timer rollout_metrics distributed protocol hf_folder interrupt watchdog partial aside run_lock jsonl columns problem_rows data_order tensor_file config_diff checkpoint_layout checkpoint_check json_fields metric_rows tokenizer_check file_errors worker_process shards",
     "compute": "kernels _C",
     "model": "lora recompute model tensor_parallel peft_folder policy",
     "stages": "rollout rewards batch grpo step_plan optim checkpoint data templates",

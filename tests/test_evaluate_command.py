@@ -326,9 +326,73 @@ def test_where_a_model_by_itself_is_evaluated():
     assert config.output_dir == "runs/evaluate/Model-1B-aime"
     assert config.model.path == "some/Model-1B"
     assert (config.eval.num_samples, config.rollout.max_completion_tokens) == (64, 32768)
+    for path, name in {
+        "D/demo/r1_zero/model": "demo-r1_zero", "D/other/r1_zero/model/": "other-r1_zero",
+        "runs/gsm8k/model": "gsm8k", "Qwen/Qwen3-0.6B": "Qwen3-0.6B",
+    }.items():  # fmt: skip
+        config = evaluation_config(path, [], {"data": "b.jsonl"})
+        assert config.output_dir == f"runs/evaluate/{name}-b"
     config = evaluation_config("m", ["--output_dir=x", "--eval.num_samples=3"], {"data": "b.jsonl"})
     assert (config.output_dir, config.data.eval, config.eval.num_samples) == ("x", "b.jsonl", 3)
     assert parse(["evaluate", "--compare", "a", "b"]) == ("evaluate", "b", [], {"compare": "a"})
+
+
+def kept(folder) -> dict:
+    names = ("samples.jsonl", "evaluation.json", "problems.jsonl", "eval.json", "manifest.json")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def test_another_evaluation_in_a_folder_is_set_aside(files, tmp_path, capsys, monkeypatch):
+    """Other weights, fewer problems, other rewards; not the same again, nor more samples of it."""
+    tiny_checkpoint(tmp_path / "other", seed=1, max_position_embeddings=1024)
+    words = ["--data", files / "gsm8k.jsonl", "--preset=gsm8k"]
+    out = tmp_path / "out"
+
+    def replaced() -> list:
+        return sorted((out / "replaced").glob("*"), key=lambda path: path.stat().st_ctime_ns)
+
+    def run(*more) -> str:
+        capsys.readouterr()
+        assert go(files, *more, *words, out=out) == 0
+        return " ".join(capsys.readouterr().err.split())
+
+    run(files / "model", "--eval.num_samples=2")
+    assert "8 of 16 samples were drawn before" in run(files / "model")
+    assert "16 of 16 samples were drawn before" in run(files / "model")
+    assert replaced() == []
+    assert main(["evaluate", "--rescore", str(out)]) == 0
+    first = kept(out)
+
+    # the other model's is killed, and goes on: the first one's is set aside once, and whole
+    with monkeypatch.context() as patch:
+        patch.setattr("r1fast.evaluate.run.store", lambda *args: 1 / 0)
+        capsys.readouterr()
+        with pytest.raises(ZeroDivisionError):
+            go(files, tmp_path / "other", *words, out=out)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"held another evaluation: it was set aside, in {replaced()[0]}" in said
+    assert not (out / "samples.jsonl").exists()
+    assert "16 of 16 samples were drawn before" in run(tmp_path / "other")
+    assert [kept(path) for path in replaced()] == [first]
+    assert (replaced()[0] / "rescored.json").is_file()
+    assert not (out / "rescored.json").exists()
+    assert (
+        read(out, "evaluation.json")["weights"] != read(replaced()[0], "evaluation.json")["weights"]
+    )
+    assert main(["evaluate", "--compare", str(replaced()[0]), str(out)]) == 0
+
+    # what still holds is used again, beside the copy
+    second = kept(out)
+    assert "4 of 4 samples were drawn before" in run(tmp_path / "other", "--eval.num_problems=1")
+    assert kept(replaced()[1]) == second
+    third = kept(out)
+    changed = ["--eval.num_problems=1", "--rewards.format=0.25"]
+    assert "4 of 4 samples were drawn before" in run(tmp_path / "other", *changed)
+    assert kept(replaced()[2]) == third
+    # and as before: what is kept already is not kept twice
+    run(files / "model")
+    run(tmp_path / "other")
+    assert len(replaced()) == 4
 
 
 def row(i: int, verdict: str = "correct", sample: int = 0, **changes) -> dict:

@@ -199,6 +199,22 @@ def test_table_aligns_numbers_and_leaves_markup_alone(capsys):
     assert out[-1] == "n"
 
 
+@pytest.mark.parametrize(("width", "lines"), [(100, 2), (80, 3)])
+def test_a_table_breaks_at_spaces_alone(capsys, monkeypatch, width, lines):
+    monkeypatch.setattr(metrics, "line_width", lambda: width)
+    columns = ["stage", "parameters", "token budget", "peak memory", "a step, at most", "steps",
+               "together, at most"]  # fmt: skip
+    rows = [["small_base", "134 k", "32,768", "77.2 MiB", "0.0647 s", "320", "34s"],
+            ["cold_start", "300 k", "32,768", "60.1 MiB", "0.162 s", "by epochs", "-"]]  # fmt: skip
+    metrics.table("", columns, rows)
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == lines + 3  # an empty one, headings, a rule, the rows
+    assert max(map(len, out)) <= width
+    assert [line.split() for line in out[-2:]] == [" ".join(row).split() for row in rows]
+    head = " ".join(out[1:lines])
+    assert sorted(head.split()) == sorted(" ".join(columns).split())
+
+
 def test_terminal_without_unicode_prints_instead_of_raising():
     code = (
         "from r1fast.metrics import say, table, rule; rule('x'); say('1 ±2');"

@@ -88,6 +88,23 @@ def files(tmp_path_factory):
     return folder
 
 
+def test_no_more_is_planned_than_the_models_context(files, plan):
+    words = [*TINY, f"--model.path={files / 'model'}", f"--data.train={files / 'problems.jsonl'}",
+             "--rollout.max_completion_tokens=4000", "--gpu=h100"]  # fmt: skip
+    code, _, err = plan(*words, "--completion-tokens=4000")
+    assert code == 2
+    assert re.search(
+        r"--completion-tokens 4000 behind prompts of \d tokens is more than the model's context of "
+        r"128 \(max_position_embeddings\)",
+        err,
+    )
+    code, out, err = plan(*words)
+    assert code == 0, err
+    found = re.search(r"prompts of (\d) and completions of (\d+) tokens, all that the model's", out)
+    assert int(found[1]) + int(found[2]) == 128
+    assert "context of 128 leaves" in out
+
+
 def test_every_stage_of_a_pipeline_and_one_of_them(plan):
     config = '[data]\ntask = "running_sum"\n[stages.rl_1]\ngrpo = { num_steps = 7 }\n'
     config += '[rollout]\nmax_completion_tokens = 50\n[template]\nname = "raw"\n'

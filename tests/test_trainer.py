@@ -16,10 +16,12 @@ from tiny import (
 
 from r1fast.config import RewardConfig, TemplateConfig
 from r1fast.metrics import read_metrics
+from r1fast.model import load_tokenizer
 from r1fast.progress import step_line
 from r1fast.recording import read_recording
 from r1fast.report import write_report
 from r1fast.rewards.score import RewardScorer
+from r1fast.running_sum import build_tokenizer
 from r1fast.trainer import GRPOTrainer
 from r1fast.types import Problem
 
@@ -40,6 +42,22 @@ class StoppingScorer(TokenScorer):
             raise Stopped
         self.left -= 1
         super().score(groups, step_from_end)
+
+
+@pytest.mark.parametrize("prompt", ["sum 1 2 ?", "Natalia sold 48 clips in April ."])
+@pytest.mark.parametrize("role", ["unk", "eos"])
+def test_text_that_the_tokenizer_does_not_know_is_told(tmp_path, capsys, prompt, role):
+    """Unless its unknown token has another role, as Qwen2's: that one may stand there on purpose."""
+    build_tokenizer(tmp_path / "words")
+    tokenizer = load_tokenizer(tmp_path / "words")
+    if role == "eos":
+        tokenizer.eos_token = tokenizer.unk_token
+    problems = [replace(problem, prompt=prompt) for problem in tiny_problems()]
+    make_trainer(tmp_path / role, problems=problems, policy=tiny_policy(tokenizer=tokenizer))
+    err = capsys.readouterr().err
+    told = err.count("the tokens of the first 12 prompts are '<unk>', text that the tokenizer of")
+    assert told == ("Natalia" in prompt and role == "unk")
+    assert told == err.count("warning: 100% of")
 
 
 def make_trainer(folder, *overrides, scorer=None, problems=None, policy=None, **kwargs):
