@@ -22,6 +22,7 @@ from tiny import alike, random_groups, tiny_checkpoint, tiny_config, tiny_policy
 
 from r1fast import cold_start, distributed
 from r1fast.evaluate import evaluate
+from r1fast.evaluate.replaced import set_other_aside
 from r1fast.forward import hidden_states
 from r1fast.interrupt import StopRequest
 from r1fast.lora import merge_lora
@@ -134,6 +135,13 @@ def everything(out: Path) -> None:
     result = evaluate(
         tiny_policy(), tiny_problems(5), config, ParityScorer(), folder=out / "evaluation"
     )
+    for num in (5, 3):  # the same again replaces nothing, fewer problems would
+        problems = tiny_problems(num)
+        set_other_aside(out / "evaluation", tiny_policy(), problems, config, ParityScorer())
+        (out / f"aside-{num}-rank{distributed.rank()}").write_text(
+            str(len(list((out / "evaluation").glob("replaced/*"))))
+        )
+        distributed.barrier()
     with StopRequest("", deadline=60.0, gives_up=lambda left: False):  # as amid training
         few = evaluate(tiny_policy(), tiny_problems(1), config, ParityScorer())  # rank 1 has none
     (out / f"evaluation-rank{distributed.rank()}.json").write_text(json.dumps([result, few]))
@@ -342,6 +350,11 @@ def test_two_ranks_evaluate_as_one(both):
             assert a == pytest.approx({k: v for k, v in b.items() if k != "verdicts"})
     stored = [(f / "evaluation" / "samples.jsonl").read_text().splitlines() for f in both]
     assert stored[0] == stored[1]  # in the same order
+    assert [(two / f"aside-{num}-rank{r}").read_text() for num in (5, 3) for r in (0, 1)] == list(
+        "0011"
+    )
+    (aside,) = (two / "evaluation" / "replaced").iterdir()
+    assert (aside / "samples.jsonl").read_text().splitlines() == stored[1]
 
 
 def test_rows_come_in_the_order_of_their_problems(monkeypatch):

@@ -38,10 +38,10 @@ def set_other_aside(
         folder, {n: setup[n] for n in OF_SAMPLES}, {n: setup[n] for n in OF_VERDICTS}
     )
     own = {(a.problem.id, j): (s, a.prompt_hash) for a in asks for j, s in enumerate(a.seeds)}
-    wanted = {key: value for part in distributed.gather_objects(own) for key, value in part.items()}
-    used = sum(
-        wanted.get(key) == (row["seed"], row["prompt_hash"]) for key, row in finished.rows.items()
+    used_here = sum(
+        own.get(key) == (row["seed"], row["prompt_hash"]) for key, row in finished.rows.items()
     )
+    used = sum(distributed.gather_objects(used_here))  # a problem is asked by one rank
     loses = used < len(finished.rows) or not finished.has_same_settings
     if loses and distributed.is_main():
         if not any(_same(folder, old) for old in folder.glob("replaced/[!.]*")):
