@@ -4,7 +4,7 @@
 
 In float32 on a CPU with AVX-512 or AVX2 they are csrc/products.hpp: MKL keeps to AVX2 on processors that are not
 Intel's, at half the speed of AVX-512; on Intel's it is a tenth faster (a fifth at 64 tokens), with bits that depend on
-the number of threads; on AVX2 both are as fast, from some more tokens on. In bfloat16 the first is
+the threads and on the rows beside; on AVX2 both are as fast, from some more tokens on. In bfloat16 the first is
 csrc/linear.hpp, which samples: what training computes is then what was sampled, and an oneDNN product, as exact but summed
 in another order, is on the other side of a rounding now and then. dx, dW and a y of an odd D are PyTorch's in bfloat16, but
 where it multiplies in plain loops (AVX2 alone: 3 GFLOP/s a core where float32 has 100): there they are the float32 products
