@@ -6,6 +6,9 @@ SHELL := /bin/bash
 # idle threads give their core back soon: on a shared machine the default is up to 20 times slower
 export GOMP_SPINCOUNT ?= 10000
 
+# where a container sets this, each of the tests' many processes compiles torch's Python anew, for seconds
+export PYTHONDONTWRITEBYTECODE :=
+
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 TORCH := $(shell grep '^torch==' constraints.txt)
