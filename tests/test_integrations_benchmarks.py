@@ -135,7 +135,10 @@ def test_rollout_benchmark_runs(tmp_path, monkeypatch):
         assert found["seconds"] > 0 < found["cpu_seconds"]
         assert found["peak_rss"] >= found["rss"] > 0
         if worker.name == "r1fast":
-            assert found["positions"] >= bench.needed_positions(case)
+            watched = worker.watched(case)
+            assert watched["tokens"] == case.num_tokens
+            assert watched["positions"] >= bench.needed_positions(case)
+            assert watched["positions"] >= watched["alive"] > 0
             assert worker.gemm_rate(4) > 0
         worker.close()
         assert worker.process.returncode is not None
