@@ -4,9 +4,10 @@
 
 y = x W^T, dx = dy W and dW = dy^T x of T tokens and a weight (N, D) of the widths of checkpoint A (bench_rollout.py) and of
 Qwen2.5-0.5B. Quoted: GFLOP/s of 2 T D N over the median of wall seconds, with packing and conversions; the error of the
-result against the float64 product of the same factors, of its norm; and, as what this machine gives, the highest rate that
-any product of the type reached in the run, one of 2048 x 2048 x 2048 among them. "own" says whether C++ computes it (kernels/linear.py chooses by the
-processor, the dtypes and the shapes): where it does not, both columns are PyTorch.
+result against the float64 product of the same factors, of its norm; the geometric means of the ratios of what C++
+computes; and, as what this machine gives, the highest rate that any product of the type reached in the run, one of 2048 x
+2048 x 2048 among them. "own" says whether C++ computes it (kernels/linear.py chooses by the processor, the dtypes and the
+shapes): where it does not, both columns are PyTorch.
 """
 
 import argparse
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-append", action="store_true", help="leave results.csv alone")
     args = parser.parse_args()
-    table, rows, bests = [], [], []
+    table, rows, summary = [], [], []
     for threads in args.threads:
         torch.set_num_threads(threads)
         label = f"{threads} threads"
@@ -103,6 +104,7 @@ def main() -> None:
             dtype = DTYPES[dtype_name]
             largest = products(*made(2048, 2048, 2048, dtype))["y"][:2]
             most = 2 * 2048**3 / min(median_seconds(list(largest), args.rounds)) / 1e9
+            ratios: dict[int, list[float]] = {T: [] for T in args.tokens}  # of what is ours
             for T, (weight_name, (N, D)) in itertools.product(args.tokens, WEIGHTS.items()):
                 tensors = made(T, N, D, dtype)
                 wide = products(*(t.double() for t in tensors))
@@ -110,6 +112,7 @@ def main() -> None:
                     seconds = median_seconds([ours, peer], args.rounds)
                     rates = [2 * T * D * N / s / 1e9 for s in seconds]
                     most = max(most, *rates)
+                    ratios[T] += [rates[0] / rates[1]] * own
                     exact = wide[name][1]()
                     errors = [error(op(), exact) for op in (ours, peer)]
                     shape = f"{name}, {weight_name} {N} x {D}, {T} tokens, {dtype_name}"
@@ -121,9 +124,24 @@ def main() -> None:
                         f"{rates[0] / rates[1]:.2f}", *(f"{e:.1e}" for e in errors),
                     ])  # fmt: skip
             rows.append((f"any, {dtype_name}", "highest", label, most, "GFLOP/s"))
-            bests.append(f"highest rate, {dtype_name}, {label}: {most:,.0f} GFLOP/s")
+            for T, of_tokens in ratios.items():
+                if of_tokens:
+                    mean = statistics.geometric_mean(of_tokens)
+                    summary.append(
+                        f"times PyTorch's, {dtype_name}, {label}, {T} tokens: {mean:.2f}"
+                    )
+                    rows.append(
+                        (
+                            f"own, {T} tokens, {dtype_name}",
+                            "r1fast",
+                            f"times, {label}",
+                            mean,
+                            "ratio",
+                        )
+                    )
+            summary.append(f"highest rate, {dtype_name}, {label}: {most:,.0f} GFLOP/s")
     print_table(["product", "threads", "own", *VARIANTS, "times", "error", "PyTorch's"], table)
-    print("\n".join(bests))
+    print("\n".join(summary))
     if not args.no_append:
         append_rows("linear", rows)
 

@@ -14,8 +14,8 @@ tokens ignored, temperature 1:
 Every engine is a process of its own (rollout_peers.py) that stays for its shape and type; each round runs
 every engine once, in turns. Quoted: medians of tokens a second and a CPU-second, resident memory at its
 peak and above what the loaded model took, seconds from start to ready, and the rate of the bare matrix
-products of the same decode steps in r1fast's process, right after its run (the share of it is the median of pairs). `generate` makes no log-probabilities here, the
-others do. What is much slower than the rest runs in the first round only. vLLM is installed into a
+products of the same decode steps in r1fast's process, right after its run (the share of it is the median of
+pairs). `generate` makes no log-probabilities here, the others do. What is much slower than the rest runs in the first round only. vLLM is installed into a
 virtual environment of its own at the first run (2 GB), and left out, with a note, where that fails; it
 runs eagerly unless --vllm-compiled.
 
@@ -172,10 +172,8 @@ def measure(shape: str, dtype: str, engines: dict, args: argparse.Namespace) -> 
                 else:
                     rate = found["tokens"] / found["seconds"]
                     print(f"{shape} {dtype} {case_name}: {name} {rate:,.0f} tokens/s", flush=True)
-                    if (case_name, name) == (
-                        "equal",
-                        "r1fast",
-                    ):  # at once: what a core gives varies
+                    if case_name == "equal" and name == "r1fast":
+                        # at once: what a core gives varies
                         gemms.append(engine.gemm_rate(64))
                         shares.append(rate / gemms[-1])
                 results.setdefault((case_name, name), []).append(found)

@@ -5,8 +5,8 @@
 reads one JSON object a line, runs it and answers with one: {"prompts": [[ids]], "lengths": [[n]]}
 is a rollout (each sample has the length that it is to reach, end tokens are ignored), with "watch": true one
 that r1fast makes step by step to see how full its cache is, {"gemm": B} the bare matrix products of decode
-steps of B rows. vLLM is a server in a virtual environment of its own
-(`vllm_build.py`), asked over HTTP for the same.
+steps of B rows. vLLM is a server in a virtual environment of its own (`vllm_build.py`), asked over HTTP
+for the same.
 """
 
 from __future__ import annotations
@@ -68,10 +68,8 @@ def run_r1fast(path: str, dtype: str) -> tuple[Callable[[Case], dict], Any]:
                 logprobs += sum(event.logprobs)
             if watch:
                 most = max(most, (16 * engine.stats.blocks_used, alive(engine.rows)))
-        return {
-            "tokens": num_tokens, "logprob": logprobs / num_tokens, "positions": most[0],
-            "alive": most[1],
-        }  # fmt: skip
+        found = {"tokens": num_tokens, "logprob": logprobs / num_tokens}
+        return found | ({"positions": most[0], "alive": most[1]} if watch else {})
 
     return run, model
 

@@ -39,7 +39,6 @@ struct Panels {
 namespace r1fast {
 
 // A as it lies, rows `ld` apart.
-template <class Tiles>
 struct PlainRows {
   static constexpr bool kIsTurned = false;
   const float* data;
@@ -188,7 +187,7 @@ void product(const A& a, const B& b, int64_t num_rows, int64_t num_k, int64_t nu
 template <class Tiles>
 void linear_forward(const float* x, int64_t ld_x, int64_t num_tokens, const float* weight, int64_t ld_weight,
                     int64_t num_out, int64_t num_in, const float* bias, float* y, int64_t ld_y, int64_t num_threads) {
-  product<Tiles>(PlainRows<Tiles>{x, ld_x}, TurnedColumns<Tiles>{weight, ld_weight, num_out}, num_tokens, num_in, num_out,
+  product<Tiles>(PlainRows{x, ld_x}, TurnedColumns<Tiles>{weight, ld_weight, num_out}, num_tokens, num_in, num_out,
                  bias, y, ld_y, num_threads);
 }
 
@@ -196,7 +195,7 @@ void linear_forward(const float* x, int64_t ld_x, int64_t num_tokens, const floa
 template <class Tiles>
 void linear_dx(const float* dy, int64_t ld_dy, int64_t num_tokens, const float* weight, int64_t ld_weight,
                int64_t num_out, int64_t num_in, float* dx, int64_t ld_dx, int64_t num_threads) {
-  product<Tiles>(PlainRows<Tiles>{dy, ld_dy}, PlainColumns<Tiles>{weight, ld_weight, num_in}, num_tokens, num_out, num_in,
+  product<Tiles>(PlainRows{dy, ld_dy}, PlainColumns<Tiles>{weight, ld_weight, num_in}, num_tokens, num_out, num_in,
                  nullptr, dx, ld_dx, num_threads);
 }
 

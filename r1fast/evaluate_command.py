@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from r1fast import distributed
 from r1fast.assemble import has_judge, make_scorer, problem_sets
-from r1fast.config import STAGES, Config, load_config, to_dict
+from r1fast.config import Config, load_config, to_dict
 from r1fast.evaluate.compare import compare_runs
 from r1fast.evaluate.presets import (
     MAX_COMPLETION_TOKENS,
@@ -25,7 +24,7 @@ from r1fast.evaluate.run import evaluate
 from r1fast.evaluation_table import show_comparison, show_evaluation, show_rescored
 from r1fast.hf_folder import read_json, write_json
 from r1fast.metrics import note, say
-from r1fast.policy import Policy, policy_of
+from r1fast.policy import Policy, model_name, policy_of
 from r1fast.provenance import provenance
 from r1fast.report import report_on
 from r1fast.rewards.graders import JUDGED_KINDS
@@ -76,7 +75,7 @@ def evaluation_config(target: str, overrides: list[str], options: Options) -> Co
         name = preset.name if preset else Path(data).stem or "evaluation"
         first += [
             f"--model.path={json.dumps(target)}",
-            f"--output_dir=runs/evaluate/{_model_name(target)}-{name}",
+            f"--output_dir=runs/evaluate/{model_name(target)}-{name}",
         ]
     config = load_config(target if is_config else None, [*first, *overrides])
     if preset is not None and not data:
@@ -94,17 +93,6 @@ def evaluation_config(target: str, overrides: list[str], options: Options) -> Co
             "--model.path=path/to/Qwen2.5-0.5B"
         )
     return config
-
-
-def _model_name(target: str) -> str:
-    """The last part of a path; of `.../RUN/model`, which every run writes, RUN; of a stage of a pipeline PIPELINE-STAGE."""
-    path = Path(os.path.abspath(target))
-    name, parent = path.name, path.parent
-    if name == "model":
-        name, parent = parent.name, parent.parent
-        if name in STAGES:
-            name = f"{parent.name}-{name}"
-    return name.strip("-") or "model"
 
 
 def _evaluate(target: str, overrides: list[str], options: Options) -> None:

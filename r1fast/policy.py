@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from r1fast.config import Config
+from r1fast.config import STAGES, Config
 from r1fast.lora import merge_lora
 from r1fast.model import Decoder, load_model, load_tokenizer, save_model
 from r1fast.peft_folder import load_adapter, save_adapter
@@ -48,6 +49,17 @@ class Policy:
     def save_adapter(self, path: str | Path) -> None:
         """The adapters alone, as a PEFT folder."""
         save_adapter(self.model, path, base=self.path)
+
+
+def model_name(path: str | Path) -> str:
+    """The last part of a path; of `.../RUN/model`, which every run writes, RUN; of a stage of a pipeline PIPELINE-STAGE."""
+    path = Path(os.path.abspath(path))
+    name, parent = path.name, path.parent
+    if name == "model":
+        name, parent = parent.name, parent.parent
+        if name in STAGES:
+            name = f"{parent.name}-{name}"
+    return name.strip("-") or "model"
 
 
 def load_policy(

@@ -31,7 +31,7 @@ uvicorn = pytest.importorskip("uvicorn")
 from r1fast.serve.app import Limits, Service  # noqa: E402
 from r1fast.serve.connection import LEAST, Connection  # noqa: E402
 from r1fast.serve.reader import LONG, MAX_LONG  # noqa: E402
-from r1fast.serve.server import ServeOptions, _is_no_lost_client, default_name  # noqa: E402
+from r1fast.serve.server import ServeOptions, _is_no_lost_client  # noqa: E402
 
 MODEL = "tiny"
 CONTEXT, VOCAB = 2048, 320
@@ -781,13 +781,6 @@ def httpx_error() -> type[Exception]:
     import httpx2
 
     return httpx2.RemoteProtocolError
-
-
-def test_the_name_of_a_model():
-    assert default_name("runs/demo/r1_zero/model") == "r1_zero"
-    assert default_name("models/Qwen2.5-0.5B/") == "Qwen2.5-0.5B"
-    assert default_name("Qwen/Qwen2.5-0.5B") == "Qwen2.5-0.5B"
-    assert default_name("/model") == "model"
 
 
 def test_options():

@@ -9,13 +9,12 @@ import signal
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import uvicorn
 
 from r1fast.config import Config
 from r1fast.metrics import note, say, warn
-from r1fast.policy import Policy, policy_of
+from r1fast.policy import Policy, model_name, policy_of
 from r1fast.provenance import hardware
 from r1fast.rollout.engine import Engine
 from r1fast.rollout.sampler import SamplingParams
@@ -32,7 +31,7 @@ class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any that is free
     api_key: str = ""  # clients must send it
-    model_name: str = ""  # what clients call the model; "": `default_name`
+    model_name: str = ""  # what clients call the model; "": `policy.model_name`
     max_queued: int = 1024  # samples that may wait while max_batch_size are at work
     max_body_mib: int = 16  # of one request
     drain: int = 30  # seconds that running requests have after SIGTERM
@@ -73,7 +72,7 @@ def serve(config: Config, path: str, options: ServeOptions) -> None:
         engine = Engine.of(policy, config.rollout, fixed_weights=True)
         # the first request is not to pay for the cache, nor for preparing the weights
         engine.generate([[policy.eos_id]], 1, SamplingParams(max_tokens=1))
-        name = options.model_name or default_name(path)
+        name = options.model_name or model_name(path)
         limits = Limits(
             config.rollout.max_batch_size + options.max_queued, options.max_body_mib * MIB
         )
@@ -96,12 +95,6 @@ def serve(config: Config, path: str, options: ServeOptions) -> None:
             # uvicorn raises the signal again when it is done; that must not end us with an error
             signal.signal(number, server.handle_exit)
         server.run(sockets=[listener])
-
-
-def default_name(path: str) -> str:
-    """The folder's name; of r1fast's own RUN/STAGE/model the stage's."""
-    folder = Path(path).resolve()
-    return (folder.parent.name if folder.name == "model" else "") or folder.name
 
 
 class _Server(uvicorn.Server):
